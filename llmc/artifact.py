@@ -1,7 +1,7 @@
 """The manifest of an artifact folder (`llmc.json`): the only thing compiler and runtime share.
 
-docs/artifact.md describes the folder. Reading is strict: an unknown or missing field, a wrong type or a newer
-schema is an ArtifactError that names the field.
+docs/artifact.md describes the folder. Reading is strict: an unknown or missing field, a wrong type
+or a newer schema is an ArtifactError that names the field.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from llmc.errors import ArtifactError
+from llmc.strict_json import decode, load_object
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "llmc.json"
@@ -61,7 +59,7 @@ class CacheGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheTensor:
-    """A tensor that lives between steps; the runtime allocates `[num_pages, *page_shape]` and never reads it."""
+    """A tensor that lives between steps: the runtime allocates `[num_pages, *page_shape]` blindly."""
 
     name: str
     layer: int
@@ -145,7 +143,8 @@ class Manifest:
     kernels: list[KernelInfo]
     verify: VerifyTolerance
     ranks: int = 1
-    files: dict[str, str] = field(default_factory=dict)  # relative path -> SHA-256, all but the manifest
+    # Relative path -> SHA-256 of every file but the manifest.
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def max_batch_tokens(self) -> int:
@@ -169,22 +168,8 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Parses and checks `text`; raises ArtifactError naming the first field that is wrong."""
-        try:
-            data = json.loads(text)
-        except ValueError as exc:
-            raise ArtifactError(
-                f"{MANIFEST_FILE} is not JSON: {exc}", hint="compile the model again"
-            ) from exc
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if type(version) is not int:
-            raise ArtifactError(f"{MANIFEST_FILE} has no schema_version; not an llmc artifact")
-        if version != SCHEMA_VERSION:
-            newer = version > SCHEMA_VERSION
-            raise ArtifactError(
-                f"artifact schema {version}, this llmc reads schema {SCHEMA_VERSION}",
-                hint="upgrade llmc" if newer else "compile the model again with this llmc",
-            )
-        manifest: Manifest = _decode(cls, data, "")
+        data = load_object(text, file=MANIFEST_FILE, schema_version=SCHEMA_VERSION)
+        manifest: Manifest = decode(cls, data, file=MANIFEST_FILE)
         if not manifest.entry_points:
             raise ArtifactError(f"{MANIFEST_FILE}: entry_points is empty")
         return manifest
@@ -201,7 +186,7 @@ class Manifest:
         return cls.from_json(path.read_text(encoding="utf-8"))
 
     def check_files(self, directory: Path) -> None:
-        """Compares every file with its SHA-256; raises ArtifactError naming the first that differs."""
+        """Checks every file's SHA-256; raises ArtifactError naming the first that differs."""
         for name, expected in self.files.items():
             path = directory / name
             if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -220,48 +205,3 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file as hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _decode(expected: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - mirrors JSON's types
-    """Turns JSON `value` into the annotated type `expected`."""
-    if dataclasses.is_dataclass(expected):
-        if not isinstance(value, dict):
-            raise _wrong(where, "an object", value)
-        hints = typing.get_type_hints(expected)
-        required = {
-            f.name
-            for f in dataclasses.fields(expected)
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        }
-        for name in sorted(set(value) - set(hints)):
-            raise ArtifactError(f"{MANIFEST_FILE}: unknown field {_join(where, name)!r}")
-        for name in sorted(required - set(value)):
-            raise ArtifactError(f"{MANIFEST_FILE}: missing field {_join(where, name)!r}")
-        fields = {name: _decode(hints[name], item, _join(where, name)) for name, item in value.items()}
-        return expected(**fields)  # type: ignore[operator]
-    origin, args = typing.get_origin(expected), typing.get_args(expected)
-    if origin is list:
-        if not isinstance(value, list):
-            raise _wrong(where, "a list", value)
-        return [_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _wrong(where, "an object", value)
-        return {key: _decode(args[1], item, _join(where, key)) for key, item in value.items()}
-    if origin is types.UnionType:
-        if value is None:
-            return None
-        return _decode(args[0], value, where)
-    if expected is float and type(value) is int:
-        return float(value)
-    if type(value) is not expected:
-        raise _wrong(where, expected.__name__, value)
-    return value
-
-
-def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
-
-
-def _wrong(where: str, expected: str, value: object) -> ArtifactError:
-    return ArtifactError(f"{MANIFEST_FILE}: {where!r} is {str(value)[:60]!r}, expected {expected}")
