@@ -59,7 +59,7 @@ class CacheGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheTensor:
-    """A tensor that lives between steps: the runtime allocates `[num_pages, *page_shape]` blindly."""
+    """A tensor that lives between steps; the runtime allocates `[num_pages, *page_shape]`."""
 
     name: str
     layer: int
