@@ -1,0 +1,182 @@
+"""GGUF blocks taken apart into codes, scales and minimums: exact, and vectorized over the blocks.
+
+A block holds 32 values (256 for the K types) as packed codes with a float16 scale; K types add
+packed sub-scales, which are multiplied out in float32 (11 bits times at most 8: no rounding).
+Layouts after ggml-quants.h; the tests compare every one with `gguf.quants.dequantize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize as gguf_dequantize
+
+from llmc.errors import UnsupportedError
+from llmc.formats import FORMATS, QuantizedMatrix
+
+Array: TypeAlias = npt.NDArray[Any]
+Parts: TypeAlias = tuple[Array, Array, Array | None]  # codes [n, 32 | 256], scales, minimums [n, g]
+
+_FLOATS: dict[GGMLQuantizationType, np.dtype[Any]] = {  # stored values, not blocks
+    GGMLQuantizationType.F32: np.dtype(np.float32),
+    GGMLQuantizationType.F16: np.dtype(np.float16),
+    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+_IQ4_NL_VALUES = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int8
+)
+_CHUNK_VALUES = 1 << 23  # values dequantized at once: keeps the intermediate arrays at 100 MB
+
+
+def take_apart(type_: GGMLQuantizationType, blocks: Array) -> QuantizedMatrix | None:
+    """The matrix `[M, K]` whose rows are `blocks` `[M, bytes]` uint8; None where no format fits.
+
+    Codes, scales and minimums are the file's own: nothing is rounded or quantized again.
+    """
+    split = _SPLITTERS.get(type_)
+    if split is None:
+        return None
+    size, num_bytes = GGML_QUANT_SIZES[type_]
+    rows = blocks.shape[0]
+    codes, scales, mins = split(np.ascontiguousarray(blocks).reshape(-1, num_bytes))
+    k = blocks.shape[1] // num_bytes * size
+    return QuantizedMatrix(
+        format=FORMATS[type_.name.lower()],
+        codes=codes.reshape(rows, k),
+        scales=scales.reshape(rows, -1),
+        mins=None if mins is None else mins.reshape(rows, -1),
+    )
+
+
+def to_dense(type_: GGMLQuantizationType, blocks: Array) -> Array:
+    """The values of `blocks` `[M, bytes]` uint8: float types as stored, block types as float32.
+
+    Raises UnsupportedError for a type that cannot be dequantized.
+    """
+    if type_ in _FLOATS:
+        return np.ascontiguousarray(blocks).view(_FLOATS[type_])
+    size, num_bytes = GGML_QUANT_SIZES[type_]
+    rows, k = blocks.shape[0], blocks.shape[1] // num_bytes * size
+    values = np.empty((rows, k), dtype=np.float32)
+    step = max(1, _CHUNK_VALUES // k)
+    for start in range(0, rows, step):
+        values[start : start + step] = _dequantize(type_, blocks[start : start + step])
+    return values
+
+
+def _dequantize(type_: GGMLQuantizationType, blocks: Array) -> Array:
+    matrix = take_apart(type_, blocks)
+    if matrix is not None:
+        return matrix.dequantize()
+    try:
+        values: Array = gguf_dequantize(np.ascontiguousarray(blocks), type_)
+    except NotImplementedError as exc:
+        raise UnsupportedError(
+            f"GGUF type {type_.name} cannot be read",
+            hint="use a file with another quantization, e.g. Q4_K_M or Q8_0",
+        ) from exc
+    return values
+
+
+def _f16(raw: Array) -> Array:
+    return np.ascontiguousarray(raw).view(np.float16)
+
+
+def _bits(raw: Array, width: int, rows: int) -> Array:
+    """Fields of `width` bits: each `rows` bytes give all their lowest fields, then the next."""
+    shifts = np.arange(0, 8, width, dtype=np.uint8).reshape(1, 1, -1, 1)
+    fields: Array = (raw.reshape(len(raw), -1, 1, rows) >> shifts) & np.uint8((1 << width) - 1)
+    return fields.reshape(len(raw), -1)
+
+
+def _q4_0(b: Array) -> Parts:
+    return _bits(b[:, 2:], 4, 16), _f16(b[:, :2]), None
+
+
+def _q4_1(b: Array) -> Parts:
+    return _bits(b[:, 4:], 4, 16), _f16(b[:, :2]), _f16(b[:, 2:4])
+
+
+def _q5_codes(high: Array, low: Array) -> Array:
+    """32 codes from four bytes of fifth bits (value i is bit i) and 16 bytes of low halves."""
+    fifth = np.unpackbits(np.ascontiguousarray(high), axis=1, bitorder="little")
+    codes: Array = _bits(low, 4, 16) | (fifth << np.uint8(4))
+    return codes
+
+
+def _q5_0(b: Array) -> Parts:
+    codes = _q5_codes(b[:, 2:6], b[:, 6:]).astype(np.int8) - np.int8(16)
+    return codes, _f16(b[:, :2]), None
+
+
+def _q5_1(b: Array) -> Parts:
+    return _q5_codes(b[:, 4:8], b[:, 8:]), _f16(b[:, :2]), _f16(b[:, 2:4])
+
+
+def _q8_0(b: Array) -> Parts:
+    return np.ascontiguousarray(b[:, 2:]).view(np.int8), _f16(b[:, :2]), None
+
+
+def _q2_k(b: Array) -> Parts:
+    d, dmin = _f16(b[:, 80:82]).astype(np.float32), _f16(b[:, 82:84]).astype(np.float32)
+    scales = d * (b[:, :16] & 15).astype(np.float32)
+    mins = -(dmin * (b[:, :16] >> 4).astype(np.float32))
+    return _bits(b[:, 16:80], 2, 32), scales, mins
+
+
+def _q3_k(b: Array) -> Parts:
+    d = _f16(b[:, 108:110]).astype(np.float32)
+    low, high = _bits(b[:, 96:104], 4, 8), _bits(b[:, 104:108], 2, 4)
+    scales = d * ((low | (high << np.uint8(4))).astype(np.int8) - np.int8(32)).astype(np.float32)
+    # Values -4…3: the third bit set means no offset. With the zero point 8 of the format: 4…11.
+    codes = _bits(b[:, 32:96], 2, 32) + (_bits(b[:, :32], 1, 32) << np.uint8(2)) + np.uint8(4)
+    return codes, scales, None
+
+
+def _k_scales(b: Array) -> tuple[Array, Array]:
+    """Scales and negated minimums `[n, 8]` float32 of Q4_K and Q5_K: 12 bytes of 6-bit fields."""
+    d, dmin = _f16(b[:, :2]).astype(np.float32), _f16(b[:, 2:4]).astype(np.float32)
+    low, mid, high = b[:, 4:8], b[:, 8:12], b[:, 12:16]
+    scales = np.concatenate([low & 63, (high & 15) | ((low >> 2) & 48)], axis=1)
+    mins = np.concatenate([mid & 63, (high >> 4) | ((mid >> 2) & 48)], axis=1)
+    return d * scales.astype(np.float32), -(dmin * mins.astype(np.float32))
+
+
+def _q4_k(b: Array) -> Parts:
+    return _bits(b[:, 16:], 4, 32), *_k_scales(b)
+
+
+def _q5_k(b: Array) -> Parts:
+    codes = _bits(b[:, 48:], 4, 32) | (_bits(b[:, 16:48], 1, 32) << np.uint8(4))
+    return codes, *_k_scales(b)
+
+
+def _q6_k(b: Array) -> Parts:
+    d = _f16(b[:, 208:210]).astype(np.float32)
+    scales = d * np.ascontiguousarray(b[:, 192:208]).view(np.int8).astype(np.float32)
+    codes = _bits(b[:, :128], 4, 64) | (_bits(b[:, 128:192], 2, 32) << np.uint8(4))
+    return codes.astype(np.int8) - np.int8(32), scales, None
+
+
+def _iq4_nl(b: Array) -> Parts:
+    return _IQ4_NL_VALUES[_bits(b[:, 2:], 4, 16)], _f16(b[:, :2]), None
+
+
+_SPLITTERS: dict[GGMLQuantizationType, Callable[[Array], Parts]] = {
+    GGMLQuantizationType.Q4_0: _q4_0,
+    GGMLQuantizationType.Q4_1: _q4_1,
+    GGMLQuantizationType.Q5_0: _q5_0,
+    GGMLQuantizationType.Q5_1: _q5_1,
+    GGMLQuantizationType.Q8_0: _q8_0,
+    GGMLQuantizationType.Q2_K: _q2_k,
+    GGMLQuantizationType.Q3_K: _q3_k,
+    GGMLQuantizationType.Q4_K: _q4_k,
+    GGMLQuantizationType.Q5_K: _q5_k,
+    GGMLQuantizationType.Q6_K: _q6_k,
+    GGMLQuantizationType.IQ4_NL: _iq4_nl,
+}
