@@ -1,0 +1,350 @@
+"""Emitting the reads of a panel-packed weight matrix (see targets/cpu/layout.py) into a kernel under construction.
+
+The functions here run while an IRBuilder frame is open: Python loops become straight code, `T.serial` a loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+from llmc.formats import WeightFormat
+from llmc.targets.cpu.layout import (
+    PANEL,
+    PackedArray,
+    ceildiv,
+    code_offsets,
+    codes_per_word,
+    num_panels,
+    packed_arrays,
+    stored_zero_point,
+)
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+Expr = Any
+F32X16 = "float32x16"
+
+
+def i64(value: int) -> Expr:
+    """An int64 constant: every index is 64 bits wide, so that no weight or batch is too large."""
+    return tirx.IntImm("int64", value)
+
+
+def splat(value: float) -> Expr:
+    """`value` in all 16 lanes."""
+    return T.broadcast(T.float32(value), PANEL)
+
+
+def lanes(start: Expr) -> Expr:
+    """The 16 consecutive indices from `start`."""
+    return T.ramp(start, i64(1), PANEL)
+
+
+def size_var(name: str) -> Expr:
+    """A symbolic dimension."""
+    return tirx.Var(name, "int64")
+
+
+def argument(name: str, shape: tuple[int | Expr, ...], dtype: str = "float32") -> Expr:
+    """Declares the kernel's next buffer argument."""
+    dims = [i64(d) if isinstance(d, int) else d for d in shape]
+    return T.arg(name, T.Buffer(dims, dtype))
+
+
+def scratch(shape: tuple[int | Expr, ...], dtype: str = "float32") -> Expr:
+    """A workspace in memory, private to the scope it is opened in."""
+    dims = [i64(d) if isinstance(d, int) else d for d in shape]
+    return T.alloc_buffer(dims, dtype)
+
+
+def registers(count: int) -> Expr:
+    """`count` vectors of 16 floats; constant first indices keep them in registers."""
+    return T.alloc_buffer([i64(count), i64(PANEL)], "float32", scope="local")
+
+
+def get(vectors: Expr, index: int) -> Expr:
+    """Vector `index` of `registers`."""
+    return vectors[i64(index), lanes(i64(0))]
+
+
+def put(vectors: Expr, index: int, value: Expr) -> None:
+    """Sets vector `index` of `registers`."""
+    T.buffer_store(vectors, value, [i64(index), lanes(i64(0))])
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """One code of each of a panel's rows, taken from a word vector: value · 2^-exponent is the code."""
+
+    offset: int
+    value: Expr
+    exponent: int
+
+
+def decode(fmt: WeightFormat, word: Expr) -> list[Code]:
+    """The codes in a vector of 16 stored words, as float32x16.
+
+    A code stays where it is in its word (the activation or the scale absorbs the power of two), which saves
+    the shift: AND, convert. Only the topmost has to move, because the conversion is signed.
+    """
+    if codes_per_word(fmt) == 1:
+        return [Code(0, word if fmt.bits == 32 else T.Cast(F32X16, word), 0)]
+    if fmt.is_float:  # bfloat16 is the upper half of a float32
+        low = T.shift_left(word, T.broadcast(T.int32(16), PANEL))
+        high = T.bitwise_and(word, T.broadcast(T.int32(-65536), PANEL))
+        return [Code(0, T.reinterpret(F32X16, low), 0), Code(1, T.reinterpret(F32X16, high), 0)]
+    codes = []
+    for position, offset in enumerate(code_offsets(fmt)):
+        exponent = position * fmt.bits
+        if exponent + fmt.bits == 32:
+            bits = T.shift_right(
+                T.reinterpret("uint32x16", word), T.broadcast(T.uint32(exponent), PANEL)
+            )
+            codes.append(Code(offset, T.Cast(F32X16, T.reinterpret("int32x16", bits)), 0))
+        else:
+            mask = ((1 << fmt.bits) - 1) << exponent
+            bits = T.bitwise_and(word, T.broadcast(T.int32(mask), PANEL))
+            codes.append(Code(offset, T.Cast(F32X16, bits), exponent))
+    return codes
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPanels:
+    """The buffers of one packed matrix (or of a stack of experts) inside a kernel."""
+
+    fmt: WeightFormat
+    m: int
+    k: int
+    stacked: bool
+    buffers: tuple[Expr, ...]
+
+    @classmethod
+    def arguments(
+        cls, fmt: WeightFormat, m: int, k: int, num_experts: int | None = None
+    ) -> WeightPanels:
+        """Declares the packed arrays as the kernel's next arguments."""
+        arrays: list[PackedArray] = packed_arrays(fmt, m, k, num_experts=num_experts)
+        buffers = tuple(argument(f"weight_{a.suffix}", a.shape, a.dtype) for a in arrays)
+        return cls(fmt, m, k, num_experts is not None, buffers)
+
+    @property
+    def panels(self) -> int:
+        """Panels of the matrix."""
+        return num_panels(self.m)
+
+    @property
+    def width(self) -> int:
+        """Input features in a word."""
+        return codes_per_word(self.fmt)
+
+    @property
+    def words(self) -> int:
+        """Words in a row."""
+        return ceildiv(self.k, self.width)
+
+    @property
+    def groups(self) -> int:
+        """Scales in a row (1 for float formats, which have none)."""
+        return 1 if self.fmt.is_float else self.fmt.num_groups(self.k)
+
+    @property
+    def words_per_group(self) -> int:
+        """Words that share a scale; the last one may be partly padding."""
+        return ceildiv(self.words, self.groups)
+
+    @property
+    def needs_sums(self) -> bool:
+        """True where a group's sum of activations enters the product (minimum or zero point)."""
+        return self.fmt.has_min or stored_zero_point(self.fmt) != 0
+
+    def word(self, expert: Expr, panel: Expr, word: Expr) -> Expr:
+        """Sixteen rows' stored words."""
+        return self.buffers[0][self._index(expert, panel, word, lanes(i64(0)))]
+
+    def scalar_word(self, expert: Expr, row: Expr, word: Expr) -> Expr:
+        """One row's stored word."""
+        panel, lane = T.floordiv(row, i64(PANEL)), T.floormod(row, i64(PANEL))
+        return self.buffers[0][self._index(expert, panel, word, lane)]
+
+    def scale(self, expert: Expr, panel: Expr, group: Expr) -> Expr:
+        """Sixteen rows' scales, float32x16."""
+        return T.Cast(F32X16, self.buffers[1][self._index(expert, panel, group, lanes(i64(0)))])
+
+    def minimum(self, expert: Expr, panel: Expr, group: Expr) -> Expr:
+        """Sixteen rows' minimums, float32x16."""
+        return T.Cast(F32X16, self.buffers[2][self._index(expert, panel, group, lanes(i64(0)))])
+
+    def _index(self, expert: Expr, *rest: Expr) -> tuple[Expr, ...]:
+        return (expert, *rest) if self.stacked else rest
+
+    def offset(self, expert: Expr, panel: Expr, group: Expr) -> Expr:
+        """What the zero point and the minimum add to every weight of a group, float32x16."""
+        zero = stored_zero_point(self.fmt)
+        if zero == 0:
+            return self.minimum(expert, panel, group)
+        return self.scale(expert, panel, group) * splat(-float(zero))
+
+
+def k_block_words(weights: WeightPanels, k_block: int) -> int:
+    """Words of one unpacked block: about `k_block` features, equal blocks, whole groups or equal parts of one."""
+    unit = weights.words_per_group if weights.groups > 1 else gcd(8, weights.words)
+    blocks = ceildiv(weights.words * weights.width, k_block)
+    return min(weights.words, ceildiv(ceildiv(weights.words, blocks), unit) * unit)
+
+
+def unpack_panel(
+    weights: WeightPanels,
+    expert: Expr,
+    panel: Expr,
+    block: Expr,
+    block_words: int,
+    store: Callable[[Expr, Expr], None],
+) -> None:
+    """Dequantizes words `block · block_words …` of a panel; `store(k, float32x16)` takes each feature.
+
+    `k` counts from the block's first feature. The last block ends at the matrix' last word.
+    """
+    fmt, width = weights.fmt, weights.width
+    first = block * i64(block_words)
+    count: Expr = i64(block_words)
+    if weights.words % block_words:
+        count = T.min(count, i64(weights.words) - first)
+
+    def words(start: Expr, extent: Expr, scales: list[Expr], offset: Expr | None) -> None:
+        with T.serial(extent) as w:
+            word = T.Bind(weights.word(expert, panel, first + start + w))
+            for code in decode(fmt, word):
+                value = code.value
+                if offset is not None:
+                    value = value * scales[code.exponent // fmt.bits] + offset
+                store((start + w) * i64(width) + i64(code.offset), value)
+
+    def grouped(group: Expr, start: Expr, extent: Expr) -> None:
+        scale = T.Bind(weights.scale(expert, panel, group))
+        # A code decodes to itself times a power of two, which its own copy of the scale takes back.
+        scales = [
+            T.Bind(scale * splat(2.0 ** -(p * fmt.bits))) if p else scale for p in range(width - 1)
+        ]
+        # The topmost code was shifted down and exponent 0 selects the plain scale.
+        words(start, extent, scales, T.Bind(weights.offset(expert, panel, group)))
+
+    per_group = weights.words_per_group
+    if fmt.is_float:
+        words(i64(0), count, [], None)
+    elif weights.groups == 1:
+        grouped(i64(0), i64(0), count)
+    else:
+        with T.serial(T.floordiv(count, i64(per_group))) as g:
+            grouped(T.floordiv(first, i64(per_group)) + g, g * i64(per_group), i64(per_group))
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Rows of activations as the one-token product wants them.
+
+    values: row-major buffer `[R, words · width]`, each feature already divided by the power of two its code
+    decodes with, padding features zero; sums: `[R, groups]`, or None where the format needs none.
+    """
+
+    values: Expr
+    sums: Expr | None
+
+
+def prepare_activations(weights: WeightPanels, x: Expr, rows: int) -> Activations:
+    """Copies `x[0, rows, K]` into the order and scaling of `Activations`, with each group's sum."""
+    width, words, k = weights.width, weights.words, weights.k
+    if width * words == k and weights.fmt.is_float:
+        return Activations(x, None)
+    values = scratch((1, rows, words * width))
+    sums = scratch((rows, weights.groups)) if weights.needs_sums else None
+    factors = [1.0] * width
+    if not weights.fmt.is_float:
+        for position, offset in enumerate(code_offsets(weights.fmt)[:-1]):
+            factors[offset] = 2.0 ** -(position * weights.fmt.bits)
+    full = k // width
+
+    def copy(row: Expr, word: Expr, count: int, total: Expr | None) -> None:
+        for j in range(width):
+            k_index = word * i64(width) + i64(j)
+            value: Expr = T.float32(0.0)
+            if j < count:
+                value = T.Bind(x[i64(0), row, k_index])
+                if total is not None:
+                    T.buffer_store(total, total[i64(j)] + value, [i64(j)])
+            T.buffer_store(values, value * T.float32(factors[j]), [i64(0), row, k_index])
+
+    with T.serial(i64(rows)) as row, T.serial(i64(weights.groups)) as group:
+        total = None
+        if sums is not None:
+            total = T.alloc_buffer([i64(width)], "float32", scope="local")
+            for j in range(width):
+                T.buffer_store(total, T.float32(0.0), [i64(j)])
+        per_group = weights.words_per_group
+        whole = per_group if weights.groups > 1 else full
+        with T.serial(i64(whole)) as w:
+            copy(row, group * i64(per_group) + w, width, total)
+        if k % width:
+            copy(row, i64(full), k % width, total)
+        if sums is not None:
+            result: Expr = total[i64(0)]
+            for j in range(1, width):
+                result = result + total[i64(j)]
+            T.buffer_store(sums, result, [row, group])
+    return Activations(values, sums)
+
+
+def dot_panel(
+    weights: WeightPanels,
+    expert: Expr,
+    panel: Expr,
+    x: Activations,
+    row: Expr,
+    step_words: int,
+) -> Expr:
+    """The products of one activation row with a panel's 16 rows; returns `registers(1)`.
+
+    Codes are multiplied first and scaled once a group: acc += scale · (Σ code·x - zero·Σx) + min · Σx. Four
+    independent sums hide the latency of the multiply-add.
+    """
+    fmt, width, per_group = weights.fmt, weights.width, weights.words_per_group
+    zero = stored_zero_point(fmt)
+    total, parts = registers(1), registers(4)
+    put(total, 0, splat(0.0))
+
+    def word_products(first: Expr, count: int) -> None:
+        index = 0
+        for j in range(count):
+            at = T.Bind(first + i64(j)) if j else first
+            word = T.Bind(weights.word(expert, panel, at))
+            for code in decode(fmt, word):
+                factor = x.values[i64(0), row, at * i64(width) + i64(code.offset)]
+                put(parts, index % 4, get(parts, index % 4) + code.value * T.broadcast(factor, PANEL))
+                index += 1
+
+    with T.serial(i64(weights.groups)) as group:
+        start = splat(0.0)
+        if zero and x.sums is not None:
+            start = T.broadcast(x.sums[row, group] * T.float32(-float(zero)), PANEL)
+        for part in range(4):
+            put(parts, part, start if part == 0 else splat(0.0))
+        steps, tail = divmod(per_group, step_words)
+        base = T.Bind(group * i64(per_group))
+        if steps == 1:
+            word_products(base, step_words)
+        elif steps:
+            with T.serial(i64(steps)) as step:
+                word_products(T.Bind(base + step * i64(step_words)), step_words)
+        if tail:
+            word_products(T.Bind(base + i64(steps * step_words)), tail)
+        product = (get(parts, 0) + get(parts, 1)) + (get(parts, 2) + get(parts, 3))
+        if not fmt.is_float:
+            product = product * weights.scale(expert, panel, group)
+        if fmt.has_min and x.sums is not None:
+            product = product + weights.minimum(expert, panel, group) * T.broadcast(
+                x.sums[row, group], PANEL
+            )
+        put(total, 0, get(total, 0) + product)
+    return total

@@ -1,0 +1,109 @@
+"""The tunable numbers of the CPU kernels, one table, one row per instruction set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmc.errors import UnsupportedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearParameters:
+    """How a product is tiled; every value changes speed only.
+
+    The tile of `token_tiles[0]` tokens × `16 · tile_panels` outputs is what lives in registers, so it has to
+    leave room for `tile_panels` weight vectors and one broadcast. Remaining tokens take the next smaller tiles;
+    the last has to be 1.
+    """
+
+    tile_panels: int  # panels (16 outputs each) a task unpacks and multiplies together
+    token_tiles: tuple[int, ...]  # tokens of one register tile, largest first, ending in 1
+    k_block: int  # input features unpacked at a time: k_block · tile_panels · 64 bytes of scratch
+    row_block: int  # tokens a task multiplies by weights it unpacked once
+    gemv_words: int  # stored words per step of the one-token product's inner loop
+    serial_weights: int  # one-token products of at most so many weights stay on the calling thread
+
+    def __post_init__(self) -> None:
+        tiles = self.token_tiles
+        assert tiles[-1] == 1 and list(tiles) == sorted(set(tiles), reverse=True), tiles
+        assert min(self.tile_panels, self.k_block, self.row_block, self.gemv_words) > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuParameters:
+    """Tunables of one instruction set: `linear` for any number of tokens, `few` for at most 8."""
+
+    linear: LinearParameters
+    few: LinearParameters
+
+
+PARAMETERS: dict[str, CpuParameters] = {
+    # 32 vector registers of 16 floats: 12 x 2 accumulators.
+    "avx512": CpuParameters(
+        linear=LinearParameters(
+            tile_panels=2,
+            token_tiles=(12, 4, 1),
+            k_block=256,
+            row_block=192,
+            gemv_words=4,
+            serial_weights=65536,
+        ),
+        few=LinearParameters(
+            tile_panels=2,
+            token_tiles=(8, 4, 2, 1),
+            k_block=256,
+            row_block=8,
+            gemv_words=4,
+            serial_weights=65536,
+        ),
+    ),
+    # 16 registers of 8 floats: a panel takes two, 6 x 2 accumulators.
+    "avx2": CpuParameters(
+        linear=LinearParameters(
+            tile_panels=1,
+            token_tiles=(6, 2, 1),
+            k_block=256,
+            row_block=192,
+            gemv_words=2,
+            serial_weights=65536,
+        ),
+        few=LinearParameters(
+            tile_panels=1,
+            token_tiles=(4, 2, 1),
+            k_block=256,
+            row_block=8,
+            gemv_words=2,
+            serial_weights=65536,
+        ),
+    ),
+    # 32 registers of 4 floats: a panel takes four, 6 x 4 accumulators.
+    "neon": CpuParameters(
+        linear=LinearParameters(
+            tile_panels=1,
+            token_tiles=(6, 2, 1),
+            k_block=256,
+            row_block=192,
+            gemv_words=2,
+            serial_weights=65536,
+        ),
+        few=LinearParameters(
+            tile_panels=1,
+            token_tiles=(4, 2, 1),
+            k_block=256,
+            row_block=8,
+            gemv_words=2,
+            serial_weights=65536,
+        ),
+    ),
+}
+
+
+def parameters_for(isa: str) -> CpuParameters:
+    """The row of `isa`; raises UnsupportedError where there is none."""
+    try:
+        return PARAMETERS[isa]
+    except KeyError:
+        raise UnsupportedError(
+            f"no CPU kernel parameters for instruction set {isa!r}",
+            hint=f"choose one of {', '.join(sorted(PARAMETERS))}",
+        ) from None
