@@ -1,0 +1,113 @@
+"""Opens an artifact folder: checked first, then sized, then loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.artifact import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, Manifest
+from llmc.errors import ArtifactError, UsageError
+from llmc.runtime.chat_template import ChatTemplate
+from llmc.runtime.memory import available_host_bytes, plan_num_pages
+from llmc.runtime.step import StepExecutor
+from llmc.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The largest step, as compiled or lowered."""
+
+    max_batch_tokens: int
+    max_sequences: int
+    max_logits_rows: int
+
+    @classmethod
+    def of(
+        cls, manifest: Manifest, *, max_batch_tokens: int | None, max_sequences: int | None
+    ) -> Limits:
+        """The manifest's limits, or the given lower ones; UsageError where they are not lower."""
+        return cls(
+            max_batch_tokens=_lowered(
+                "max_batch_tokens", max_batch_tokens, manifest.max_batch_tokens
+            ),
+            max_sequences=_lowered("max_sequences", max_sequences, manifest.max_sequences),
+            max_logits_rows=manifest.max_logits_rows,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """The parts of an opened artifact."""
+
+    manifest: Manifest
+    executor: StepExecutor
+    num_pages: list[int]  # of each group
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+
+
+def load_model(
+    directory: Path,
+    *,
+    device: str,
+    kv_cache_tokens: int | None,
+    max_batch_tokens: int | None,
+    max_sequences: int | None,
+) -> LoadedModel:
+    """Opens the artifact in `directory` on `device`.
+
+    ArtifactError where it is damaged, CapacityError where it does not fit into memory.
+    """
+    manifest = Manifest.load(directory)
+    # Compiled artifacts are code: nothing of them is used before the hashes are right.
+    manifest.check_files(directory)
+    limits = Limits.of(manifest, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+    num_pages = plan_num_pages(
+        manifest,
+        kv_cache_tokens=kv_cache_tokens,
+        max_sequences=limits.max_sequences,
+        max_batch_tokens=limits.max_batch_tokens,
+        available_bytes=available_host_bytes(),
+    )
+    tokenizer = None
+    if TOKENIZER_FILE in manifest.files:
+        tokenizer = Tokenizer.from_file(directory / TOKENIZER_FILE)
+    chat_template = None
+    if CHAT_TEMPLATE_FILE in manifest.files:
+        chat_template = _load_template(directory / CHAT_TEMPLATE_FILE, manifest, tokenizer)
+    # TVM is imported here and not with this module: the engine's other parts do without it.
+    from llmc.runtime.executor import load_executor
+
+    executor = load_executor(directory, manifest, num_pages=num_pages, device=device)
+    return LoadedModel(
+        manifest=manifest,
+        executor=executor,
+        num_pages=num_pages,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+    )
+
+
+def _load_template(path: Path, manifest: Manifest, tokenizer: Tokenizer | None) -> ChatTemplate:
+    try:
+        source = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        raise ArtifactError(f"{path}: not UTF-8", hint="compile the model again") from exc
+    special_tokens = {"bos_token": "", "eos_token": ""}
+    if tokenizer is not None:
+        if manifest.model.bos_token_id is not None:
+            special_tokens["bos_token"] = tokenizer.token_text(manifest.model.bos_token_id)
+        if manifest.model.stop_token_ids:
+            special_tokens["eos_token"] = tokenizer.token_text(manifest.model.stop_token_ids[0])
+    return ChatTemplate(source, special_tokens=special_tokens)
+
+
+def _lowered(name: str, value: int | None, compiled: int) -> int:
+    if value is None:
+        return compiled
+    if not 1 <= value <= compiled:
+        raise UsageError(
+            f"{name} is {value}, expected 1 to {compiled}",
+            hint="larger steps need an artifact compiled for them",
+        )
+    return value

@@ -1,0 +1,164 @@
+"""Chooses one sequence's next token from its row of logits.
+
+Each sequence has a sampler with a random stream of its own and rows are treated one by one, so a
+request's tokens cannot depend on its batch. A row costs one pass for greedy; nothing is sorted that
+selection has not first made short. Work on a row is O(V) in NumPy and outweighs the calls, so
+batching rows would gain nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from llmc.runtime.logprobs import largest
+from llmc.runtime.sampling_params import SamplingParams
+from llmc.runtime.step import Float32, Int32
+
+_GREEDY_BELOW = 1e-5  # temperatures this low leave one token in float32
+_FIRST_CANDIDATES = 256  # top_p looks at this many first, then at eight times as many
+Float64 = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
+
+
+class TokenSampler:
+    """The sampling state of one sequence."""
+
+    def __init__(
+        self, params: SamplingParams, prompt: Int32, *, index: int, stop_ids: Iterable[int]
+    ) -> None:
+        """`index` tells a request's choices apart; `stop_ids` are not sampled before min_tokens."""
+        self._params = params
+        seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
+        self._random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, index])))
+        self._num_sampled = 0
+        self._stop_ids = np.array(sorted(stop_ids), np.intp)
+        self._bias_ids = np.array(list(params.logit_bias), np.intp)
+        self._biases = np.array(list(params.logit_bias.values()), np.float32)
+        self._penalties = _Penalties(params, prompt) if _has_penalties(params) else None
+
+    def sample(self, logits: Float32) -> int:
+        """The next token's id, from `logits` `[V]` float32, which is left as it is.
+
+        ValueError where the logits hold NaN or +inf: no token can be chosen from them.
+        """
+        logits = self._adjusted(logits)
+        best = int(logits.argmax())  # NumPy's argmax finds a NaN first
+        if not math.isfinite(logits[best]):
+            raise ValueError(f"the logits' maximum is {logits[best]}")
+        if self._params.temperature < _GREEDY_BELOW:
+            token_id = best
+        else:
+            scaled = (logits - logits[best]) / np.float32(self._params.temperature)
+            token_id = self._draw(*_candidates(scaled, self._params))
+        self._num_sampled += 1
+        if self._penalties is not None:
+            self._penalties.count(token_id)
+        return token_id
+
+    def _adjusted(self, logits: Float32) -> Float32:
+        """`logits` with bias, penalties and the minimum length applied; a copy where it changes."""
+        hide_stops = self._num_sampled < self._params.min_tokens and self._stop_ids.size > 0
+        if self._penalties is None and not self._bias_ids.size and not hide_stops:
+            return logits
+        logits = logits.copy()
+        if self._penalties is not None:
+            self._penalties.apply(logits)
+        logits[self._bias_ids] += self._biases
+        if hide_stops:
+            logits[self._stop_ids] = -np.inf
+        return logits
+
+    def _draw(self, ids: Indices | None, weights: Float64) -> int:
+        """One of `ids` (None: all), as likely as its weight, by one uniform number."""
+        cumulative = np.cumsum(weights)
+        point = self._random.random() * cumulative[-1]
+        # side="right" never lands on a weight of zero; the limit guards against rounding.
+        index = min(int(np.searchsorted(cumulative, point, side="right")), len(weights) - 1)
+        return index if ids is None else int(ids[index])
+
+
+def _candidates(scaled: Float32, params: SamplingParams) -> tuple[Indices | None, Float64]:
+    """Tokens that may be drawn and their weights, from logits over temperature whose maximum is 0.
+
+    Returns ids `[n]` (None: the whole vocabulary) and weights `[n]`.
+    """
+    vocab_size = len(scaled)
+    if 0 < params.top_k < vocab_size:
+        ids: Indices = largest(scaled, params.top_k)
+        weights = np.exp(scaled[ids], dtype=np.float64)
+        if params.top_p < 1:
+            weights = weights[: _nucleus(weights, params.top_p * weights.sum())]
+    elif params.top_p < 1:
+        wanted = params.top_p * float(np.exp(scaled).sum(dtype=np.float64))
+        ids, weights = _largest_until(scaled, wanted)
+    elif params.min_p > 0:
+        ids = np.flatnonzero(scaled >= math.log(params.min_p))
+        return ids, np.exp(scaled[ids], dtype=np.float64)
+    else:
+        return None, np.exp(scaled, dtype=np.float64)
+    if params.min_p > 0:
+        weights = weights[: max(1, int((weights >= params.min_p).sum()))]
+    return ids[: len(weights)], weights
+
+
+def _largest_until(scaled: Float32, wanted: float) -> tuple[Indices, Float64]:
+    """The fewest likeliest tokens whose weights reach `wanted`."""
+    count = _FIRST_CANDIDATES
+    while True:
+        ids = largest(scaled, count)
+        weights = np.exp(scaled[ids], dtype=np.float64)
+        if count >= len(scaled) or weights.sum() >= wanted:
+            return ids, weights[: _nucleus(weights, wanted)]
+        count *= 8
+
+
+def _nucleus(weights: Float64, wanted: float) -> int:
+    """How many of the descending `weights` it takes to reach `wanted`; at least one."""
+    return min(int(np.searchsorted(np.cumsum(weights), wanted)) + 1, len(weights))
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return bool(
+        params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    )
+
+
+class _Penalties:
+    """Tokens seen so far, each once, with how often it was generated.
+
+    Repetition as in CTRL (Keskar et al. 2019): positive logits are divided, negative multiplied.
+    Presence and frequency as in the OpenAI API. Kept up to date token by token; a step costs NumPy
+    work only.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: Int32) -> None:
+        self._params = params
+        self._ids = np.unique(prompt).astype(np.intp)
+        self._counts = np.zeros(len(self._ids), np.float32)
+        self._place = {int(token_id): i for i, token_id in enumerate(self._ids)}
+
+    def count(self, token_id: int) -> None:
+        """Notes a generated token."""
+        place = self._place.setdefault(token_id, len(self._place))
+        if place == len(self._ids):
+            room = max(16, len(self._ids))
+            self._ids = np.append(self._ids, np.zeros(room, np.intp))
+            self._counts = np.append(self._counts, np.zeros(room, np.float32))
+        self._ids[place] = token_id
+        self._counts[place] += 1
+
+    def apply(self, logits: Float32) -> None:
+        """Changes `logits` `[V]` in place."""
+        seen = len(self._place)
+        ids, counts = self._ids[:seen], self._counts[:seen]
+        values = logits[ids]
+        factor = np.float32(self._params.repetition_penalty)
+        values = np.where(values > 0, values / factor, values * factor)
+        values -= np.float32(self._params.frequency_penalty) * counts
+        values -= np.float32(self._params.presence_penalty) * (counts > 0)
+        logits[ids] = values
