@@ -267,6 +267,8 @@ def _score_strip(plan, tile, q_tile, scores, k_pages, page, head, strip, column,
     at_once = T.meta_var(_vectors_at_once(plan, tile, plan.page_size // plan.page_lanes))
     for part in T.unroll(plan.page_size // (lanes * at_once)):
         with T.sblock("score"):
+            T.reads()
+            T.writes()
             acc = T.sblock_alloc_buffer((tile.strip * at_once * lanes,), "float32", scope="local")
             for a in T.unroll(tile.strip * at_once):
                 acc[_lanes(a * lanes, lanes)] = _fill(0.0, lanes)
@@ -298,6 +300,8 @@ def _soften_row(plan, scores, base, highest, totals, corrections, row, num_vecto
     """Turns a row of scores into exp(score - maximum) and updates its running maximum and sum."""
     lanes = T.meta_var(plan.page_lanes)
     with T.sblock("soften"):
+        T.reads()
+        T.writes()
         acc = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
         maximum = T.sblock_alloc_buffer((1,), "float32", scope="local")
         acc[_lanes(0, lanes)] = _fill(LOWEST, lanes)
@@ -325,6 +329,8 @@ def _value_strip(
     at_once = T.meta_var(_vectors_at_once(plan, tile, plan.v_head_dim // plan.value_lanes))
     for part in range(plan.v_head_dim // (lanes * at_once)):
         with T.sblock("value"):
+            T.reads()
+            T.writes()
             acc = T.sblock_alloc_buffer((tile.strip * at_once * lanes,), "float32", scope="local")
             for r in T.unroll(tile.strip):
                 for c in T.unroll(at_once):
@@ -361,6 +367,8 @@ def _attend_pages(
     weighted V in `sums`.
     """
     with T.sblock("tile"):
+        T.reads()
+        T.writes()
         q_tile = T.sblock_alloc_buffer((tile.rows, plan.head_dim), "float32")
         scores = T.sblock_alloc_buffer((tile.rows, plan.block_tokens), "float32")
         corrections = T.sblock_alloc_buffer((tile.rows,), "float32")
@@ -407,6 +415,8 @@ def _write_rows(plan, highest, totals, sums, sinks, out, head, first_row, num_ro
     """out = sums / (totals + the sink's weight) for a finished tile."""
     for r in range(num_rows):
         with T.sblock("finish"):
+            T.reads()
+            T.writes()
             share = T.sblock_alloc_buffer((1,), "float32", scope="local")
             share[0] = lane_sum(totals[base + r, _lanes(0, plan.page_lanes)])
             if sinks is not None:
@@ -424,6 +434,8 @@ def _attend_rows(
 ):
     """One tile from its queries to its outputs."""
     with T.sblock("rows"):
+        T.reads()
+        T.writes()
         highest = T.sblock_alloc_buffer((tile.rows,), "float32")
         totals = T.sblock_alloc_buffer((tile.rows, plan.page_lanes), "float32")
         sums = T.sblock_alloc_buffer((tile.rows, plan.v_head_dim), "float32")
@@ -448,9 +460,13 @@ def _attend_tiles(plan, num_sequences, q, q_starts, kv_lens, tables, k_pages, v_
     many = T.meta_var(_prefill_tile(plan))
     one = T.meta_var(_tile(plan, 1))
     with T.sblock("attention"):
+        T.reads()
+        T.writes()
         num_tiles: T.let = T.Cast("int64", q_starts[num_sequences]) // many.tokens + num_sequences
         for item in T.parallel(num_tiles * plan.num_kv_heads):
             with T.sblock("item"):
+                T.reads()
+                T.writes()
                 head: T.let = item // num_tiles
                 rank: T.let = item % num_tiles
                 number: T.let = T.if_then_else(
@@ -489,6 +505,8 @@ def _merge_parts(plan, parts, tile, row, highest, totals, sums):
     """Adds the other parts' rows (`tile.rows` apart) to the first part's row."""
     for part in range(1, parts):
         with T.sblock("part"):
+            T.reads()
+            T.writes()
             other: T.let = row + part * tile.rows
             weights = T.sblock_alloc_buffer((2,), "float32", scope="local")
             maximum = T.sblock_alloc_buffer((1,), "float32", scope="local")
@@ -510,6 +528,8 @@ def _attend_one_token(
     tile = T.meta_var(_tile(plan, 1))
     parts = T.meta_var(plan.tuning.decode_splits)
     with T.sblock("attention"):
+        T.reads()
+        T.writes()
         rows = T.meta_var(plan.num_kv_heads * parts * tile.rows)
         highest = T.sblock_alloc_buffer((rows,), "float32")
         totals = T.sblock_alloc_buffer((rows, plan.page_lanes), "float32")
@@ -526,6 +546,8 @@ def _attend_one_token(
         share: T.let = (end - begin + (parts - 1)) // parts
         for item in T.parallel(plan.num_kv_heads * parts):
             with T.sblock("item"):
+                T.reads()
+                T.writes()
                 first: T.let = T.min(begin + item % parts * share, end)
                 _attend_pages(
                     plan, tile, q, tables, k_pages, v_pages, seq, item // parts, T.int64(0), T.int64(1),
@@ -535,6 +557,8 @@ def _attend_one_token(
         for head in range(plan.num_kv_heads):
             for r in range(plan.heads):
                 with T.sblock("merge"):
+                    T.reads()
+                    T.writes()
                     _merge_parts(plan, parts, tile, head * parts * tile.rows + r, highest, totals, sums)
             _write_rows(
                 plan, highest, totals, sums, sinks, out, head, T.int64(0), T.int64(plan.heads),

@@ -1,0 +1,103 @@
+"""Paged attention against float64, over ragged batches whose unreadable memory is poisoned with NaN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import tvm
+
+from llmc.errors import UnsupportedError
+from llmc.targets.cpu.kernels.attention import AttentionTuning, paged_attention
+from paged_reference import attention, make_batch
+
+# Weighted means of values of size 1 by float32 sums of at most a few hundred terms: errors stay near 1e-6. Scores
+# reach about 10, whose rounding (1e-6) enters the exponent and thereby the weights. f16 pages are exact here:
+# the reference reads the same rounded K and V.
+TOLERANCE = 1e-5
+
+MIXED = [(1, 1), (1, 40), (1, 300), (0, 0), (5, 5), (70, 70), (33, 170), (2, 19), (0, 0)]
+SMALL = [(1, 33), (1, 7), (9, 30)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    num_heads: int = 9
+    num_kv_heads: int = 3
+    head_dim: int = 64
+    v_head_dim: int = 64
+    page_size: int = 16
+    kv_dtype: str = "float32"
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    group: int = 0
+    num_groups: int = 1
+    tokens: int | None = None
+    tuning: AttentionTuning | None = None
+    lengths: tuple[tuple[int, int], ...] = tuple(SMALL)
+
+
+NARROW = AttentionTuning(accumulators=6, tile_rows=10, block_tokens=32, decode_splits=3)
+CASES = {
+    "mixed": Case(lengths=tuple(MIXED)),
+    "mixed_f16": Case(lengths=tuple(MIXED), kv_dtype="float16", page_size=32),
+    "narrow_registers": Case(lengths=tuple(MIXED), tuning=NARROW),
+    "window_below_page": Case(lengths=tuple(MIXED), window=5),
+    "window_of_pages": Case(lengths=tuple(MIXED), window=48, page_size=32, tuning=NARROW),
+    "softcap": Case(softcap=3.0),
+    "sinks": Case(sinks=True),
+    "sinks_window_f16": Case(sinks=True, window=20, kv_dtype="float16"),
+    "second_group": Case(group=1, num_groups=2),
+    "one_head_each": Case(num_heads=4, num_kv_heads=4, head_dim=8, v_head_dim=8),
+    "one_shared_head": Case(num_heads=30, num_kv_heads=1, head_dim=16, v_head_dim=24),
+    "many_shared_heads": Case(num_heads=64, num_kv_heads=1, head_dim=24, v_head_dim=16),
+    "phi_heads": Case(num_heads=4, num_kv_heads=2, head_dim=80, v_head_dim=96),
+    "wide_heads": Case(num_heads=7, num_kv_heads=1, head_dim=256, v_head_dim=256),
+    "odd_heads": Case(num_heads=2, num_kv_heads=2, head_dim=5, v_head_dim=7),
+    "one_token": Case(tokens=1, lengths=((1, 333),)),
+    "one_token_of_many_sequences": Case(tokens=1, lengths=((0, 0), (1, 50), (0, 0))),
+    "one_token_f16_window": Case(tokens=1, lengths=((1, 100),), window=33, kv_dtype="float16"),
+    "one_token_sinks": Case(tokens=1, lengths=((1, 3),), sinks=True, softcap=2.0),
+    "eight_tokens": Case(tokens=8, lengths=((1, 60), (1, 20), (6, 6))),
+}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    module = tvm.IRModule()
+    for name, case in CASES.items():
+        func = paged_attention(
+            num_heads=case.num_heads, num_kv_heads=case.num_kv_heads, head_dim=case.head_dim,
+            v_head_dim=case.v_head_dim, page_size=case.page_size, kv_dtype=case.kv_dtype,
+            scale=case.head_dim**-0.5, window=case.window, softcap=case.softcap, sinks=case.sinks,
+            group=case.group, num_groups=case.num_groups, tokens=case.tokens, tuning=case.tuning,
+        )
+        module[name] = func.with_attr("global_symbol", name)
+    return tvm.compile(module, target=tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"}))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_matches_float64(kernels, name):
+    case = CASES[name]
+    rng = np.random.default_rng(7)
+    batch = make_batch(
+        rng, list(case.lengths), num_kv_heads=case.num_kv_heads, head_dim=case.head_dim,
+        v_head_dim=case.v_head_dim, page_size=case.page_size, kv_dtype=case.kv_dtype, group=case.group,
+        num_groups=case.num_groups, window=case.window,
+    )
+    num_tokens = int(batch.q_starts[-1])
+    q = (3 * rng.standard_normal((1, num_tokens, case.num_heads, case.head_dim))).astype(np.float32)
+    sinks = rng.standard_normal(case.num_heads).astype(np.float32) if case.sinks else None
+    out = tvm.runtime.tensor(
+        np.full((1, num_tokens, case.num_heads, case.v_head_dim), np.nan, np.float32)
+    )
+    arrays = [q, batch.q_starts, batch.kv_lens, batch.block_tables, batch.k_pages, batch.v_pages]
+    if sinks is not None:
+        arrays.append(sinks)
+    kernels[name](*map(tvm.runtime.tensor, arrays), out)
+    expected = attention(
+        q, batch, scale=case.head_dim**-0.5, window=case.window, softcap=case.softcap, sinks=sinks
+    )
+    np.testing.assert_allclose(out.numpy(), expected, atol=TOLERANCE, rtol=0)
