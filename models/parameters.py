@@ -1,0 +1,114 @@
+"""The parameters a model expects, from its config alone: built without memory for weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from llmc.errors import ImportModelError, UnsupportedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpectedTensor:
+    """A parameter or persistent buffer; `aliases` are all names it is known by, its own first."""
+
+    name: str
+    shape: tuple[int, ...]
+    aliases: tuple[str, ...]
+    required: bool  # parameters are; buffers have a value from the config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmptyModel:
+    """A model whose parameters have shapes and no memory."""
+
+    model: Any  # transformers' PreTrainedModel
+    tensors: dict[str, ExpectedTensor]  # named_parameters() in order, then persistent buffers
+
+
+def config_from_dict(fields: Mapping[str, Any], where: str) -> PreTrainedConfig:
+    """The config object of `fields["model_type"]`; remote code is never run.
+
+    Raises UnsupportedError for a model type this transformers does not know, ImportModelError where
+    the fields do not make a config.
+    """
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str):
+        raise ImportModelError(
+            f"{where}: model_type is {model_type!r}, expected a string",
+            hint="this is not the config of a transformers model",
+        )
+    if model_type not in CONFIG_MAPPING:
+        remote = fields.get("auto_map")
+        if remote:
+            raise UnsupportedError(
+                f"{where}: model type {model_type!r} needs Python code from the model's folder"
+                " (auto_map), which is never run",
+                hint="use a version of the model that transformers implements itself",
+            )
+        raise UnsupportedError(
+            f"{where}: unknown model type {model_type!r}",
+            hint="upgrade: pip install -U transformers",
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(dict(fields))
+    except Exception as exc:  # validators of the config classes raise errors of many kinds
+        raise ImportModelError(
+            f"{where}: not a valid config of model type {model_type!r}: {_first_line(exc)}",
+            hint="the config is damaged or newer than this transformers",
+        ) from exc
+
+
+def empty_model(config: PreTrainedConfig) -> EmptyModel:
+    """Builds the causal language model of `config` without memory for its weights.
+
+    Raises UnsupportedError where transformers has no such model, ImportModelError where the config
+    contradicts itself.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as exc:
+        if "Unrecognized configuration class" not in str(exc):
+            raise _unbuildable(config, exc) from exc
+        raise UnsupportedError(
+            f"model type {config.model_type!r} has no causal language model in transformers",
+            hint="only models that generate text token by token can be compiled",
+        ) from exc
+    except (TypeError, RuntimeError, AttributeError, KeyError, ZeroDivisionError) as exc:
+        raise _unbuildable(config, exc) from exc
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    expected = {
+        name: ExpectedTensor(
+            name=name,
+            shape=tuple(parameter.shape),
+            aliases=tuple(names[id(parameter)]),
+            required=True,
+        )
+        for name, parameter in model.named_parameters()
+    }
+    known = {alias for tensor in expected.values() for alias in tensor.aliases}
+    for name, buffer in model.state_dict().items():
+        if name not in known:
+            expected[name] = ExpectedTensor(
+                name=name, shape=tuple(buffer.shape), aliases=(name,), required=False
+            )
+    return EmptyModel(model=model, tensors=expected)
+
+
+def _unbuildable(config: PreTrainedConfig, exc: Exception) -> ImportModelError:
+    return ImportModelError(
+        f"no model of type {config.model_type!r} can be built from the config: {_first_line(exc)}",
+        hint="the config is damaged or newer than this transformers",
+    )
+
+
+def _first_line(exc: Exception) -> str:
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:200]
