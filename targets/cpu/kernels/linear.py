@@ -13,6 +13,7 @@ from typing import Any
 import tvm
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.panels import (
+    Registers,
     WeightPanels,
     argument,
     dot_panel,
@@ -93,8 +94,18 @@ def _one_token(operands: _Operands, params: LinearParameters) -> None:
     x = prepare_activations(weights, operands.x, 1)
     serial = weights.m * weights.k <= params.serial_weights
     loop: Callable[[Expr], Any] = T.serial if serial else T.parallel
+    sums = scratch((weights.panels, 5, PANEL))
     with loop(i64(weights.panels)) as panel:
-        total = dot_panel(weights, i64(0), panel, x, i64(0), params.gemv_words)
+        total = dot_panel(
+            weights,
+            i64(0),
+            panel,
+            x,
+            i64(0),
+            Registers(sums, panel),
+            params.gemv_words,
+            params.prefetch_words,
+        )
 
         def store(index: Expr, value: Expr) -> None:
             zero = T.float32(0.0)
@@ -102,7 +113,7 @@ def _one_token(operands: _Operands, params: LinearParameters) -> None:
                 value = value + operands.start(i64(0), index, zero)
             T.buffer_store(operands.y, value, [i64(0), i64(0), index])
 
-        store_panel(weights.m, panel * i64(PANEL), get(total, 0), store)
+        store_panel(weights.m, panel * i64(PANEL), total, store)
 
 
 def _many_tokens(operands: _Operands, num_tokens: Expr, params: LinearParameters) -> None:
@@ -122,6 +133,7 @@ def _many_tokens(operands: _Operands, num_tokens: Expr, params: LinearParameters
         first_panel = T.Bind(T.floordiv(task, row_blocks) * i64(tile_panels))
         first_row = T.Bind(T.floormod(task, row_blocks) * i64(params.row_block))
         num_rows = T.Bind(T.min(i64(params.row_block), num_tokens - first_row))
+        acc = registers(max(params.token_tiles) * tile_panels)
         unpacked = scratch((block_features, tile_panels * PANEL))
         with T.serial(i64(num_blocks)) as block:
             _unpack(weights, first_panel, block, block_words, tile_panels, unpacked)
@@ -132,7 +144,7 @@ def _many_tokens(operands: _Operands, num_tokens: Expr, params: LinearParameters
                 tiles = T.Bind(T.floordiv(num_rows - done, i64(size)))
                 with T.serial(tiles) as tile:
                     token = T.Bind(first_row + done + tile * i64(size))
-                    _tile(operands, token, size, first_panel, start, features, unpacked, tile_panels)
+                    _tile(operands, token, size, first_panel, start, features, unpacked, acc, tile_panels)
                 done = T.Bind(done + tiles * i64(size))
 
 
@@ -164,11 +176,11 @@ def _tile(
     start: Expr,
     features: Expr,
     unpacked: Expr,
+    acc: Registers,
     tile_panels: int,
 ) -> None:
     """Adds one block of features to `size` tokens × `tile_panels` panels of y."""
     m, panels = operands.weights.m, operands.weights.panels
-    acc = registers(size * tile_panels)
 
     def each(action: Callable[[int, Expr, Expr], None]) -> None:
         for p in range(tile_panels):

@@ -60,19 +60,45 @@ def scratch(shape: tuple[int | Expr, ...], dtype: str = "float32") -> Expr:
     return T.alloc_buffer(dims, dtype)
 
 
-def registers(count: int) -> Expr:
-    """`count` vectors of 16 floats; constant first indices keep them in registers."""
-    return T.alloc_buffer([i64(count), i64(PANEL)], "float32", scope="local")
+@dataclass(frozen=True, slots=True)
+class Registers:
+    """Vectors of 16 floats that a loop carries; LLVM keeps them in registers where indices are constant.
+
+    They have memory behind them all the same, and TVM asks its workspace pool for it: a loop of short tasks
+    shares one allocation, made outside, and each task takes its own row.
+    """
+
+    buffer: Expr
+    task: Expr
 
 
-def get(vectors: Expr, index: int) -> Expr:
-    """Vector `index` of `registers`."""
-    return vectors[i64(index), lanes(i64(0))]
+def registers(count: int) -> Registers:
+    """`count` vectors of its own for the scope it is opened in."""
+    return Registers(scratch((1, count, PANEL)), i64(0))
 
 
-def put(vectors: Expr, index: int, value: Expr) -> None:
-    """Sets vector `index` of `registers`."""
-    T.buffer_store(vectors, value, [i64(index), lanes(i64(0))])
+def get(vectors: Registers, index: int) -> Expr:
+    """Vector `index`."""
+    return vectors.buffer[vectors.task, i64(index), lanes(i64(0))]
+
+
+def put(vectors: Registers, index: int, value: Expr) -> None:
+    """Sets vector `index`."""
+    T.buffer_store(vectors.buffer, value, [vectors.task, i64(index), lanes(i64(0))])
+
+
+def prefetch(address: Expr) -> None:
+    """Asks for the cache line at `address`, which may lie past the buffer's end."""
+    T.evaluate(
+        T.call_llvm_intrin(
+            "void",
+            "llvm.prefetch.p0",
+            address,
+            T.int32(0),  # for reading
+            T.int32(3),  # into every level of cache
+            T.int32(1),  # data
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +189,10 @@ class WeightPanels:
     def word(self, expert: Expr, panel: Expr, word: Expr) -> Expr:
         """Sixteen rows' stored words."""
         return self.buffers[0][self._index(expert, panel, word, lanes(i64(0)))]
+
+    def word_address(self, expert: Expr, panel: Expr, word: Expr) -> Expr:
+        """Where a word vector lies; a word past the panel's last is in the next panel."""
+        return T.address_of(self.buffers[0][self._index(expert, panel, word, i64(0))])
 
     def scalar_word(self, expert: Expr, row: Expr, word: Expr) -> Expr:
         """One row's stored word."""
@@ -302,49 +332,59 @@ def dot_panel(
     panel: Expr,
     x: Activations,
     row: Expr,
+    sums: Registers,
     step_words: int,
+    prefetch_words: int,
 ) -> Expr:
-    """The products of one activation row with a panel's 16 rows; returns `registers(1)`.
+    """The products of one activation row with a panel's 16 rows, float32x16.
 
     Codes are multiplied first and scaled once a group: acc += scale · (Σ code·x - zero·Σx) + min · Σx. Four
-    independent sums hide the latency of the multiply-add.
+    independent sums hide the latency of the multiply-add. `sums` is this panel's own `registers(5)`. Words are
+    asked for `prefetch_words` early, across the ends of panels, where hardware prefetchers start anew.
     """
     fmt, width, per_group = weights.fmt, weights.width, weights.words_per_group
     zero = stored_zero_point(fmt)
-    total, parts = registers(1), registers(4)
-    put(total, 0, splat(0.0))
 
-    def word_products(first: Expr, count: int) -> None:
+    def add_words(parts: list[Expr], first: Expr, count: int) -> list[Expr]:
         index = 0
         for j in range(count):
-            at = T.Bind(first + i64(j)) if j else first
+            at = first + i64(j)
+            prefetch(weights.word_address(expert, panel, at + i64(prefetch_words)))
             word = T.Bind(weights.word(expert, panel, at))
             for code in decode(fmt, word):
                 factor = x.values[i64(0), row, at * i64(width) + i64(code.offset)]
-                put(parts, index % 4, get(parts, index % 4) + code.value * T.broadcast(factor, PANEL))
+                parts[index % 4] = T.Bind(
+                    parts[index % 4] + code.value * T.broadcast(factor, PANEL)
+                )
                 index += 1
+        return parts
 
+    put(sums, 4, splat(0.0))
     with T.serial(i64(weights.groups)) as group:
-        start = splat(0.0)
+        parts = [splat(0.0)] * 4
         if zero and x.sums is not None:
-            start = T.broadcast(x.sums[row, group] * T.float32(-float(zero)), PANEL)
-        for part in range(4):
-            put(parts, part, start if part == 0 else splat(0.0))
+            parts[0] = T.broadcast(x.sums[row, group] * T.float32(-float(zero)), PANEL)
         steps, tail = divmod(per_group, step_words)
-        base = T.Bind(group * i64(per_group))
+        base = group * i64(per_group)
         if steps == 1:
-            word_products(base, step_words)
+            parts = add_words(parts, base, step_words)
         elif steps:
+            for i in range(4):
+                put(sums, i, parts[i])
             with T.serial(i64(steps)) as step:
-                word_products(T.Bind(base + step * i64(step_words)), step_words)
+                parts = [get(sums, i) for i in range(4)]
+                added = add_words(parts, base + step * i64(step_words), step_words)
+                for i in range(4):
+                    put(sums, i, added[i])
+            parts = [get(sums, i) for i in range(4)]
         if tail:
-            word_products(T.Bind(base + i64(steps * step_words)), tail)
-        product = (get(parts, 0) + get(parts, 1)) + (get(parts, 2) + get(parts, 3))
+            parts = add_words(parts, base + i64(steps * step_words), tail)
+        product = (parts[0] + parts[1]) + (parts[2] + parts[3])
         if not fmt.is_float:
             product = product * weights.scale(expert, panel, group)
         if fmt.has_min and x.sums is not None:
             product = product + weights.minimum(expert, panel, group) * T.broadcast(
                 x.sums[row, group], PANEL
             )
-        put(total, 0, get(total, 0) + product)
-    return total
+        put(sums, 4, get(sums, 4) + product)
+    return get(sums, 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llmc.targets.cpu.kernels.panels import get, i64, lanes, put, registers, splat
+from llmc.targets.cpu.kernels.panels import Registers, get, i64, lanes, put, registers, splat
 from llmc.targets.cpu.layout import PANEL
 from tvm.script.ir_builder import tirx as T
 
@@ -29,10 +29,10 @@ def store_panel(m: int, column: Expr, value: Expr, store: Callable[[Expr, Expr],
             spill = registers(1)
             put(spill, 0, value)
             with T.serial(i64(rest)) as lane:
-                store(column + lane, spill[i64(0), lane])
+                store(column + lane, spill.buffer[i64(0), i64(0), lane])
 
 
-def load_panel(m: int, column: Expr, load: Callable[[Expr], Expr], into: Expr, index: int) -> None:
+def load_panel(m: int, column: Expr, load: Callable[[Expr], Expr], into: Registers, index: int) -> None:
     """Sets `registers` vector `index` to the 16 values that `load(index)` has from `column`, zero past row m."""
     rest = m % PANEL
     if rest == 0:
@@ -45,12 +45,12 @@ def load_panel(m: int, column: Expr, load: Callable[[Expr], Expr], into: Expr, i
             partial = registers(1)
             put(partial, 0, splat(0.0))
             with T.serial(i64(rest)) as lane:
-                T.buffer_store(partial, load(column + lane), [i64(0), lane])
+                T.buffer_store(partial.buffer, load(column + lane), [i64(0), i64(0), lane])
             put(into, index, get(partial, 0))
 
 
 def multiply_tile(
-    acc: Expr,
+    acc: Registers,
     block: Expr,
     features: Expr,
     rows: Sequence[Callable[[Expr], Expr]],
