@@ -1,0 +1,195 @@
+"""`llmc bench`: how fast an artifact is on this machine, with everything needed to repeat it."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmc import __version__
+from llmc.cli.console import console, format_bytes, print_json, say, table
+from llmc.cli.options import artifact_argument, device_option, json_option, open_engine
+from llmc.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmc.runtime.engine import Engine
+
+_FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_ms", "inter_token_ms")
+
+
+@click.command()
+@artifact_argument
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=512)
+@click.option("--gen-tokens", type=click.IntRange(min=2), default=128)
+@click.option("--batch", "batches", default="1,4,16", help="Batch sizes to measure.")
+@click.option("--repeat", type=click.IntRange(min=1), default=3, help="Measurements a batch size.")
+@click.option(
+    "--warm-up", type=click.IntRange(min=0), default=1, help="Runs before them, not measured."
+)
+@device_option
+@json_option
+def bench(
+    directory: Path,
+    prompt_tokens: int,
+    gen_tokens: int,
+    batches: str,
+    repeat: int,
+    warm_up: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure prefill and decode speed with random prompts, all sequences of a batch at once."""
+    sizes = _parse_batches(batches)
+    from llmc.cli.bandwidth import METHOD, read_bandwidth
+
+    # Before the engine: its threads and its pages would be in the way.
+    bytes_per_s = read_bandwidth()
+    engine = open_engine(
+        directory, device=device, kv_cache_tokens=max(sizes) * (prompt_tokens + gen_tokens + 64)
+    )
+    _check_fits(engine, sizes, prompt_tokens + gen_tokens)
+    report = {
+        "command": shlex.join(["llmc", *sys.argv[1:]]),
+        **_setting(engine, device),
+        "prompt_tokens": prompt_tokens,
+        "gen_tokens": gen_tokens,
+        "warm_up": warm_up,
+        "repeat": repeat,
+        "read_bandwidth_bytes_per_s": bytes_per_s,
+        "read_bandwidth_method": METHOD,
+        "results": [
+            _measure_batch(
+                engine,
+                batch,
+                prompt_tokens=prompt_tokens,
+                gen_tokens=gen_tokens,
+                warm_up=warm_up,
+                repeat=repeat,
+                bytes_per_s=bytes_per_s,
+            )
+            for batch in sizes
+        ],
+    }
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def _parse_batches(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise UsageError(
+            f"--batch: {text[:60]!r} is no list of batch sizes", hint="for example --batch 1,4,16"
+        )
+    return sizes
+
+
+def _check_fits(engine: Engine, sizes: list[int], num_tokens: int) -> None:
+    manifest = engine.manifest
+    if max(sizes) > manifest.max_sequences:
+        raise UsageError(
+            f"--batch: {max(sizes)} sequences, the artifact takes {manifest.max_sequences} a step",
+            hint="compile with a larger --max-sequences",
+        )
+    if num_tokens > manifest.model.context_length:
+        raise UsageError(
+            f"{num_tokens} tokens of prompt and answer exceed the context of "
+            f"{manifest.model.context_length}",
+            hint="lower --prompt-tokens or --gen-tokens",
+        )
+
+
+def _setting(engine: Engine, device: str) -> dict[str, Any]:
+    from llmc.cli.bandwidth import num_cpus
+
+    manifest = engine.manifest
+    return {
+        "model": manifest.model.name,
+        "quantization": manifest.quantization,
+        "llmc_version": __version__,
+        "tvm_version": manifest.tvm_version,
+        "device": device,
+        "machine": f"{platform.system()} {platform.machine()}, {_cpu_name()}, {num_cpus()} CPUs",
+        "weights_bytes": manifest.memory.weights_bytes,
+        "kv_bytes_per_token": manifest.memory.kv_bytes_per_token,
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown CPU"
+
+
+def _measure_batch(
+    engine: Engine,
+    batch: int,
+    *,
+    prompt_tokens: int,
+    gen_tokens: int,
+    warm_up: int,
+    repeat: int,
+    bytes_per_s: float,
+) -> dict[str, Any]:
+    from llmc.cli.benchmark import bandwidth_share, measure, peak_memory_mib, spread
+
+    runs = []
+    with console(err=True).status(f"batch {batch}") as status:
+        for index in range(warm_up + repeat):
+            status.update(f"batch {batch}: run {index + 1} of {warm_up + repeat}")
+            runs.append(
+                measure(engine, batch=batch, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens)
+            )
+    measured = runs[warm_up:]
+    memory = engine.manifest.memory
+    shares = [bandwidth_share(m, memory, batch=batch, bytes_per_s=bytes_per_s) for m in measured]
+    return {
+        "batch": batch,
+        **{name: spread([getattr(m, name) for m in measured]) for name in _FIGURES},
+        "memory_bandwidth_share": spread(shares),
+        "peak_memory_mib": peak_memory_mib(),
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    say(
+        f"$ {report['command']}\n"
+        f"{report['model']} {report['quantization']} on {report['device']}: {report['machine']}\n"
+        f"llmc {report['llmc_version']}, TVM {report['tvm_version']}; prompts of "
+        f"{report['prompt_tokens']} random tokens, {report['gen_tokens']} generated; "
+        f"{report['warm_up']} warm-up, n = {report['repeat']}: median (min … max)\n"
+        f"weights {format_bytes(report['weights_bytes'])}; memory reads "
+        f"{report['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s ({report['read_bandwidth_method']})"
+    )
+    rows = table(
+        ">batch",
+        ">prefill tokens/s",
+        ">decode tokens/s",
+        ">first token, ms",
+        ">between tokens, ms",
+        ">of bandwidth",
+        ">peak memory, MiB",
+    )
+    for result in report["results"]:
+        rows.add_row(
+            str(result["batch"]),
+            *(_cell(result[name]) for name in _FIGURES),
+            f"{result['memory_bandwidth_share']['median']:.0%}",
+            f"{result['peak_memory_mib']:.0f}",
+        )
+    console().print(rows)
+
+
+def _cell(value: dict[str, float]) -> str:
+    return f"{value['median']:.1f} ({value['min']:.1f} … {value['max']:.1f})"

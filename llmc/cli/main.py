@@ -1,0 +1,103 @@
+"""The `llmc` command: its sub-commands, and the one place that turns errors into exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from llmc import __version__
+from llmc.cli.bench import bench
+from llmc.cli.chat import chat
+from llmc.cli.compile import compile_command
+from llmc.cli.eval import eval_command
+from llmc.cli.inspect import inspect
+from llmc.cli.run import run
+from llmc.cli.serve import serve
+from llmc.cli.targets import targets
+from llmc.cli.verify import verify_command
+from llmc.errors import LlmcError
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+EXIT_BUG = 70  # EX_SOFTWARE
+
+
+@click.group(
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    }
+)
+@click.version_option(__version__, prog_name="llmc")
+def cli() -> None:
+    """Compile any language model once, serve it anywhere.
+
+    Results go to stdout, everything else to stderr. Exit codes: 0 done, 2 wrong usage, 3 unreadable
+    model, 4 unsupported model, 5 failed compilation, 6 damaged artifact, 7 failed verification,
+    8 not enough memory, 9 malformed request, 70 a bug in llmc, 130 interrupted.
+    """
+
+
+for _command in (
+    compile_command,
+    run,
+    chat,
+    serve,
+    bench,
+    verify_command,
+    inspect,
+    eval_command,
+    targets,
+):
+    cli.add_command(_command)
+
+
+def main() -> None:
+    """Entry point of the `llmc` script."""
+    sys.exit(invoke(sys.argv[1:]))
+
+
+def invoke(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code; no exception leaves."""
+    try:
+        code = cli.main(args=list(arguments), prog_name="llmc", standalone_mode=False)
+        # What is still in the buffer must meet a closed pipe here, not in the interpreter's exit.
+        sys.stdout.flush()
+    except click.ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    except LlmcError as exc:
+        _explain(exc.message, exc.hint)
+        return exc.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader has left: nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except Exception as exc:
+        if os.environ.get("LLMC_DEBUG") == "1":
+            raise
+        _explain(
+            f"{type(exc).__name__}: {exc}",
+            "this is a bug in llmc; LLMC_DEBUG=1 shows where it happened",
+        )
+        return EXIT_BUG
+    return code if isinstance(code, int) else 0
+
+
+def _explain(message: str, hint: str | None) -> None:
+    click.secho("error:", fg="red", bold=True, nl=False, err=True)
+    click.echo(f" {message}", err=True)
+    if hint is not None:
+        click.secho("hint:", fg="cyan", nl=False, err=True)
+        click.echo(f" {hint}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Arguments and options that several commands have, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from llmc.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmc.runtime.engine import Engine
+    from llmc.runtime.sampling_params import SamplingParams
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+artifact_argument = click.argument(
+    "directory", metavar="DIR", type=click.Path(file_okay=False, path_type=Path)
+)
+device_option = click.option("--device", default="cpu", help="Device to run on.")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+kv_cache_option = click.option(
+    "--kv-cache-tokens",
+    type=click.IntRange(min=1),
+    show_default="what the memory allows",
+    help="Tokens the KV cache holds, over all sequences.",
+)
+
+
+def sampling_options(*, max_tokens: int, temperature: float) -> Callable[[Command], Command]:
+    """Options of llmc.runtime.sampling_params.SamplingParams, which checks their ranges."""
+    options = (
+        click.option("--max-tokens", "-n", default=max_tokens, help="Most tokens to generate."),
+        click.option("--temperature", default=temperature, help="0 takes the likeliest token."),
+        click.option("--top-k", default=0, help="Sample from the k likeliest tokens; 0 from all."),
+        click.option("--top-p", default=1.0, help="Sample from the likeliest share p."),
+        click.option("--min-p", default=0.0, help="Drop tokens below this share of the likeliest."),
+        click.option("--seed", type=int, help="Makes sampling repeatable.  [default: random]"),
+        click.option("--repetition-penalty", default=1.0, help="Above 1 discourages repetition."),
+        click.option("--presence-penalty", default=0.0, help="-2 to 2, for tokens used before."),
+        click.option("--frequency-penalty", default=0.0, help="-2 to 2, per use before."),
+        click.option("--stop", multiple=True, help="Text that ends the answer; repeatable."),
+        click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token."),
+    )
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def sampling_params(options: dict[str, Any]) -> SamplingParams:
+    """The parameters that `sampling_options` collected; UsageError where one is out of range."""
+    from llmc.errors import RequestError
+    from llmc.runtime.sampling_params import SamplingParams
+
+    try:
+        return SamplingParams(**options)
+    except RequestError as exc:
+        option = f"--{exc.param.replace('_', '-')}" if exc.param else "sampling options"
+        raise UsageError(f"{option}: {exc.message}", hint=exc.hint) from exc
+
+
+def open_engine(directory: Path, **options: Any) -> Engine:  # noqa: ANN401 - the engine's options
+    """Loads an artifact, with a spinner on stderr where a terminal is there to show it."""
+    from llmc.cli.console import console
+    from llmc.runtime.engine import Engine
+
+    with console(err=True).status(f"loading {directory}"):
+        return Engine(directory, **options)
