@@ -15,12 +15,13 @@ import math
 from dataclasses import dataclass
 
 from tvm.script import tirx as T
-from tvm.tirx import Expr, PrimFunc
+from tvm.tirx import Buffer, Expr, PrimFunc
 
 from llmc.errors import UnsupportedError
 from llmc.targets.cpu.kernels.math import exp, lane_max, lane_sum, tanh
 
 LOWEST = -3.0e38  # below every score, and finite: LOWEST - LOWEST is 0, not NaN
+KV_BYTES = {"float32": 4, "float16": 2}
 LANES = 16  # float32 lanes of one vector of the IR; LLVM splits it where registers are narrower
 
 
@@ -32,6 +33,7 @@ class AttentionTuning:
     tile_rows: int = 48  # most query rows (tokens times heads of a group) of a tile
     block_tokens: int = 128  # K/V tokens between two rescalings
     decode_splits: int = 4  # parts of the context that one-token kernels work on in parallel
+    serial_bytes: int = 262_144  # K/V of one token's layer that one thread reads sooner than two wake up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,7 @@ class _Plan:
     page_lanes: int
     value_lanes: int
     block_pages: int
+    kv_bytes: int
     scale: float
     window: int | None
     softcap: float | None
@@ -55,6 +58,12 @@ class _Plan:
     @property
     def block_tokens(self) -> int:
         return self.block_pages * self.page_size
+
+    @property
+    def serial_pages(self) -> int:
+        """Longest context of a one-token kernel that one thread walks."""
+        features = self.num_kv_heads * (self.head_dim + self.v_head_dim)
+        return self.tuning.serial_bytes // (features * self.page_size * self.kv_bytes)
 
     @property
     def query_scale(self) -> float:
@@ -198,7 +207,7 @@ def _plan(
         raise UnsupportedError(
             f"page size {page_size} is not a multiple of 8", hint="use pages of 16 or 32 tokens"
         )
-    if kv_dtype not in ("float32", "float16"):
+    if kv_dtype not in KV_BYTES:
         raise UnsupportedError(f"KV type {kv_dtype!r} on the CPU", hint="use float32 or float16")
     return _Plan(
         num_kv_heads=num_kv_heads,
@@ -209,6 +218,7 @@ def _plan(
         page_lanes=math.gcd(page_size, LANES),
         value_lanes=math.gcd(v_head_dim, LANES),
         block_pages=max(1, tuning.block_tokens // page_size),
+        kv_bytes=KV_BYTES[kv_dtype],
         scale=scale,
         window=window,
         softcap=softcap,
@@ -233,14 +243,25 @@ def _fill(value: float, lanes: int) -> Expr:
     return _spread(T.float32(value), lanes)
 
 
+def _registers(num_floats: int) -> Buffer:
+    """Accumulators: on the stack, whatever their size, where LLVM turns them into registers.
+
+    TVM would take more than 1 KiB from its workspace pool, which no register allocation reaches.
+    """
+    return T.alloc_buffer(
+        (num_floats,), "float32", scope="local", annotations={"disable_lower_builtin": True}
+    )
+
+
 def _visible(plan: _Plan, score: Expr, token: Expr, position: Expr) -> Expr:
     """-inf where a query at `position` does not see the tokens `token…` of the score's lanes (int32)."""
     lanes = plan.page_lanes
-    tokens = T.ramp(token, T.int32(1), lanes)
+    index = T.ramp(T.int32(0), T.int32(1), lanes)
     hidden = T.broadcast(-T.infinity("float32"), lanes)
-    score = T.Select(tokens <= T.broadcast(position, lanes), score, hidden)
+    score = T.Select(index <= T.broadcast(position - token, lanes), score, hidden)
     if plan.window is not None:
-        score = T.Select(tokens > T.broadcast(position - plan.window, lanes), score, hidden)
+        first = position - token - T.int32(plan.window)
+        score = T.Select(index > T.broadcast(first, lanes), score, hidden)
     return score
 
 
@@ -269,7 +290,7 @@ def _score_strip(plan, tile, q_tile, scores, k_pages, page, head, strip, column,
         with T.sblock("score"):
             T.reads()
             T.writes()
-            acc = T.sblock_alloc_buffer((tile.strip * at_once * lanes,), "float32", scope="local")
+            acc = _registers(tile.strip * at_once * lanes)
             for a in T.unroll(tile.strip * at_once):
                 acc[_lanes(a * lanes, lanes)] = _fill(0.0, lanes)
             for d in range(plan.head_dim):
@@ -302,7 +323,7 @@ def _soften_row(plan, scores, base, highest, totals, corrections, row, num_vecto
     with T.sblock("soften"):
         T.reads()
         T.writes()
-        acc = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+        acc = _registers(lanes)
         maximum = T.sblock_alloc_buffer((1,), "float32", scope="local")
         acc[_lanes(0, lanes)] = _fill(LOWEST, lanes)
         for c in range(num_vectors):
@@ -331,7 +352,7 @@ def _value_strip(
         with T.sblock("value"):
             T.reads()
             T.writes()
-            acc = T.sblock_alloc_buffer((tile.strip * at_once * lanes,), "float32", scope="local")
+            acc = _registers(tile.strip * at_once * lanes)
             for r in T.unroll(tile.strip):
                 for c in T.unroll(at_once):
                     acc[_lanes((r * at_once + c) * lanes, lanes)] = sums[
@@ -501,9 +522,9 @@ def _attend_tiles(plan, num_sequences, q, q_starts, kv_lens, tables, k_pages, v_
 
 
 @T.inline
-def _merge_parts(plan, parts, tile, row, highest, totals, sums):
+def _merge_parts(plan, num_parts, tile, row, highest, totals, sums):
     """Adds the other parts' rows (`tile.rows` apart) to the first part's row."""
-    for part in range(1, parts):
+    for part in range(1, num_parts):
         with T.sblock("part"):
             T.reads()
             T.writes()
@@ -535,6 +556,7 @@ def _attend_one_token(
         totals = T.sblock_alloc_buffer((rows, plan.page_lanes), "float32")
         sums = T.sblock_alloc_buffer((rows, plan.v_head_dim), "float32")
         owner = T.sblock_alloc_buffer((1,), "int64", scope="local")
+        num_parts = T.sblock_alloc_buffer((1,), "int64", scope="local")
         owner[0] = T.int64(0)
         for s in range(num_sequences):
             if q_starts[s + 1] > q_starts[s]:
@@ -543,23 +565,35 @@ def _attend_one_token(
         position: T.let = kv_lens[seq] - 1
         begin: T.let = _first_seen_page(plan, position)
         end: T.let = T.Cast("int64", position) // plan.page_size + 1
-        share: T.let = (end - begin + (parts - 1)) // parts
-        for item in T.parallel(plan.num_kv_heads * parts):
-            with T.sblock("item"):
-                T.reads()
-                T.writes()
-                first: T.let = T.min(begin + item % parts * share, end)
-                _attend_pages(
-                    plan, tile, q, tables, k_pages, v_pages, seq, item // parts, T.int64(0), T.int64(1),
-                    position, first, T.min(first + share, end),
-                    item * tile.rows, highest, totals, sums,
-                )
+        if end - begin <= plan.serial_pages:
+            num_parts[0] = T.int64(1)
+            for head in range(plan.num_kv_heads):
+                with T.sblock("head"):
+                    T.reads()
+                    T.writes()
+                    _attend_pages(
+                        plan, tile, q, tables, k_pages, v_pages, seq, head, T.int64(0), T.int64(1), position,
+                        begin, end, head * parts * tile.rows, highest, totals, sums,
+                    )
+        else:
+            num_parts[0] = T.int64(parts)
+            share: T.let = (end - begin + (parts - 1)) // parts
+            for item in T.parallel(plan.num_kv_heads * parts):
+                with T.sblock("item"):
+                    T.reads()
+                    T.writes()
+                    first: T.let = T.min(begin + item % parts * share, end)
+                    _attend_pages(
+                        plan, tile, q, tables, k_pages, v_pages, seq, item // parts, T.int64(0), T.int64(1),
+                        position, first, T.min(first + share, end),
+                        item * tile.rows, highest, totals, sums,
+                    )
         for head in range(plan.num_kv_heads):
             for r in range(plan.heads):
                 with T.sblock("merge"):
                     T.reads()
                     T.writes()
-                    _merge_parts(plan, parts, tile, head * parts * tile.rows + r, highest, totals, sums)
+                    _merge_parts(plan, num_parts[0], tile, head * parts * tile.rows + r, highest, totals, sums)
             _write_rows(
                 plan, highest, totals, sums, sinks, out, head, T.int64(0), T.int64(plan.heads),
                 head * parts * tile.rows,

@@ -39,7 +39,7 @@ class Case:
     lengths: tuple[tuple[int, int], ...] = tuple(SMALL)
 
 
-NARROW = AttentionTuning(accumulators=6, tile_rows=10, block_tokens=32, decode_splits=3)
+NARROW = AttentionTuning(accumulators=6, tile_rows=10, block_tokens=32, decode_splits=3, serial_bytes=0)
 CASES = {
     "mixed": Case(lengths=tuple(MIXED)),
     "mixed_f16": Case(lengths=tuple(MIXED), kv_dtype="float16", page_size=32),
@@ -57,8 +57,12 @@ CASES = {
     "wide_heads": Case(num_heads=7, num_kv_heads=1, head_dim=256, v_head_dim=256),
     "odd_heads": Case(num_heads=2, num_kv_heads=2, head_dim=5, v_head_dim=7),
     "one_token": Case(tokens=1, lengths=((1, 333),)),
+    "one_token_in_parts": Case(tokens=1, lengths=((1, 333),), tuning=NARROW, sinks=True),
+    "one_token_fewer_pages_than_parts": Case(tokens=1, lengths=((1, 20),), tuning=NARROW),
     "one_token_of_many_sequences": Case(tokens=1, lengths=((0, 0), (1, 50), (0, 0))),
-    "one_token_f16_window": Case(tokens=1, lengths=((1, 100),), window=33, kv_dtype="float16"),
+    "one_token_f16_window": Case(
+        tokens=1, lengths=((1, 100),), window=33, kv_dtype="float16", tuning=NARROW
+    ),
     "one_token_sinks": Case(tokens=1, lengths=((1, 3),), sinks=True, softcap=2.0),
     "eight_tokens": Case(tokens=8, lengths=((1, 60), (1, 20), (6, 6))),
 }
