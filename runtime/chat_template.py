@@ -27,6 +27,7 @@ from llmc.errors import ArtifactError, RequestError
 MAX_TEMPLATE_CHARS = 512 * 1024
 MAX_OUTPUT_CHARS = 16 * 1024 * 1024
 MAX_SECONDS = 5.0
+_MAX_POWER = 1000  # base and exponent
 _MAX_REPEAT = 100_000  # the largest number a called method may be given, e.g. a width
 
 
@@ -189,8 +190,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             self.limits.bounded(sized[0])
             if isinstance(count, int) and len(sized[0]) * count > self.limits.max_chars:
                 raise jinja2.TemplateRuntimeError("a repeated string is too long")
-        elif operator == "**" and not (isinstance(right, int | float) and abs(right) <= 64):
-            raise jinja2.TemplateRuntimeError("an exponent is above 64")
+        elif operator == "**" and max(abs(left), abs(right)) > _MAX_POWER:
+            raise jinja2.TemplateRuntimeError(f"a power of numbers above {_MAX_POWER}")
         elif operator == "%" and isinstance(left, str) and set(left) & set("0123456789*"):
             raise jinja2.TemplateRuntimeError("a format with a width is not supported")
         return self.limits.bounded(super().call_binop(context, operator, left, right))

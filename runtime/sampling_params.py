@@ -125,6 +125,8 @@ def _sequence(name: str, value: Any, limit: int) -> None:  # noqa: ANN401 - clie
 
 
 def _wrong(name: str, value: object, expected: str) -> RequestError:
-    if isinstance(value, int) and value.bit_length() > 128:  # printing it could be refused
-        value = f"an integer of {value.bit_length()} bits"
-    return RequestError(f"{name}: got {str(value)[:60]!r}, expected {expected}", param=name)
+    try:
+        shown = str(value)[:60]
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        shown = f"a huge {type(value).__name__}"
+    return RequestError(f"{name}: got {shown!r}, expected {expected}", param=name)

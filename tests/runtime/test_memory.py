@@ -1,0 +1,76 @@
+"""The KV caches are sized, or refused, before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from fake_model import make_manifest
+
+from llmc.artifact import MemoryPlan
+from llmc.errors import CapacityError, UsageError
+from llmc.runtime.memory import available_host_bytes, plan_num_pages
+
+
+def plan(manifest, tokens=None, available=2**40) -> list[int]:
+    return plan_num_pages(
+        manifest,
+        kv_cache_tokens=tokens,
+        max_sequences=manifest.max_sequences,
+        max_batch_tokens=manifest.max_batch_tokens,
+        available_bytes=available,
+    )
+
+
+def test_pages_for_a_number_of_tokens():
+    assert plan(make_manifest(), 1001) == [251]
+
+
+def test_the_default_is_a_full_context_or_16384_tokens_within_all_sequences():
+    assert plan(make_manifest(context_length=40_000)) == [10_000]
+    assert plan(make_manifest(context_length=4096)) == [4096]
+    assert plan(make_manifest(context_length=256)) == [8 * 256 // 4]
+    assert plan(make_manifest(context_length=256), 10**9) == [8 * 256 // 4]
+
+
+def test_the_default_takes_half_of_what_weights_leave():
+    manifest = dataclasses.replace(
+        make_manifest(context_length=40_000),
+        memory=MemoryPlan(
+            weights_bytes=1000, workspace_bytes=200, logits_bytes=100, kv_bytes_per_token=8
+        ),
+    )
+    # Pages of 4 tokens take 32 bytes: half of 64,000 holds 1,000.
+    assert plan(manifest, available=1300 + 64_000) == [1000]
+
+
+def test_a_windowed_group_needs_no_more_than_its_windows_and_a_step():
+    manifest = make_manifest(groups=((None, 4), (8, 4)), max_tokens=32, context_length=4096)
+    full, windowed = plan(manifest)
+    assert full == 4096
+    assert windowed == 8 * (2 + 2) + 8
+
+
+def test_too_little_memory_is_refused_with_the_sum():
+    manifest = dataclasses.replace(
+        make_manifest(),
+        memory=MemoryPlan(
+            weights_bytes=3 * 2**30, workspace_bytes=2**29, logits_bytes=0, kv_bytes_per_token=8
+        ),
+    )
+    with pytest.raises(CapacityError) as info:
+        plan(manifest, available=2**30)
+    assert "needs 3.50 GiB = weights 3.00 GiB + workspace 0.50 GiB" in info.value.message
+    assert "1.00 GiB are free" in info.value.message
+    with pytest.raises(CapacityError, match="1000 tokens"):
+        plan(make_manifest(), 1000, available=7999)
+    assert plan(make_manifest(), 1000, available=8000) == [250]
+
+
+def test_no_tokens_at_all_is_a_usage_error():
+    with pytest.raises(UsageError, match="kv_cache_tokens is 0"):
+        plan(make_manifest(), 0)
+
+
+def test_this_machine_has_memory():
+    assert 2**20 < available_host_bytes() < 2**50
