@@ -18,11 +18,12 @@ class LinearParameters:
 
     tile_panels: int  # panels (16 outputs each) a task unpacks and multiplies together
     token_tiles: tuple[int, ...]  # tokens of one register tile, largest first, ending in 1
+    fused: bool  # decode weights in registers for each token tile, instead of unpacking a block of them once
     k_block: int  # input features unpacked at a time: k_block · tile_panels · 64 bytes of scratch
     row_block: int  # tokens a task multiplies by weights it unpacked once
-    gemv_words: int  # stored words per step of the one-token product's inner loop
-    prefetch_words: int  # word vectors (64 bytes each) the one-token product asks for ahead
-    serial_weights: int  # one-token products of at most so many weights stay on the calling thread
+    gemv_words: int  # stored words per step of a fused product's inner loop
+    prefetch_words: int  # word vectors (64 bytes each) a fused product asks for ahead
+    serial_weights: int  # fused products of at most so many weights stay on the calling thread
 
     def __post_init__(self) -> None:
         tiles = self.token_tiles
@@ -44,6 +45,7 @@ PARAMETERS: dict[str, CpuParameters] = {
         linear=LinearParameters(
             tile_panels=2,
             token_tiles=(8, 4, 1),
+            fused=False,
             k_block=256,
             row_block=192,
             gemv_words=4,
@@ -52,7 +54,8 @@ PARAMETERS: dict[str, CpuParameters] = {
         ),
         few=LinearParameters(
             tile_panels=2,
-            token_tiles=(8, 4, 2, 1),
+            token_tiles=(4, 2, 1),
+            fused=True,
             k_block=256,
             row_block=8,
             gemv_words=4,
@@ -65,6 +68,7 @@ PARAMETERS: dict[str, CpuParameters] = {
         linear=LinearParameters(
             tile_panels=1,
             token_tiles=(6, 2, 1),
+            fused=False,
             k_block=256,
             row_block=192,
             gemv_words=2,
@@ -73,7 +77,8 @@ PARAMETERS: dict[str, CpuParameters] = {
         ),
         few=LinearParameters(
             tile_panels=1,
-            token_tiles=(4, 2, 1),
+            token_tiles=(2, 1),
+            fused=True,
             k_block=256,
             row_block=8,
             gemv_words=2,
@@ -86,6 +91,7 @@ PARAMETERS: dict[str, CpuParameters] = {
         linear=LinearParameters(
             tile_panels=1,
             token_tiles=(6, 2, 1),
+            fused=False,
             k_block=256,
             row_block=192,
             gemv_words=2,
@@ -94,7 +100,8 @@ PARAMETERS: dict[str, CpuParameters] = {
         ),
         few=LinearParameters(
             tile_panels=1,
-            token_tiles=(4, 2, 1),
+            token_tiles=(2, 1),
+            fused=True,
             k_block=256,
             row_block=8,
             gemv_words=2,

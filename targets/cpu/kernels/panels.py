@@ -5,7 +5,7 @@ The functions here run while an IRBuilder frame is open: Python loops become str
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -21,6 +21,7 @@ from llmc.targets.cpu.layout import (
     packed_arrays,
     stored_zero_point,
 )
+from llmc.targets.cpu.parameters import LinearParameters
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
@@ -110,30 +111,34 @@ class Code:
     exponent: int
 
 
-def decode(fmt: WeightFormat, word: Expr) -> list[Code]:
-    """The codes in a vector of 16 stored words, as float32x16.
+def decode(fmt: WeightFormat, word: Expr, count: int = PANEL) -> list[Code]:
+    """The codes in a vector of `count` stored words (one word: a scalar), as float32.
 
     A code stays where it is in its word (the activation or the scale absorbs the power of two), which saves
     the shift: AND, convert. Only the topmost has to move, because the conversion is signed.
     """
+
+    def typed(dtype: str) -> str:
+        return dtype if count == 1 else f"{dtype}x{count}"
+
+    def each(value: Expr) -> Expr:
+        return value if count == 1 else T.broadcast(value, count)
+
     if codes_per_word(fmt) == 1:
-        return [Code(0, word if fmt.bits == 32 else T.Cast(F32X16, word), 0)]
+        return [Code(0, word if fmt.bits == 32 else T.Cast(typed("float32"), word), 0)]
     if fmt.is_float:  # bfloat16 is the upper half of a float32
-        low = T.shift_left(word, T.broadcast(T.int32(16), PANEL))
-        high = T.bitwise_and(word, T.broadcast(T.int32(-65536), PANEL))
-        return [Code(0, T.reinterpret(F32X16, low), 0), Code(1, T.reinterpret(F32X16, high), 0)]
+        low = T.shift_left(word, each(T.int32(16)))
+        high = T.bitwise_and(word, each(T.int32(-65536)))
+        return [Code(i, T.reinterpret(typed("float32"), h), 0) for i, h in enumerate((low, high))]
     codes = []
     for position, offset in enumerate(code_offsets(fmt)):
         exponent = position * fmt.bits
         if exponent + fmt.bits == 32:
-            bits = T.shift_right(
-                T.reinterpret("uint32x16", word), T.broadcast(T.uint32(exponent), PANEL)
-            )
-            codes.append(Code(offset, T.Cast(F32X16, T.reinterpret("int32x16", bits)), 0))
+            bits = T.shift_right(T.reinterpret(typed("uint32"), word), each(T.uint32(exponent)))
+            bits, exponent = T.reinterpret(typed("int32"), bits), 0
         else:
-            mask = ((1 << fmt.bits) - 1) << exponent
-            bits = T.bitwise_and(word, T.broadcast(T.int32(mask), PANEL))
-            codes.append(Code(offset, T.Cast(F32X16, bits), exponent))
+            bits = T.bitwise_and(word, each(T.int32(((1 << fmt.bits) - 1) << exponent)))
+        codes.append(Code(offset, T.Cast(typed("float32"), bits), exponent))
     return codes
 
 
@@ -196,8 +201,19 @@ class WeightPanels:
 
     def scalar_word(self, expert: Expr, row: Expr, word: Expr) -> Expr:
         """One row's stored word."""
+        return self._scalar(0, expert, row, word)
+
+    def scalar_scale(self, expert: Expr, row: Expr, group: Expr) -> Expr:
+        """One row's scale, float32."""
+        return T.Cast("float32", self._scalar(1, expert, row, group))
+
+    def scalar_minimum(self, expert: Expr, row: Expr, group: Expr) -> Expr:
+        """One row's minimum, float32."""
+        return T.Cast("float32", self._scalar(2, expert, row, group))
+
+    def _scalar(self, buffer: int, expert: Expr, row: Expr, column: Expr) -> Expr:
         panel, lane = T.floordiv(row, i64(PANEL)), T.floormod(row, i64(PANEL))
-        return self.buffers[0][self._index(expert, panel, word, lane)]
+        return self.buffers[buffer][self._index(expert, panel, column, lane)]
 
     def scale(self, expert: Expr, panel: Expr, group: Expr) -> Expr:
         """Sixteen rows' scales, float32x16."""
@@ -283,10 +299,10 @@ class Activations:
     sums: Expr | None
 
 
-def prepare_activations(weights: WeightPanels, x: Expr, rows: int) -> Activations:
+def prepare_activations(weights: WeightPanels, x: Expr, rows: Expr) -> Activations:
     """Copies `x[0, rows, K]` into the order and scaling of `Activations`, with each group's sum."""
-    width, words, k = weights.width, weights.words, weights.k
-    if width * words == k and weights.fmt.is_float:
+    width, words = weights.width, weights.words
+    if width * words == weights.k and weights.fmt.is_float:
         return Activations(x, None)
     values = scratch((1, rows, words * width))
     sums = scratch((rows, weights.groups)) if weights.needs_sums else None
@@ -294,7 +310,7 @@ def prepare_activations(weights: WeightPanels, x: Expr, rows: int) -> Activation
     if not weights.fmt.is_float:
         for position, offset in enumerate(code_offsets(weights.fmt)[:-1]):
             factors[offset] = 2.0 ** -(position * weights.fmt.bits)
-    full = k // width
+    full = weights.k // width
 
     def copy(row: Expr, word: Expr, count: int, total: Expr | None) -> None:
         for j in range(width):
@@ -306,7 +322,7 @@ def prepare_activations(weights: WeightPanels, x: Expr, rows: int) -> Activation
                     T.buffer_store(total, total[i64(j)] + value, [i64(j)])
             T.buffer_store(values, value * T.float32(factors[j]), [i64(0), row, k_index])
 
-    with T.serial(i64(rows)) as row, T.serial(i64(weights.groups)) as group:
+    with T.serial(rows) as row, T.serial(i64(weights.groups)) as group:
         total = None
         if sums is not None:
             total = T.alloc_buffer([i64(width)], "float32", scope="local")
@@ -316,14 +332,21 @@ def prepare_activations(weights: WeightPanels, x: Expr, rows: int) -> Activation
         whole = per_group if weights.groups > 1 else full
         with T.serial(i64(whole)) as w:
             copy(row, group * i64(per_group) + w, width, total)
-        if k % width:
-            copy(row, i64(full), k % width, total)
+        if weights.k % width:
+            copy(row, i64(full), weights.k % width, total)
         if sums is not None:
-            result: Expr = total[i64(0)]
-            for j in range(1, width):
-                result = result + total[i64(j)]
+            result = sum_pairwise([total[i64(j)] for j in range(width)])
             T.buffer_store(sums, result, [row, group])
     return Activations(values, sums)
+
+
+def sums_of(rows: int) -> tuple[int, int]:
+    """How many independent sums a row of `dot_panel` has, and how many registers it all takes.
+
+    About eight chains of multiply-adds hide their latency.
+    """
+    parts = max(1, min(4, 8 // rows))
+    return parts, rows * (parts + 1)
 
 
 def dot_panel(
@@ -331,60 +354,91 @@ def dot_panel(
     expert: Expr,
     panel: Expr,
     x: Activations,
-    row: Expr,
+    rows: Sequence[Expr],
     sums: Registers,
-    step_words: int,
-    prefetch_words: int,
-) -> Expr:
-    """The products of one activation row with a panel's 16 rows, float32x16.
+    params: LinearParameters,
+) -> list[Expr]:
+    """The products of a few activation rows with a panel's 16 rows, a float32x16 for each.
 
-    Codes are multiplied first and scaled once a group: acc += scale · (Σ code·x - zero·Σx) + min · Σx. Four
-    independent sums hide the latency of the multiply-add. `sums` is this panel's own `registers(5)`. Words are
-    asked for `prefetch_words` early, across the ends of panels, where hardware prefetchers start anew.
+    Codes are multiplied first and scaled once a group: acc += scale · (Σ code·x - zero·Σx) + min · Σx. `sums` has
+    `sums_of(len(rows))` registers. Words are asked for `prefetch_words` early, across the ends of panels, where
+    hardware prefetchers start anew.
     """
     fmt, width, per_group = weights.fmt, weights.width, weights.words_per_group
     zero = stored_zero_point(fmt)
+    num_parts, _ = sums_of(len(rows))
+    num_sums = len(rows) * num_parts
 
     def add_words(parts: list[Expr], first: Expr, count: int) -> list[Expr]:
         index = 0
         for j in range(count):
             at = first + i64(j)
-            prefetch(weights.word_address(expert, panel, at + i64(prefetch_words)))
+            prefetch(weights.word_address(expert, panel, at + i64(params.prefetch_words)))
             word = T.Bind(weights.word(expert, panel, at))
             for code in decode(fmt, word):
-                factor = x.values[i64(0), row, at * i64(width) + i64(code.offset)]
-                parts[index % 4] = T.Bind(
-                    parts[index % 4] + code.value * T.broadcast(factor, PANEL)
-                )
+                value = T.Bind(code.value)
+                for r, row in enumerate(rows):
+                    factor = x.values[i64(0), row, at * i64(width) + i64(code.offset)]
+                    part = r * num_parts + index % num_parts
+                    parts[part] = T.Bind(parts[part] + value * T.broadcast(factor, PANEL))
                 index += 1
         return parts
 
-    put(sums, 4, splat(0.0))
+    for r in range(len(rows)):
+        put(sums, num_sums + r, splat(0.0))
     with T.serial(i64(weights.groups)) as group:
-        parts = [splat(0.0)] * 4
+        parts = [splat(0.0)] * num_sums
         if zero and x.sums is not None:
-            parts[0] = T.broadcast(x.sums[row, group] * T.float32(-float(zero)), PANEL)
-        steps, tail = divmod(per_group, step_words)
+            for r, row in enumerate(rows):
+                parts[r * num_parts] = T.broadcast(
+                    x.sums[row, group] * T.float32(-float(zero)), PANEL
+                )
+        steps, tail = divmod(per_group, params.gemv_words)
         base = group * i64(per_group)
         if steps == 1:
-            parts = add_words(parts, base, step_words)
+            parts = add_words(parts, base, params.gemv_words)
         elif steps:
-            for i in range(4):
+            for i in range(num_sums):
                 put(sums, i, parts[i])
             with T.serial(i64(steps)) as step:
-                parts = [get(sums, i) for i in range(4)]
-                added = add_words(parts, base + step * i64(step_words), step_words)
-                for i in range(4):
-                    put(sums, i, added[i])
-            parts = [get(sums, i) for i in range(4)]
+                parts = [get(sums, i) for i in range(num_sums)]
+                first = base + step * i64(params.gemv_words)
+                for i, part in enumerate(add_words(parts, first, params.gemv_words)):
+                    put(sums, i, part)
+            parts = [get(sums, i) for i in range(num_sums)]
         if tail:
-            parts = add_words(parts, base + i64(steps * step_words), tail)
-        product = (parts[0] + parts[1]) + (parts[2] + parts[3])
-        if not fmt.is_float:
-            product = product * weights.scale(expert, panel, group)
-        if fmt.has_min and x.sums is not None:
-            product = product + weights.minimum(expert, panel, group) * T.broadcast(
-                x.sums[row, group], PANEL
-            )
-        put(sums, 4, get(sums, 4) + product)
-    return get(sums, 4)
+            parts = add_words(parts, base + i64(steps * params.gemv_words), tail)
+        _add_group(weights, expert, panel, group, x, rows, parts, sums)
+    return [get(sums, num_sums + r) for r in range(len(rows))]
+
+
+def _add_group(
+    weights: WeightPanels,
+    expert: Expr,
+    panel: Expr,
+    group: Expr,
+    x: Activations,
+    rows: Sequence[Expr],
+    parts: list[Expr],
+    sums: Registers,
+) -> None:
+    """Scales the finished sums of a group and adds them to the rows' totals."""
+    num_parts = len(parts) // len(rows)
+    scale = None if weights.fmt.is_float else T.Bind(weights.scale(expert, panel, group))
+    minimum = T.Bind(weights.minimum(expert, panel, group)) if weights.fmt.has_min else None
+    for r, row in enumerate(rows):
+        product = sum_pairwise(parts[r * num_parts : (r + 1) * num_parts])
+        if scale is not None:
+            product = product * scale
+        if minimum is not None and x.sums is not None:
+            product = product + minimum * T.broadcast(x.sums[row, group], PANEL)
+        total = len(parts) + r
+        put(sums, total, get(sums, total) + product)
+
+
+def sum_pairwise(values: Sequence[Expr]) -> Expr:
+    """The sum as a balanced tree."""
+    if len(values) == 1:
+        return values[0]
+    half = len(values) // 2
+    return sum_pairwise(values[:half]) + sum_pairwise(values[half:])

@@ -1,39 +1,69 @@
-"""The register tile of a product with an unpacked weight block, and the guarded stores of its result."""
+"""Products with one block of a matrix' columns: unpacked once for many rows, in register tiles."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from llmc.targets.cpu.kernels.panels import Registers, get, i64, lanes, put, registers, splat
-from llmc.targets.cpu.layout import PANEL
+from llmc.targets.cpu.kernels.panels import (
+    Registers,
+    WeightPanels,
+    get,
+    i64,
+    k_block_words,
+    lanes,
+    put,
+    registers,
+    scratch,
+    splat,
+    unpack_panel,
+)
+from llmc.targets.cpu.layout import PANEL, ceildiv
+from llmc.targets.cpu.parameters import LinearParameters
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 Expr = Any
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """What is multiplied and where the result goes; rows are counted by position.
+
+    x: `[1, R, K]`, y: `[1, R', M]`; `x_row(position)` and `y_row(position)` find a position's rows; `start(row,
+    index)` is what the sum at `y[0, row, index]` starts from (None: zero), scalar or vector like `index`.
+    """
+
+    weights: WeightPanels
+    x: Expr
+    y: Expr
+    x_row: Callable[[Expr], Expr]
+    y_row: Callable[[Expr], Expr]
+    start: Callable[[Expr, Expr], Expr] | None
+
+
 def store_panel(m: int, column: Expr, value: Expr, store: Callable[[Expr, Expr], None]) -> None:
     """Stores 16 outputs from `column`, or as many as a matrix of m rows has there.
 
-    `store(index, value)` is called with a vector index and value, or for a partial panel with scalar ones.
+    `store(index, value)` gets a vector index and value, or for a partial panel scalar ones in turn.
     """
     rest = m % PANEL
     if rest == 0:
         store(lanes(column), value)
         return
-    full = column + i64(PANEL) <= i64(m)
-    with T.If(full):
+    with T.If(column + i64(PANEL) <= i64(m)):
         with T.Then():
             store(lanes(column), value)
         with T.Else():
-            spill = registers(1)
-            put(spill, 0, value)
+            partial = registers(1)
+            put(partial, 0, value)
             with T.serial(i64(rest)) as lane:
-                store(column + lane, spill.buffer[i64(0), i64(0), lane])
+                store(column + lane, partial.buffer[i64(0), i64(0), lane])
 
 
 def load_panel(m: int, column: Expr, load: Callable[[Expr], Expr], into: Registers, index: int) -> None:
-    """Sets `registers` vector `index` to the 16 values that `load(index)` has from `column`, zero past row m."""
+    """Sets vector `index` to the 16 values that `load` has from `column`, zero past row m."""
     rest = m % PANEL
     if rest == 0:
         put(into, index, load(lanes(column)))
@@ -42,28 +72,135 @@ def load_panel(m: int, column: Expr, load: Callable[[Expr], Expr], into: Registe
         with T.Then():
             put(into, index, load(lanes(column)))
         with T.Else():
-            partial = registers(1)
-            put(partial, 0, splat(0.0))
+            put(into, index, splat(0.0))
             with T.serial(i64(rest)) as lane:
-                T.buffer_store(partial.buffer, load(column + lane), [i64(0), i64(0), lane])
-            put(into, index, get(partial, 0))
+                T.buffer_store(
+                    into.buffer, load(column + lane), [into.task, i64(index), lane]
+                )
 
 
-def multiply_tile(
-    acc: Registers,
-    block: Expr,
-    features: Expr,
-    rows: Sequence[Callable[[Expr], Expr]],
-    num_panels: int,
+def num_column_blocks(weights: WeightPanels, params: LinearParameters) -> int:
+    """Column blocks that `multiply_columns` cuts the matrix into."""
+    return ceildiv(weights.panels, min(params.tile_panels, weights.panels))
+
+
+def multiply_columns(
+    product: Product,
+    expert: Expr,
+    column_block: Expr,
+    first: Expr,
+    count: Expr,
+    params: LinearParameters,
 ) -> None:
-    """acc[r · num_panels + p] += Σ_k rows[r](k) · block[k, p, 16] for k < features.
+    """Multiplies positions first … first + count - 1 with one column block of (an expert's) weights.
 
-    `rows[r](k)` is the scalar activation of row r. The accumulators stay in registers over the loop.
+    A block of features at a time is unpacked into scratch that stays in cache and multiplied with all rows; y
+    holds the sums between blocks.
     """
-    with T.serial(features) as k:
-        weights = [T.Bind(block[k, lanes(i64(p * PANEL))]) for p in range(num_panels)]
-        for r, row in enumerate(rows):
-            x = T.Bind(T.broadcast(row(k), PANEL))
-            for p in range(num_panels):
-                index = r * num_panels + p
-                put(acc, index, get(acc, index) + x * weights[p])
+    weights = product.weights
+    tile_panels = min(params.tile_panels, weights.panels)
+    block_words = k_block_words(weights, params.k_block)
+    block_features = block_words * weights.width
+    first_panel = T.Bind(column_block * i64(tile_panels))
+    tile = _Tile(
+        product=product,
+        first_panel=first_panel,
+        num_panels=tile_panels,
+        unpacked=scratch((block_features, tile_panels * PANEL)),
+        acc=registers(params.token_tiles[0] * tile_panels),
+    )
+    with T.serial(i64(ceildiv(weights.words, block_words))) as block:
+        tile.unpack(expert, block, block_words)
+        start = T.Bind(block * i64(block_features))
+        features = T.Bind(T.min(i64(block_features), i64(weights.k) - start))
+        done: Expr = i64(0)
+        for size in params.token_tiles:
+            tiles = T.Bind(T.floordiv(count - done, i64(size)))
+            with T.serial(tiles) as index:
+                tile.multiply(T.Bind(first + done + index * i64(size)), size, start, features)
+            done = T.Bind(done + tiles * i64(size))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tile:
+    """A few positions × `num_panels` panels; `unpacked` `[features, 16 · num_panels]`."""
+
+    product: Product
+    first_panel: Expr
+    num_panels: int
+    unpacked: Expr
+    acc: Registers
+
+    def unpack(self, expert: Expr, block: Expr, block_words: int) -> None:
+        """Dequantizes a block of features of the tile's panels."""
+        weights = self.product.weights
+        for p in range(self.num_panels):
+            panel = self.first_panel + i64(p)
+            if weights.panels % self.num_panels:
+                # The last block's missing panels repeat its last one; their results are never stored.
+                panel = T.min(panel, i64(weights.panels - 1))
+
+            def store(feature: Expr, value: Expr, column: int = p * PANEL) -> None:
+                T.buffer_store(self.unpacked, value, [feature, lanes(i64(column))])
+
+            unpack_panel(weights, expert, T.Bind(panel), block, block_words, store)
+
+    def multiply(self, position: Expr, size: int, start: Expr, features: Expr) -> None:
+        """Adds features start … start + features - 1 to y at `size` positions."""
+        x, y = self.product.x, self.product.y
+        x_rows = [T.Bind(self.product.x_row(position + i64(r))) for r in range(size)]
+        y_rows = [T.Bind(self.product.y_row(position + i64(r))) for r in range(size)]
+        with T.If(start == i64(0)):
+            with T.Then():
+                self._each(y_rows, self._begin)
+            with T.Else():
+                self._each(y_rows, lambda row, at: y[i64(0), row, at])
+        with T.serial(features) as k:
+            columns = range(self.num_panels)
+            weights = [T.Bind(self.unpacked[k, lanes(i64(p * PANEL))]) for p in columns]
+            for r, row in enumerate(x_rows):
+                value = T.Bind(T.broadcast(x[i64(0), row, start + k], PANEL))
+                for p in columns:
+                    index = r * self.num_panels + p
+                    put(self.acc, index, get(self.acc, index) + value * weights[p])
+        self._store(y_rows)
+
+    def _begin(self, row: Expr, at: Expr) -> Expr:
+        if self.product.start is not None:
+            return self.product.start(row, at)
+        return splat(0.0) if isinstance(at, tirx.Ramp) else T.float32(0.0)
+
+    def _columns(self, action: Callable[[int, Expr], None]) -> None:
+        """`action(p, first column)` for every panel of the tile that the matrix has."""
+        panels = self.product.weights.panels
+        for p in range(self.num_panels):
+            panel = self.first_panel + i64(p)
+            if p and panels % self.num_panels:
+                with T.If(panel < i64(panels)), T.Then():
+                    action(p, panel * i64(PANEL))
+            else:
+                action(p, panel * i64(PANEL))
+
+    def _each(self, rows: list[Expr], load: Callable[[Expr, Expr], Expr]) -> None:
+        def action(p: int, column: Expr) -> None:
+            for r, row in enumerate(rows):
+                index = r * self.num_panels + p
+                load_panel(
+                    self.product.weights.m, column, lambda at: load(row, at), self.acc, index
+                )
+
+        self._columns(action)
+
+    def _store(self, rows: list[Expr]) -> None:
+        y = self.product.y
+
+        def action(p: int, column: Expr) -> None:
+            for r, row in enumerate(rows):
+                store_panel(
+                    self.product.weights.m,
+                    column,
+                    get(self.acc, r * self.num_panels + p),
+                    lambda at, value: T.buffer_store(y, value, [i64(0), row, at]),
+                )
+
+        self._columns(action)
