@@ -27,6 +27,7 @@ from llmc.models.names import rope_factor_schemes
 from llmc.models.parameters import config_from_dict
 
 _EMBEDDING = "token_embd.weight"
+_POSITIONS = "position_embd.weight"
 _FACTORS = "rope_freqs.weight"
 _LONG_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 ROPE_TENSORS = frozenset({_FACTORS, *_LONG_FACTORS})  # they feed the config, not a parameter
@@ -79,6 +80,8 @@ def _fields(file: GgufFile) -> dict[str, Any]:
         ) from exc
     # The embedding's rows count the vocabulary; metadata may count it before padding.
     fields["vocab_size"] = file.tensors[_EMBEDDING].shape[0]
+    if _POSITIONS in file.tensors:
+        fields["max_position_embeddings"] = file.tensors[_POSITIONS].shape[0]
     for name, key in _TOKEN_IDS.items():
         fields.setdefault(name, file.optional_int(key))
     fields.pop("_model_name_or_path", None)
@@ -128,9 +131,7 @@ def _write_outline(file: GgufFile, path: Path) -> None:
             writer.add_float64(key, value)
         else:
             writer.add_string(key, value)
-    vocab_size = f"{file.architecture}.vocab_size"
-    if vocab_size not in file.metadata:  # else the reader wants to count the tokens
-        writer.add_uint64(vocab_size, 0)
+    writer.add_token_list(["-"])  # the reader wants to count some
     for name in file.tensors:
         writer.add_tensor_info(name, (0,), np.dtype(np.float32), 0)
     writer.write_header_to_file()

@@ -33,6 +33,7 @@ _SCALARS = {  # GGUF value type -> struct format
 }  # fmt: skip
 _MAX_DIMS = 4
 _MAX_NAME_BYTES = 65_535
+_MAX_ITEMS = 1 << 24  # of a metadata array: vocabularies have under a million
 _MIN_PAIR_BYTES = 8 + 1 + 4 + 1  # key length, one character, type, one byte of value
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, dims, one dimension, type, offset
 _HINT = "the file is damaged or incomplete: download it again"
@@ -256,6 +257,8 @@ class _Header:
 
     def _count(self, what: str, min_item_bytes: int) -> int:
         count = self._integer("Q", f"the {what}")
+        if count > _MAX_ITEMS:
+            raise self._error(f"{what} {count}, expected at most {_MAX_ITEMS}")
         left = self._size - self._at
         if count * min_item_bytes > left:
             raise self._error(
