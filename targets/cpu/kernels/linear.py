@@ -13,20 +13,21 @@ import tvm
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.panels import (
     Registers,
+    Rows,
     WeightPanels,
     argument,
-    dot_panel,
     i64,
+    num_sums,
     prepare_activations,
     scratch,
     size_var,
-    sums_of,
 )
 from llmc.targets.cpu.kernels.tiles import (
     Product,
+    dot_tile,
+    fused_positions,
     multiply_columns,
     num_column_blocks,
-    store_panel,
 )
 from llmc.targets.cpu.layout import PANEL
 from llmc.targets.cpu.parameters import LinearParameters
@@ -59,72 +60,47 @@ def linear(
             count = i64(1) if tokens == 1 else size_var("num_tokens")
             x = argument("x", (1, count, k))
             weights = WeightPanels.arguments(fmt, m, k)
-            added = [argument("bias", (m,))] if bias else []
-            added_rows = [argument("residual", (1, count, m))] if residual else []
+            biases = [argument("bias", (m,))] if bias else []
+            residuals = [argument("residual", (1, count, m))] if residual else []
             y = argument("y", (1, count, m))
 
-            def start(row: Expr, index: Expr) -> Expr:
-                values = [b[index] for b in added] + [r[i64(0), row, index] for r in added_rows]
+            def start(expert: Expr, row: Expr, index: Expr) -> Expr:
+                values = [b[index] for b in biases] + [r[i64(0), row, index] for r in residuals]
                 return sum(values[1:], start=values[0])
 
             product = Product(
                 weights=weights,
-                x=x,
-                y=y,
+                x=Rows(x),
+                y=Rows(y),
                 x_row=lambda position: position,
                 y_row=lambda position: position,
                 start=start if bias or residual else None,
             )
-            if tokens == 1:
-                _fused(product, count, (1,), params)
-            elif params.fused:
-                _fused(product, count, params.token_tiles, params)
+            if tokens == 1 or params.fused:
+                _fused(product, tokens, count, params)
             else:
                 _blocked(product, count, params)
     return builder.get()
 
 
 def _fused(
-    product: Product, num_tokens: Expr, tiles: tuple[int, ...], params: LinearParameters
+    product: Product, tokens: int | None, num_tokens: Expr, params: LinearParameters
 ) -> None:
     """A panel is read from memory once, and decoded in registers once for each tile of tokens."""
     weights = product.weights
     x = prepare_activations(weights, product.x, num_tokens)
-    sums = scratch((weights.panels, max(sums_of(size)[1] for size in tiles), PANEL))
+    tiles = (1,) if tokens == 1 else params.token_tiles
+    sums = scratch((weights.panels, max(num_sums(size) for size in tiles), PANEL))
     serial = weights.m * weights.k <= params.serial_weights
     loop: Callable[[Expr], Any] = T.serial if serial else T.parallel
     with loop(i64(weights.panels)) as panel:
         registers = Registers(sums, panel)
-        done: Expr = i64(0)
-        for size in tiles:
-            count = T.floordiv(num_tokens - done, i64(size))
-            if tiles == (1,):
-                _fused_tile(product, x, panel, [i64(0)], registers, params)
-                break
-            with T.serial(T.Bind(count)) as tile:
-                first = T.Bind(done + tile * i64(size))
-                rows = [first + i64(r) for r in range(size)]
-                _fused_tile(product, x, panel, rows, registers, params)
-            done = T.Bind(done + count * i64(size))
-
-
-def _fused_tile(
-    product: Product,
-    x: Any,
-    panel: Expr,
-    rows: list[Expr],
-    sums: Registers,
-    params: LinearParameters,
-) -> None:
-    totals = dot_panel(product.weights, i64(0), panel, x, rows, sums, params)
-    for row, total in zip(rows, totals, strict=True):
-
-        def store(index: Expr, value: Expr, row: Expr = row) -> None:
-            if product.start is not None:
-                value = value + product.start(row, index)
-            T.buffer_store(product.y, value, [i64(0), row, index])
-
-        store_panel(product.weights.m, panel * i64(PANEL), total, store)
+        if tokens == 1:
+            dot_tile(product, x, i64(0), panel, [i64(0)], registers, params)
+        else:
+            fused_positions(
+                product, x, i64(0), panel, i64(0), num_tokens, registers, params
+            )
 
 
 def _blocked(product: Product, num_tokens: Expr, params: LinearParameters) -> None:

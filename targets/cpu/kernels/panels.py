@@ -62,6 +62,25 @@ def scratch(shape: tuple[int | Expr, ...], dtype: str = "float32") -> Expr:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """A matrix in a buffer `[R, N]` or, where `batched`, `[1, R, N]`."""
+
+    buffer: Expr
+    batched: bool = True
+
+    def at(self, row: Expr, column: Expr) -> Expr:
+        """The value there; a vector where the column is a ramp."""
+        return self.buffer[self._index(row, column)]
+
+    def set(self, row: Expr, column: Expr, value: Expr) -> None:
+        """Stores a value, or a vector where the column is a ramp."""
+        T.buffer_store(self.buffer, value, list(self._index(row, column)))
+
+    def _index(self, row: Expr, column: Expr) -> tuple[Expr, ...]:
+        return (i64(0), row, column) if self.batched else (row, column)
+
+
+@dataclass(frozen=True, slots=True)
 class Registers:
     """Vectors of 16 floats that a loop carries; LLVM keeps them in registers where indices are constant.
 
@@ -291,20 +310,20 @@ def unpack_panel(
 class Activations:
     """Rows of activations as the one-token product wants them.
 
-    values: row-major buffer `[R, words · width]`, each feature already divided by the power of two its code
+    values: `[R, words · width]`, each feature already divided by the power of two its code
     decodes with, padding features zero; sums: `[R, groups]`, or None where the format needs none.
     """
 
-    values: Expr
+    values: Rows
     sums: Expr | None
 
 
-def prepare_activations(weights: WeightPanels, x: Expr, rows: Expr) -> Activations:
-    """Copies `x[0, rows, K]` into the order and scaling of `Activations`, with each group's sum."""
+def prepare_activations(weights: WeightPanels, x: Rows, rows: Expr) -> Activations:
+    """Copies x `[rows, K]` into the order and scaling of `Activations`, with each group's sum."""
     width, words = weights.width, weights.words
     if width * words == weights.k and weights.fmt.is_float:
         return Activations(x, None)
-    values = scratch((1, rows, words * width))
+    values = Rows(scratch((rows, words * width)), batched=False)
     sums = scratch((rows, weights.groups)) if weights.needs_sums else None
     factors = [1.0] * width
     if not weights.fmt.is_float:
@@ -317,10 +336,10 @@ def prepare_activations(weights: WeightPanels, x: Expr, rows: Expr) -> Activatio
             k_index = word * i64(width) + i64(j)
             value: Expr = T.float32(0.0)
             if j < count:
-                value = T.Bind(x[i64(0), row, k_index])
+                value = T.Bind(x.at(row, k_index))
                 if total is not None:
                     T.buffer_store(total, total[i64(j)] + value, [i64(j)])
-            T.buffer_store(values, value * T.float32(factors[j]), [i64(0), row, k_index])
+            values.set(row, k_index, value * T.float32(factors[j]))
 
     with T.serial(rows) as row, T.serial(i64(weights.groups)) as group:
         total = None
@@ -340,13 +359,14 @@ def prepare_activations(weights: WeightPanels, x: Expr, rows: Expr) -> Activatio
     return Activations(values, sums)
 
 
-def sums_of(rows: int) -> tuple[int, int]:
-    """How many independent sums a row of `dot_panel` has, and how many registers it all takes.
+def _parts(rows: int) -> int:
+    """Independent sums of each row: about eight chains of multiply-adds hide their latency."""
+    return max(1, min(4, 8 // rows))
 
-    About eight chains of multiply-adds hide their latency.
-    """
-    parts = max(1, min(4, 8 // rows))
-    return parts, rows * (parts + 1)
+
+def num_sums(rows: int) -> int:
+    """Registers that `dot_panel` needs for so many rows: the parts and the total of each."""
+    return rows * (_parts(rows) + 1)
 
 
 def dot_panel(
@@ -361,13 +381,13 @@ def dot_panel(
     """The products of a few activation rows with a panel's 16 rows, a float32x16 for each.
 
     Codes are multiplied first and scaled once a group: acc += scale · (Σ code·x - zero·Σx) + min · Σx. `sums` has
-    `sums_of(len(rows))` registers. Words are asked for `prefetch_words` early, across the ends of panels, where
+    `num_sums(len(rows))` registers. Words are asked for `prefetch_words` early, across the ends of panels, where
     hardware prefetchers start anew.
     """
     fmt, width, per_group = weights.fmt, weights.width, weights.words_per_group
     zero = stored_zero_point(fmt)
-    num_parts, _ = sums_of(len(rows))
-    num_sums = len(rows) * num_parts
+    num_parts = _parts(len(rows))
+    num_chains = len(rows) * num_parts
 
     def add_words(parts: list[Expr], first: Expr, count: int) -> list[Expr]:
         index = 0
@@ -378,16 +398,16 @@ def dot_panel(
             for code in decode(fmt, word):
                 value = T.Bind(code.value)
                 for r, row in enumerate(rows):
-                    factor = x.values[i64(0), row, at * i64(width) + i64(code.offset)]
+                    factor = x.values.at(row, at * i64(width) + i64(code.offset))
                     part = r * num_parts + index % num_parts
                     parts[part] = T.Bind(parts[part] + value * T.broadcast(factor, PANEL))
                 index += 1
         return parts
 
     for r in range(len(rows)):
-        put(sums, num_sums + r, splat(0.0))
+        put(sums, num_chains + r, splat(0.0))
     with T.serial(i64(weights.groups)) as group:
-        parts = [splat(0.0)] * num_sums
+        parts = [splat(0.0)] * num_chains
         if zero and x.sums is not None:
             for r, row in enumerate(rows):
                 parts[r * num_parts] = T.broadcast(
@@ -398,18 +418,18 @@ def dot_panel(
         if steps == 1:
             parts = add_words(parts, base, params.gemv_words)
         elif steps:
-            for i in range(num_sums):
+            for i in range(num_chains):
                 put(sums, i, parts[i])
             with T.serial(i64(steps)) as step:
-                parts = [get(sums, i) for i in range(num_sums)]
+                parts = [get(sums, i) for i in range(num_chains)]
                 first = base + step * i64(params.gemv_words)
                 for i, part in enumerate(add_words(parts, first, params.gemv_words)):
                     put(sums, i, part)
-            parts = [get(sums, i) for i in range(num_sums)]
+            parts = [get(sums, i) for i in range(num_chains)]
         if tail:
             parts = add_words(parts, base + i64(steps * params.gemv_words), tail)
         _add_group(weights, expert, panel, group, x, rows, parts, sums)
-    return [get(sums, num_sums + r) for r in range(len(rows))]
+    return [get(sums, num_chains + r) for r in range(len(rows))]
 
 
 def _add_group(

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmc.targets.cpu.kernels.panels import (
+    Activations,
     Registers,
+    Rows,
     WeightPanels,
+    dot_panel,
     get,
     i64,
     k_block_words,
@@ -31,35 +34,32 @@ Expr = Any
 class Product:
     """What is multiplied and where the result goes; rows are counted by position.
 
-    x: `[1, R, K]`, y: `[1, R', M]`; `x_row(position)` and `y_row(position)` find a position's rows; `start(row,
-    index)` is what the sum at `y[0, row, index]` starts from (None: zero), scalar or vector like `index`.
+    x: `[R, K]`, y: `[R', M]`; `x_row(position)` and `y_row(position)` find a position's rows; `start(expert, row,
+    index)` is what the sum at `y[row, index]` starts from (None: zero), scalar or vector like `index`.
     """
 
     weights: WeightPanels
-    x: Expr
-    y: Expr
+    x: Rows
+    y: Rows
     x_row: Callable[[Expr], Expr]
     y_row: Callable[[Expr], Expr]
-    start: Callable[[Expr, Expr], Expr] | None
+    start: Callable[[Expr, Expr, Expr], Expr] | None
 
 
-def store_panel(m: int, column: Expr, value: Expr, store: Callable[[Expr, Expr], None]) -> None:
-    """Stores 16 outputs from `column`, or as many as a matrix of m rows has there.
-
-    `store(index, value)` gets a vector index and value, or for a partial panel scalar ones in turn.
-    """
-    rest = m % PANEL
-    if rest == 0:
-        store(lanes(column), value)
+def store_panel(product: Product, row: Expr, column: Expr, value: Expr) -> None:
+    """Stores 16 outputs of y from `column`, or as many as the matrix has there."""
+    m = product.weights.m
+    if m % PANEL == 0:
+        product.y.set(row, lanes(column), value)
         return
     with T.If(column + i64(PANEL) <= i64(m)):
         with T.Then():
-            store(lanes(column), value)
+            product.y.set(row, lanes(column), value)
         with T.Else():
             partial = registers(1)
             put(partial, 0, value)
-            with T.serial(i64(rest)) as lane:
-                store(column + lane, partial.buffer[i64(0), i64(0), lane])
+            with T.serial(i64(m % PANEL)) as lane:
+                product.y.set(row, column + lane, partial.buffer[i64(0), i64(0), lane])
 
 
 def load_panel(m: int, column: Expr, load: Callable[[Expr], Expr], into: Registers, index: int) -> None:
@@ -104,13 +104,14 @@ def multiply_columns(
     first_panel = T.Bind(column_block * i64(tile_panels))
     tile = _Tile(
         product=product,
+        expert=expert,
         first_panel=first_panel,
         num_panels=tile_panels,
         unpacked=scratch((block_features, tile_panels * PANEL)),
         acc=registers(params.token_tiles[0] * tile_panels),
     )
     with T.serial(i64(ceildiv(weights.words, block_words))) as block:
-        tile.unpack(expert, block, block_words)
+        tile.unpack(block, block_words)
         start = T.Bind(block * i64(block_features))
         features = T.Bind(T.min(i64(block_features), i64(weights.k) - start))
         done: Expr = i64(0)
@@ -126,12 +127,13 @@ class _Tile:
     """A few positions × `num_panels` panels; `unpacked` `[features, 16 · num_panels]`."""
 
     product: Product
+    expert: Expr
     first_panel: Expr
     num_panels: int
     unpacked: Expr
     acc: Registers
 
-    def unpack(self, expert: Expr, block: Expr, block_words: int) -> None:
+    def unpack(self, block: Expr, block_words: int) -> None:
         """Dequantizes a block of features of the tile's panels."""
         weights = self.product.weights
         for p in range(self.num_panels):
@@ -143,23 +145,22 @@ class _Tile:
             def store(feature: Expr, value: Expr, column: int = p * PANEL) -> None:
                 T.buffer_store(self.unpacked, value, [feature, lanes(i64(column))])
 
-            unpack_panel(weights, expert, T.Bind(panel), block, block_words, store)
+            unpack_panel(weights, self.expert, T.Bind(panel), block, block_words, store)
 
     def multiply(self, position: Expr, size: int, start: Expr, features: Expr) -> None:
         """Adds features start … start + features - 1 to y at `size` positions."""
-        x, y = self.product.x, self.product.y
         x_rows = [T.Bind(self.product.x_row(position + i64(r))) for r in range(size)]
         y_rows = [T.Bind(self.product.y_row(position + i64(r))) for r in range(size)]
         with T.If(start == i64(0)):
             with T.Then():
                 self._each(y_rows, self._begin)
             with T.Else():
-                self._each(y_rows, lambda row, at: y[i64(0), row, at])
+                self._each(y_rows, self.product.y.at)
         with T.serial(features) as k:
             columns = range(self.num_panels)
             weights = [T.Bind(self.unpacked[k, lanes(i64(p * PANEL))]) for p in columns]
             for r, row in enumerate(x_rows):
-                value = T.Bind(T.broadcast(x[i64(0), row, start + k], PANEL))
+                value = T.Bind(T.broadcast(self.product.x.at(row, start + k), PANEL))
                 for p in columns:
                     index = r * self.num_panels + p
                     put(self.acc, index, get(self.acc, index) + value * weights[p])
@@ -167,7 +168,7 @@ class _Tile:
 
     def _begin(self, row: Expr, at: Expr) -> Expr:
         if self.product.start is not None:
-            return self.product.start(row, at)
+            return self.product.start(self.expert, row, at)
         return splat(0.0) if isinstance(at, tirx.Ramp) else T.float32(0.0)
 
     def _columns(self, action: Callable[[int, Expr], None]) -> None:
@@ -192,15 +193,58 @@ class _Tile:
         self._columns(action)
 
     def _store(self, rows: list[Expr]) -> None:
-        y = self.product.y
-
         def action(p: int, column: Expr) -> None:
             for r, row in enumerate(rows):
-                store_panel(
-                    self.product.weights.m,
-                    column,
-                    get(self.acc, r * self.num_panels + p),
-                    lambda at, value: T.buffer_store(y, value, [i64(0), row, at]),
-                )
+                value = get(self.acc, r * self.num_panels + p)
+                store_panel(self.product, row, column, value)
 
         self._columns(action)
+
+
+def dot_tile(
+    product: Product,
+    x: Activations,
+    expert: Expr,
+    panel: Expr,
+    positions: list[Expr],
+    sums: Registers,
+    params: LinearParameters,
+) -> None:
+    """Multiplies a few positions with one panel, decoding its weights in registers."""
+    m = product.weights.m
+    x_rows = [T.Bind(product.x_row(position)) for position in positions]
+    totals = dot_panel(product.weights, expert, panel, x, x_rows, sums, params)
+    column = panel * i64(PANEL)
+    for position, total in zip(positions, totals, strict=True):
+        row = T.Bind(product.y_row(position))
+        if product.start is None:
+            store_panel(product, row, column, total)
+            continue
+        begin = registers(1) if m % PANEL else None
+        if begin is None:
+            value = product.start(expert, row, lanes(column))
+        else:
+            load_panel(m, column, lambda at, row=row: product.start(expert, row, at), begin, 0)
+            value = get(begin, 0)
+        store_panel(product, row, column, total + value)
+
+
+def fused_positions(
+    product: Product,
+    x: Activations,
+    expert: Expr,
+    panel: Expr,
+    first: Expr,
+    count: Expr,
+    sums: Registers,
+    params: LinearParameters,
+) -> None:
+    """Multiplies positions first … first + count - 1 with one panel, a token tile at a time."""
+    done: Expr = i64(0)
+    for size in params.token_tiles:
+        tiles = T.Bind(T.floordiv(count - done, i64(size)))
+        with T.serial(tiles) as tile:
+            start = T.Bind(first + done + tile * i64(size))
+            positions = [start + i64(r) for r in range(size)]
+            dot_tile(product, x, expert, panel, positions, sums, params)
+        done = T.Bind(done + tiles * i64(size))
