@@ -70,13 +70,11 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next batch, sequences with one new token first; empty when there is nothing to do."""
         batch = _Batch(self.max_batch_tokens, self.max_logits_rows)
-        preempted = self.num_preemptions
         # Decodes, then prefills, each by arrival: a long prompt never delays a decode.
         for sequence in sorted(self.running, key=lambda s: s.num_new_tokens > 1):
             if sequence.status is SequenceStatus.RUNNING:
                 self._continue(sequence, batch)
-        if self.num_preemptions == preempted:
-            self._admit(batch)
+        self._admit(batch)
         chunks = list(batch.chunks.values())
         return sorted(chunks, key=lambda c: c.num_tokens > 1)
 
