@@ -1,8 +1,9 @@
 """Vector exp, tanh, erf and sigmoid as expressions: LLVM would call libm once a lane for its own.
 
-Each function takes a float32 expression of any lane count (a `tirx` scalar or vector) and returns one of the same
-type made of additions, products and bit operations only. They are meant for the vectorizer: no branch, no call.
-Polynomials: exp after Cephes `expf`; tanh and erf are the clamped rational minimax forms that Eigen uses.
+Each function takes a float32 expression of any lane count (a `tirx` scalar or vector) and returns
+one of the same type made of additions, products and bit operations only. They are meant for the
+vectorizer: no branch, no call. Polynomials: exp after Cephes `expf`; tanh and erf are the clamped
+rational minimax forms that Eigen uses.
 """
 
 from __future__ import annotations
@@ -98,19 +99,22 @@ def erf(x: tirx.Expr) -> tirx.Expr:
 
 
 def silu(x: tirx.Expr) -> tirx.Expr:
-    """x · sigmoid(x), also known as swish."""
+    """The swish function, x · sigmoid(x)."""
     return x / (_like(1.0, x) + exp(_like(0.0, x) - x))
 
 
 def gelu(x: tirx.Expr) -> tirx.Expr:
-    """x · Φ(x) by the error function."""
+    """The exact form, x · Φ(x), by the error function."""
     return x * _like(0.5, x) * (_like(1.0, x) + erf(x * _like(0.70710678118654752, x)))
 
 
 def gelu_tanh(x: tirx.Expr) -> tirx.Expr:
-    """The tanh approximation of gelu (Hendrycks and Gimpel, 2016)."""
-    inner = x * _like(0.79788456080286536, x) * (_like(1.0, x) + _like(0.044715, x) * x * x)
-    return x * _like(0.5, x) * (_like(1.0, x) + tanh(inner))
+    """The tanh approximation of gelu (Hendrycks and Gimpel, 2016).
+
+    Half of 1 + tanh(u) is sigmoid(2u), which loses nothing where tanh is near -1.
+    """
+    twice = x * _like(2 * 0.79788456080286536, x) * (_like(1.0, x) + _like(0.044715, x) * x * x)
+    return x * sigmoid(twice)
 
 
 def relu(x: tirx.Expr) -> tirx.Expr:
@@ -128,9 +132,7 @@ def lane_max(x: tirx.Expr) -> tirx.Expr:
     return _fold_lanes(x, tirx.max)
 
 
-def _fold_lanes(
-    x: tirx.Expr, combine: Callable[[tirx.Expr, tirx.Expr], tirx.Expr]
-) -> tirx.Expr:
+def _fold_lanes(x: tirx.Expr, combine: Callable[[tirx.Expr, tirx.Expr], tirx.Expr]) -> tirx.Expr:
     lanes = x.ty.dtype.lanes
     if lanes == 1:
         return x
@@ -152,12 +154,10 @@ def _fold_lanes(
 def _odd_rational(
     x: tirx.Expr, clamp: float, numerator: tuple[float, ...], denominator: tuple[float, ...]
 ) -> tirx.Expr:
-    """y · P(y²) / Q(y²) of y = x clamped to ±clamp."""
+    """The function y · P(y²) / Q(y²) of y = x clamped to ±clamp."""
 
     def of_square(y: tirx.Expr) -> tirx.Expr:
-        return _let(
-            y * y, lambda s: y * _polynomial(numerator, s) / _polynomial(denominator, s)
-        )
+        return _let(y * y, lambda s: y * _polynomial(numerator, s) / _polynomial(denominator, s))
 
     return _let(tirx.max(tirx.min(x, _like(clamp, x)), _like(-clamp, x)), of_square)
 

@@ -1,4 +1,4 @@
-"""A ragged batch over shuffled pages, and attention over it in float64: what the kernels are compared with."""
+"""A ragged batch over shuffled pages, and attention over it in float64."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ def make_batch(
 ) -> Batch:
     """`lengths` holds (new tokens, all tokens) of each sequence; (0, 0) is a padded sequence.
 
-    Everything no token may read is poisoned: page slots after a sequence's end hold NaN, the other groups' block
-    tables point out of range, and so do pages that a window has passed... except that those hold 0 as the engine
-    leaves them, page 0 being NaN throughout.
+    Everything no token may read is poisoned: page slots after a sequence's end and page 0 hold NaN,
+    other groups' block tables point out of range. Entries of pages that a window has passed are 0.
     """
     pages_of = [-(-total // page_size) for _, total in lengths]
     num_pages = sum(pages_of) + 2

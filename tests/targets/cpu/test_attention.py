@@ -1,4 +1,4 @@
-"""Paged attention against float64, over ragged batches whose unreadable memory is poisoned with NaN."""
+"""Paged attention against float64, over ragged batches in memory poisoned with NaN."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import tvm
+from paged_reference import attention, make_batch
 
 from llmc.errors import UnsupportedError
 from llmc.targets.cpu.kernels.attention import AttentionTuning, paged_attention
-from paged_reference import attention, make_batch
 
-# Weighted means of values of size 1 by float32 sums of at most a few hundred terms: errors stay near 1e-6. Scores
-# reach about 10, whose rounding (1e-6) enters the exponent and thereby the weights. f16 pages are exact here:
-# the reference reads the same rounded K and V.
+# Weighted means of values of size 1 by float32 sums of at most a few hundred terms: errors stay
+# near 1e-6. Scores reach about 10, whose rounding (1e-6) enters the exponent and thereby the
+# weights. f16 pages are exact here: the reference reads the same rounded K and V.
 TOLERANCE = 1e-5
 
 MIXED = [(1, 1), (1, 40), (1, 300), (0, 0), (5, 5), (70, 70), (33, 170), (2, 19), (0, 0)]
@@ -39,7 +39,9 @@ class Case:
     lengths: tuple[tuple[int, int], ...] = tuple(SMALL)
 
 
-NARROW = AttentionTuning(accumulators=6, tile_rows=10, block_tokens=32, decode_splits=3, serial_bytes=0)
+NARROW = AttentionTuning(
+    accumulators=6, tile_rows=10, block_tokens=32, decode_splits=3, serial_bytes=0
+)
 CASES = {
     "mixed": Case(lengths=tuple(MIXED)),
     "mixed_f16": Case(lengths=tuple(MIXED), kv_dtype="float16", page_size=32),
@@ -73,10 +75,20 @@ def kernels():
     module = tvm.IRModule()
     for name, case in CASES.items():
         func = paged_attention(
-            num_heads=case.num_heads, num_kv_heads=case.num_kv_heads, head_dim=case.head_dim,
-            v_head_dim=case.v_head_dim, page_size=case.page_size, kv_dtype=case.kv_dtype,
-            scale=case.head_dim**-0.5, window=case.window, softcap=case.softcap, sinks=case.sinks,
-            group=case.group, num_groups=case.num_groups, tokens=case.tokens, tuning=case.tuning,
+            num_heads=case.num_heads,
+            num_kv_heads=case.num_kv_heads,
+            head_dim=case.head_dim,
+            v_head_dim=case.v_head_dim,
+            page_size=case.page_size,
+            kv_dtype=case.kv_dtype,
+            scale=case.head_dim**-0.5,
+            window=case.window,
+            softcap=case.softcap,
+            sinks=case.sinks,
+            group=case.group,
+            num_groups=case.num_groups,
+            tokens=case.tokens,
+            tuning=case.tuning,
         )
         module[name] = func.with_attr("global_symbol", name)
     return tvm.compile(module, target=tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"}))
@@ -87,9 +99,16 @@ def test_attention_matches_float64(kernels, name):
     case = CASES[name]
     rng = np.random.default_rng(7)
     batch = make_batch(
-        rng, list(case.lengths), num_kv_heads=case.num_kv_heads, head_dim=case.head_dim,
-        v_head_dim=case.v_head_dim, page_size=case.page_size, kv_dtype=case.kv_dtype, group=case.group,
-        num_groups=case.num_groups, window=case.window,
+        rng,
+        list(case.lengths),
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        v_head_dim=case.v_head_dim,
+        page_size=case.page_size,
+        kv_dtype=case.kv_dtype,
+        group=case.group,
+        num_groups=case.num_groups,
+        window=case.window,
     )
     num_tokens = int(batch.q_starts[-1])
     q = (3 * rng.standard_normal((1, num_tokens, case.num_heads, case.head_dim))).astype(np.float32)
@@ -105,3 +124,17 @@ def test_attention_matches_float64(kernels, name):
         q, batch, scale=case.head_dim**-0.5, window=case.window, softcap=case.softcap, sinks=sinks
     )
     np.testing.assert_allclose(out.numpy(), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"num_heads": 7}, "7"), ({"page_size": 12}, "12"), ({"kv_dtype": "int8"}, "int8")],
+)
+def test_what_cannot_be_compiled_is_named(change, named):
+    arguments = {
+        "num_heads": 8, "num_kv_heads": 4, "head_dim": 16, "v_head_dim": 16, "page_size": 16,
+        "kv_dtype": "float32", "scale": 1.0, "window": None, "softcap": None, "sinks": False,
+        "group": 0, "num_groups": 1,
+    }  # fmt: skip
+    with pytest.raises(UnsupportedError, match=named):
+        paged_attention(**(arguments | change))
