@@ -76,9 +76,13 @@ def invoke(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader has left: nothing to say, and nobody to say it to.
+    except BrokenPipeError:  # of the flush above
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except SystemExit as exc:
+        # click's way with a pipe whose reader has left: nothing to say, and nobody to say it to.
+        if not isinstance(exc.__context__, BrokenPipeError):
+            raise
         return EXIT_BROKEN_PIPE
     except Exception as exc:
         if os.environ.get("LLMC_DEBUG") == "1":
