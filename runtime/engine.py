@@ -294,8 +294,11 @@ class Engine:
     ) -> Iterator[tuple[int, Float32]]:
         """As `logits`, in parts `(start, [n, V])` that are valid until the next one.
 
-        For long texts, whose logits would not fit into memory.
+        For long texts, whose logits would not fit into memory. The iterator holds pages until it is
+        used up or closed.
         """
+        if chunk_tokens is not None and chunk_tokens < 1:
+            raise UsageError(f"chunk_tokens is {chunk_tokens}, expected at least 1")
         model = self.manifest.model
         ids = prompt_ids(
             token_ids,

@@ -15,14 +15,16 @@ _DEFAULT_TOKENS = 16384
 _DEFAULT_SHARE = 2  # one part in two of the memory that the rest leaves
 
 
-def available_host_bytes() -> int:
+def available_host_bytes(control_group: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory this process can still take: the machine's, or what its control group allows."""
     available = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
     try:
-        limit = (group / "memory.max").read_text().strip()
+        limit = (control_group / "memory.max").read_text().strip()
         if limit != "max":
-            used = int((group / "memory.current").read_text())
+            used = int((control_group / "memory.current").read_text())
+            fields = (control_group / "memory.stat").read_text().split()
+            # Files read but no longer in use, such as weights just hashed, are given up on demand.
+            used -= int(fields[fields.index("inactive_file") + 1])
             available = min(available, max(0, int(limit) - used))
     except (OSError, ValueError):  # no control group, or another system
         pass

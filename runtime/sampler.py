@@ -20,8 +20,11 @@ from llmc.runtime.sampling_params import SamplingParams
 from llmc.runtime.step import Float32, Int32
 
 _GREEDY_BELOW = 1e-5  # temperatures this low leave one token in float32
-_FIRST_CANDIDATES = 256  # top_p looks at this many first, then at eight times as many
+_FIRST_CANDIDATES = 256  # for top_p; most distributions need fewer
+_BLOCK = 512  # weights that are summed at once
+_BELOW_ONE = math.nextafter(1.0, 0.0)
 Float64 = npt.NDArray[np.float64]
+Weights = Float32 | Float64
 Indices = npt.NDArray[np.intp]
 
 
@@ -73,16 +76,32 @@ class TokenSampler:
             logits[self._stop_ids] = -np.inf
         return logits
 
-    def _draw(self, ids: Indices | None, weights: Float64) -> int:
+    def _draw(self, ids: Indices | None, weights: Weights) -> int:
         """One of `ids` (None: all), as likely as its weight, by one uniform number."""
-        cumulative = np.cumsum(weights)
-        point = self._random.random() * cumulative[-1]
-        # side="right" never lands on a weight of zero; the limit guards against rounding.
-        index = min(int(np.searchsorted(cumulative, point, side="right")), len(weights) - 1)
+        # First the block, then the place in it: a running sum over a whole vocabulary costs ten
+        # times as much as a sum of each block.
+        starts = np.arange(0, len(weights), _BLOCK)
+        block, rest = _pick(
+            np.add.reduceat(weights, starts, dtype=np.float64), self._random.random()
+        )
+        start = int(starts[block])
+        index = start + _pick(weights[start : start + _BLOCK], rest)[0]
         return index if ids is None else int(ids[index])
 
 
-def _candidates(scaled: Float32, params: SamplingParams) -> tuple[Indices | None, Float64]:
+def _pick(weights: Weights, share: float) -> tuple[int, float]:
+    """Where `share` of the total weight is reached, and the share of that place's own weight.
+
+    `share` is in [0, 1). The place has a weight: its running sum exceeds the one before.
+    """
+    sums = np.cumsum(weights, dtype=np.float64)
+    point = min(share * sums[-1], np.nextafter(sums[-1], 0))
+    index = int(np.searchsorted(sums, point, side="right"))
+    below = sums[index - 1] if index else 0.0
+    return index, min(float((point - below) / (sums[index] - below)), _BELOW_ONE)
+
+
+def _candidates(scaled: Float32, params: SamplingParams) -> tuple[Indices | None, Weights]:
     """Tokens that may be drawn and their weights, from logits over temperature whose maximum is 0.
 
     Returns ids `[n]` (None: the whole vocabulary) and weights `[n]`.
@@ -94,27 +113,30 @@ def _candidates(scaled: Float32, params: SamplingParams) -> tuple[Indices | None
         if params.top_p < 1:
             weights = weights[: _nucleus(weights, params.top_p * weights.sum())]
     elif params.top_p < 1:
-        wanted = params.top_p * float(np.exp(scaled).sum(dtype=np.float64))
-        ids, weights = _largest_until(scaled, wanted)
+        ids, weights = _largest_until(scaled, params.top_p)
     elif params.min_p > 0:
         ids = np.flatnonzero(scaled >= math.log(params.min_p))
         return ids, np.exp(scaled[ids], dtype=np.float64)
     else:
-        return None, np.exp(scaled, dtype=np.float64)
+        return None, np.exp(scaled)
     if params.min_p > 0:
         weights = weights[: max(1, int((weights >= params.min_p).sum()))]
     return ids[: len(weights)], weights
 
 
-def _largest_until(scaled: Float32, wanted: float) -> tuple[Indices, Float64]:
-    """The fewest likeliest tokens whose weights reach `wanted`."""
-    count = _FIRST_CANDIDATES
-    while True:
-        ids = largest(scaled, count)
-        weights = np.exp(scaled[ids], dtype=np.float64)
-        if count >= len(scaled) or weights.sum() >= wanted:
-            return ids, weights[: _nucleus(weights, wanted)]
-        count *= 8
+def _largest_until(scaled: Float32, top_p: float) -> tuple[Indices, Float64]:
+    """The fewest likeliest tokens whose weights reach the share `top_p` of all."""
+    weights = np.exp(scaled)
+    total = float(weights.sum(dtype=np.float64))
+    wanted = top_p * total
+    ids = largest(scaled, _FIRST_CANDIDATES)
+    if weights[ids].sum(dtype=np.float64) < wanted:
+        # A flat distribution. All tokens below this weight together do not make up the rest.
+        floor = (total - wanted) / len(scaled)
+        ids = largest(scaled, max(1, int(np.count_nonzero(weights >= floor))))
+    chosen = weights[ids].astype(np.float64)
+    count = _nucleus(chosen, wanted)
+    return ids[:count], chosen[:count]
 
 
 def _nucleus(weights: Float64, wanted: float) -> int:

@@ -133,6 +133,19 @@ def test_logits_beside_running_requests_disturb_nobody():
     assert tokens == reference_greedy(manifest, [1, 2, 3], 20)
 
 
+def test_logits_of_no_tokens_foreign_tokens_or_in_chunks_of_none_are_refused():
+    engine = make_engine()
+    with pytest.raises(RequestError, match="no tokens"):
+        engine.logits([])
+    with pytest.raises(RequestError, match="token id 97"):
+        engine.logits([97])
+    with pytest.raises(RequestError, match="at most 256"):
+        engine.logits([1] * 257)
+    with pytest.raises(UsageError, match="chunk_tokens is 0"):
+        engine.logits([1], chunk_tokens=0)
+    assert_idle(engine)
+
+
 def test_logits_without_enough_pages_is_an_error_that_leaks_none():
     engine = make_engine(make_manifest(stop_token_ids=()), num_pages=[10])
     engine.submit("a", [1] * 20, SamplingParams(temperature=0, max_tokens=5))

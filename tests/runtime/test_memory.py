@@ -72,5 +72,15 @@ def test_no_tokens_at_all_is_a_usage_error():
         plan(make_manifest(), 0)
 
 
+def test_a_control_groups_limit_counts_without_files_out_of_use(tmp_path):
+    free = available_host_bytes(tmp_path / "none")
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\nfile 600000\ninactive_file 500000\n")
+    assert available_host_bytes(tmp_path) == 600_000 < free
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_host_bytes(tmp_path) > 600_000
+
+
 def test_this_machine_has_memory():
     assert 2**20 < available_host_bytes() < 2**50
