@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
 from llmc.errors import ImportModelError, UnsupportedError
+from llmc.models.json_file import read_json
 
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
-_MAX_JSON_BYTES = 256 << 20
 _HINT = "the file is damaged: download it again"
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no such file, ImportModelError where it is not one."""
-    if not path.is_file():
-        return None
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ImportModelError(
-            f"{path}: {path.stat().st_size} bytes, expected at most {_MAX_JSON_BYTES}", hint=_HINT
-        )
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as exc:
-        raise ImportModelError(f"{path}: not JSON: {exc}", hint=_HINT) from exc
-    if not isinstance(fields, dict):
-        raise ImportModelError(
-            f"{path}: is {str(fields)[:60]!r}, expected a JSON object", hint=_HINT
-        )
-    return fields
 
 
 def tokenizer_json_of(path: Path) -> bytes | None:

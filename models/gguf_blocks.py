@@ -7,7 +7,7 @@ Layouts after ggml-quants.h; the tests compare every one with `gguf.quants.dequa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -30,7 +30,7 @@ _FLOATS: dict[GGMLQuantizationType, np.dtype[Any]] = {  # stored values, not blo
 _IQ4_NL_VALUES = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int8
 )
-_CHUNK_VALUES = 1 << 23  # values dequantized at once: keeps the intermediate arrays at 100 MB
+_CHUNK_VALUES = 1 << 20  # values worked on at once
 
 
 def take_apart(type_: GGMLQuantizationType, blocks: Array) -> QuantizedMatrix | None:
@@ -41,16 +41,21 @@ def take_apart(type_: GGMLQuantizationType, blocks: Array) -> QuantizedMatrix | 
     split = _SPLITTERS.get(type_)
     if split is None:
         return None
+    format_ = FORMATS[type_.name.lower()]
     size, num_bytes = GGML_QUANT_SIZES[type_]
-    rows = blocks.shape[0]
-    codes, scales, mins = split(np.ascontiguousarray(blocks).reshape(-1, num_bytes))
-    k = blocks.shape[1] // num_bytes * size
-    return QuantizedMatrix(
-        format=FORMATS[type_.name.lower()],
-        codes=codes.reshape(rows, k),
-        scales=scales.reshape(rows, -1),
-        mins=None if mins is None else mins.reshape(rows, -1),
-    )
+    rows, k = blocks.shape[0], blocks.shape[1] // num_bytes * size
+    groups = format_.num_groups(k)
+    codes = np.empty((rows, k), dtype=format_.code_dtype)
+    scales = np.empty((rows, groups), dtype=format_.scale_dtype)
+    mins = np.empty_like(scales) if format_.has_min else None
+    for chunk in _chunks(rows, k):
+        raw = np.ascontiguousarray(blocks[chunk]).reshape(-1, num_bytes)
+        chunk_codes, chunk_scales, chunk_mins = split(raw)
+        codes[chunk] = chunk_codes.reshape(-1, k)
+        scales[chunk] = chunk_scales.reshape(-1, groups)
+        if mins is not None and chunk_mins is not None:
+            mins[chunk] = chunk_mins.reshape(-1, groups)
+    return QuantizedMatrix(format=format_, codes=codes, scales=scales, mins=mins)
 
 
 def to_dense(type_: GGMLQuantizationType, blocks: Array) -> Array:
@@ -63,10 +68,16 @@ def to_dense(type_: GGMLQuantizationType, blocks: Array) -> Array:
     size, num_bytes = GGML_QUANT_SIZES[type_]
     rows, k = blocks.shape[0], blocks.shape[1] // num_bytes * size
     values = np.empty((rows, k), dtype=np.float32)
+    for chunk in _chunks(rows, k):
+        values[chunk] = _dequantize(type_, blocks[chunk])
+    return values
+
+
+def _chunks(rows: int, k: int) -> Iterator[slice]:
+    """Slices of rows, so that intermediate arrays stay small and in the cache."""
     step = max(1, _CHUNK_VALUES // k)
     for start in range(0, rows, step):
-        values[start : start + step] = _dequantize(type_, blocks[start : start + step])
-    return values
+        yield slice(start, start + step)
 
 
 def _dequantize(type_: GGMLQuantizationType, blocks: Array) -> Array:

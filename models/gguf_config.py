@@ -31,10 +31,11 @@ _POSITIONS = "position_embd.weight"
 _FACTORS = "rope_freqs.weight"
 _LONG_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 ROPE_TENSORS = frozenset({_FACTORS, *_LONG_FACTORS})  # they feed the config, not a parameter
+_FULL = "full_attention"
 _TOKEN_IDS = {
-    "bos_token_id": "tokenizer.ggml.bos_token_id",
-    "eos_token_id": "tokenizer.ggml.eos_token_id",
-    "pad_token_id": "tokenizer.ggml.padding_token_id",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "padding_token_id",
 }
 # Fields that transformers' tables leave at one checkpoint's defaults, though the file states them.
 _ALSO = {
@@ -60,6 +61,12 @@ def gguf_config(file: GgufFile) -> tuple[PreTrainedConfig, dict[str, Any]]:
     return config_from_dict(fields, str(file.path)), fields
 
 
+def token_id(file: GgufFile, key: str) -> int | None:
+    """`tokenizer.ggml.<key>`; None where it is absent or, as converters write, outside."""
+    value = file.optional_int(f"tokenizer.ggml.{key}")
+    return value if value is not None and value < file.tensors[_EMBEDDING].shape[0] else None
+
+
 def _fields(file: GgufFile) -> dict[str, Any]:
     if _EMBEDDING not in file.tensors:
         raise ImportModelError(
@@ -83,7 +90,7 @@ def _fields(file: GgufFile) -> dict[str, Any]:
     if _POSITIONS in file.tensors:
         fields["max_position_embeddings"] = file.tensors[_POSITIONS].shape[0]
     for name, key in _TOKEN_IDS.items():
-        fields.setdefault(name, file.optional_int(key))
+        fields.setdefault(name, token_id(file, key))
     fields.pop("_model_name_or_path", None)
     return fields
 
@@ -147,9 +154,16 @@ def _add_stated_fields(file: GgufFile, fields: dict[str, Any]) -> None:
         stated = any(field.endswith(name) for field in fields)
         if value is not None and not stated and hasattr(defaults, name):
             fields[name] = value
+    _add_rotary_fields(file, fields, getattr(defaults, "rope_parameters", None) or {})
+
+
+def _add_rotary_fields(file: GgufFile, fields: dict[str, Any], default: dict[str, Any]) -> None:
+    base = file.metadata.get(f"{file.architecture}.rope.freq_base")
+    if isinstance(base, float) and "rope_theta" in default:
+        fields.setdefault("rope_theta", base)
     rotary = file.optional_int(f"{file.architecture}.rope.dimension_count")
     heads = fields.get("num_attention_heads")
-    if rotary and heads and "hidden_size" in fields and hasattr(defaults, "rope_parameters"):
+    if rotary and heads and default and "hidden_size" in fields:
         head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
         if rotary != head_dim:
             fields["partial_rotary_factor"] = rotary / head_dim
@@ -177,12 +191,16 @@ def _add_rope_scaling(file: GgufFile, fields: dict[str, Any]) -> None:
         raise UnsupportedError(f"{file.path}: unknown rotary scaling {kind!r}")
     if not scaling:
         return
+    fields.pop("rope_scaling", None)
     default = getattr(_defaults(fields), "rope_parameters", None) or {}
+    if _FULL in default:  # per kind of layer: GGUF states the scaling of full attention
+        plain = {**default[_FULL], "rope_theta": fields.get("rope_theta")}
+        fields["rope_parameters"] = {**default, _FULL: plain | scaling}
+        return
     if default.get("rope_type") == scaling["rope_type"]:  # what GGUF does not state
         scaling = default | scaling
     scaling["rope_theta"] = fields.pop("rope_theta", default.get("rope_theta"))
     fields["rope_parameters"] = scaling
-    fields.pop("rope_scaling", None)
 
 
 def _factors(file: GgufFile, name: str) -> list[float]:
@@ -203,6 +221,7 @@ def _long_factors(
     }
     if "attn_factor" in given:
         scaling["attention_factor"] = given["attn_factor"]
+    fields["original_max_position_embeddings"] = original
     return scaling
 
 

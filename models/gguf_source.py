@@ -8,7 +8,7 @@ from pathlib import Path
 from gguf.constants import GGMLQuantizationType
 
 from llmc.errors import UnsupportedError
-from llmc.models.gguf_config import gguf_config
+from llmc.models.gguf_config import gguf_config, token_id
 from llmc.models.gguf_file import GgufFile
 from llmc.models.gguf_tokenizer import build_tokenizer
 from llmc.models.gguf_weights import gguf_weights
@@ -40,13 +40,9 @@ def open_gguf(path: Path) -> ModelSource:
         tensors=gguf_weights(file, fields, model).source_tensors(model),
         tokenizer_json=build_tokenizer(file),
         chat_template=file.optional_string("tokenizer.chat_template"),
-        bos_token_id=file.optional_int("tokenizer.ggml.bos_token_id"),
+        bos_token_id=token_id(file, "bos_token_id"),
         stop_token_ids=list(
-            dict.fromkeys(
-                token_id
-                for key in _STOP_KEYS
-                if (token_id := file.optional_int(f"tokenizer.ggml.{key}")) is not None
-            )
+            dict.fromkeys(found for key in _STOP_KEYS if (found := token_id(file, key)) is not None)
         ),
         generation_config=None,
     )

@@ -12,12 +12,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from llmc.errors import ImportModelError, UnsupportedError
 from llmc.models.conversions import Recipe, recipes
-from llmc.models.folder_tokenizer import (
-    chat_template_of,
-    end_token_id_of,
-    read_json,
-    tokenizer_json_of,
-)
+from llmc.models.folder_tokenizer import chat_template_of, end_token_id_of, tokenizer_json_of
+from llmc.models.json_file import read_json
 from llmc.models.parameters import EmptyModel, ExpectedTensor, config_from_dict, empty_model
 from llmc.models.safetensors_file import StoredTensor, open_safetensors
 from llmc.models.source import Array, ModelSource, SourceTensor

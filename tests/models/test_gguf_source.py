@@ -393,6 +393,83 @@ def test_an_unknown_rotary_scaling_is_named(tmp_path: Path) -> None:
         open_source(str(tmp_path / "m.gguf"))
 
 
+HEADS_OF_32 = {"attention.key_length": 32, "attention.value_length": 32}
+OTHERS = {  # architecture: model type, its fields, further metadata, a field that must come back
+    "qwen2": ("qwen2", {}, {}, ("rms_norm_eps", pytest.approx(1e-5))),
+    "qwen3": ("qwen3", {"head_dim": 32}, HEADS_OF_32, ("head_dim", 32)),
+    "phi3": ("phi3", {"pad_token_id": 0}, {}, ("max_position_embeddings", 256)),
+    "starcoder2": ("starcoder2", {}, {}, ("rope_theta", 5000.0)),
+    "stablelm": (
+        "stablelm",
+        {"partial_rotary_factor": 0.5},
+        {"rope.dimension_count": 8},
+        ("partial_rotary_factor", 0.5),
+    ),
+}
+
+
+def write_like_the_table(path: Path, architecture: str, model, metadata, more) -> None:
+    """A file with every parameter as it is, under the name that GGUF's own table gives it."""
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(number, 2)
+    tensors = {
+        f"{table.get_name(name.rpartition('.')[0])}.{name.rpartition('.')[2]}": values
+        for name, values in parameters(model).items()
+    }
+    write_gguf(path, architecture, {**METADATA, **metadata}, {**tensors, **more})
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_other_architectures_bring_config_and_weights(architecture: str, tmp_path: Path) -> None:
+    model_type, fields, metadata, (field, expected) = OTHERS[architecture]
+    model = random_model(model_type, {**SIZES, **fields})
+    write_like_the_table(tmp_path / "m.gguf", architecture, model, metadata, {})
+
+    source = open_source(str(tmp_path / "m.gguf"))
+
+    assert_same_tensors(source, model)
+    config = source.config
+    found = getattr(config, field, None)
+    assert (config.rope_parameters[field] if found is None else found) == expected
+
+
+def test_long_rotary_factors_reach_the_config(tmp_path: Path) -> None:
+    model = random_model("phi3", {**SIZES, "pad_token_id": 0})
+    long, short = np.arange(1, 9, dtype=np.float32), np.ones(8, np.float32)
+    write_like_the_table(
+        tmp_path / "m.gguf",
+        "phi3",
+        model,
+        {"rope.scaling.original_context_length": 64, "rope.scaling.attn_factor": 1.25},
+        {"rope_factors_long.weight": long, "rope_factors_short.weight": short},
+    )
+    rope = open_source(str(tmp_path / "m.gguf")).config.rope_parameters
+    assert rope["rope_type"] == "longrope"
+    assert (rope["long_factor"], rope["short_factor"]) == (long.tolist(), short.tolist())
+    assert (rope["attention_factor"], rope["original_max_position_embeddings"]) == (1.25, 64)
+
+
+def test_rotary_scaling_of_full_attention_leaves_windows_alone(tmp_path: Path) -> None:
+    model = random_model("gemma3_text", {**SIZES, "head_dim": 16, "pad_token_id": 0})
+    write_like_the_table(
+        tmp_path / "m.gguf",
+        "gemma3",
+        model,
+        {"attention.key_length": 16, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+        {},
+    )
+    rope = open_source(str(tmp_path / "m.gguf")).config.rope_parameters
+    assert (rope["full_attention"]["rope_type"], rope["full_attention"]["factor"]) == ("linear", 8)
+    assert rope["full_attention"]["rope_theta"] == 5000.0
+    assert rope["sliding_attention"]["rope_type"] == "default"
+
+
+def test_a_token_id_outside_the_vocabulary_counts_as_absent(tmp_path: Path) -> None:
+    outside = {"tokenizer.ggml.eos_token_id": 3, "tokenizer.ggml.eot_token_id": 2**32 - 1}
+    write_dense(tmp_path / "m.gguf", **outside)
+    assert open_source(str(tmp_path / "m.gguf")).stop_token_ids == [3]
+
+
 def test_tokenizer_and_stop_tokens_come_from_the_file(tmp_path: Path) -> None:
     write_dense(
         tmp_path / "My-Model.Q4_K_M.gguf",

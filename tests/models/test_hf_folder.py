@@ -199,6 +199,29 @@ def test_an_unknown_model_type_is_named_with_the_way_out(tmp_path: Path) -> None
     assert "transformers" in str(caught.value.hint)
 
 
+def test_a_model_that_writes_no_text_token_by_token_is_named(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    with pytest.raises(UnsupportedError, match="'t5' has no causal language model"):
+        open_source(str(tmp_path))
+
+
+def test_an_infinity_in_the_config_is_read(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    edit_config(tmp_path, time_limits=[0.0, {"__float__": "Infinity"}])
+    assert open_source(str(tmp_path)).config.time_limits == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_attention_heads": 0}, {"hidden_size": "wide"}, {"vocab_size": -1}]
+)
+def test_a_config_that_makes_no_model_is_refused(fields: dict, tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    edit_config(tmp_path, **fields)
+    with pytest.raises(ImportModelError):
+        open_source(str(tmp_path))
+
+
 def test_code_in_the_folder_is_never_run(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
