@@ -26,9 +26,9 @@ KV_BYTES = {"float32": 4, "float16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionTuning:
-    """Sizes that fit the machine; the defaults suit 32 registers of 512 bits."""
+    """Sizes that fit the machine; the defaults suit 32 vector registers of 512 bits."""
 
-    accumulators: int = 24  # vectors of 16 float32 kept in registers by one inner loop
+    accumulators: int = 16  # vectors of 16 float32 kept in registers by one inner loop
     tile_rows: int = 48  # most query rows (tokens times heads of a group) of a tile
     block_tokens: int = 128  # K/V tokens between two rescalings
     decode_splits: int = 4  # parts of the context that one-token kernels work on in parallel
