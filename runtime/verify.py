@@ -160,8 +160,8 @@ def compare_rows(
     """
     picked = logits[np.asarray(prompt.positions)].astype(np.float64)
     finite = np.isfinite(picked).all(axis=1)
-    shifted = picked - picked.max(axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):
+        shifted = picked - picked.max(axis=1, keepdims=True)
         log_probs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     ids = np.asarray(prompt.top_ids)
     ours = np.take_along_axis(log_probs, ids, axis=1)

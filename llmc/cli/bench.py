@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,19 @@ from llmc.cli.options import artifact_argument, device_option, json_option, open
 from llmc.errors import UsageError
 
 if TYPE_CHECKING:
+    from llmc.cli.benchmark import Measurement
     from llmc.runtime.engine import Engine
 
 _FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_ms", "inter_token_ms")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MeasuredBatch:
+    """One batch size's measured runs; the peak is the process's until their end."""
+
+    batch: int
+    measurements: list[Measurement]
+    peak_memory_mib: float
 
 
 @click.command()
@@ -46,12 +57,23 @@ def bench(
     sizes = _parse_batches(batches)
     from llmc.cli.bandwidth import METHOD, read_bandwidth
 
-    # Before the engine: its threads and its pages would be in the way.
-    bytes_per_s = read_bandwidth()
     engine = open_engine(
         directory, device=device, kv_cache_tokens=max(sizes) * (prompt_tokens + gen_tokens + 64)
     )
     _check_fits(engine, sizes, prompt_tokens + gen_tokens)
+    measured = [
+        _measure_batch(
+            engine,
+            batch,
+            prompt_tokens=prompt_tokens,
+            gen_tokens=gen_tokens,
+            warm_up=warm_up,
+            repeat=repeat,
+        )
+        for batch in sizes
+    ]
+    # Last, because its buffers would be in every figure of peak memory.
+    bytes_per_s = read_bandwidth()
     report = {
         "command": shlex.join(["llmc", *sys.argv[1:]]),
         **_setting(engine, device),
@@ -61,18 +83,7 @@ def bench(
         "repeat": repeat,
         "read_bandwidth_bytes_per_s": bytes_per_s,
         "read_bandwidth_method": METHOD,
-        "results": [
-            _measure_batch(
-                engine,
-                batch,
-                prompt_tokens=prompt_tokens,
-                gen_tokens=gen_tokens,
-                warm_up=warm_up,
-                repeat=repeat,
-                bytes_per_s=bytes_per_s,
-            )
-            for batch in sizes
-        ],
+        "results": [_result(engine, batch, bytes_per_s) for batch in measured],
     }
     if as_json:
         print_json(report)
@@ -140,9 +151,8 @@ def _measure_batch(
     gen_tokens: int,
     warm_up: int,
     repeat: int,
-    bytes_per_s: float,
-) -> dict[str, Any]:
-    from llmc.cli.benchmark import bandwidth_share, measure, peak_memory_mib, spread
+) -> _MeasuredBatch:
+    from llmc.cli.benchmark import measure, peak_memory_mib
 
     runs = []
     with console(err=True).status(f"batch {batch}") as status:
@@ -151,14 +161,24 @@ def _measure_batch(
             runs.append(
                 measure(engine, batch=batch, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens)
             )
-    measured = runs[warm_up:]
+    return _MeasuredBatch(
+        batch=batch, measurements=runs[warm_up:], peak_memory_mib=peak_memory_mib()
+    )
+
+
+def _result(engine: Engine, measured: _MeasuredBatch, bytes_per_s: float) -> dict[str, Any]:
+    from llmc.cli.benchmark import bandwidth_share, spread
+
     memory = engine.manifest.memory
-    shares = [bandwidth_share(m, memory, batch=batch, bytes_per_s=bytes_per_s) for m in measured]
+    shares = [
+        bandwidth_share(m, memory, batch=measured.batch, bytes_per_s=bytes_per_s)
+        for m in measured.measurements
+    ]
     return {
-        "batch": batch,
-        **{name: spread([getattr(m, name) for m in measured]) for name in _FIGURES},
+        "batch": measured.batch,
+        **{name: spread([getattr(m, name) for m in measured.measurements]) for name in _FIGURES},
         "memory_bandwidth_share": spread(shares),
-        "peak_memory_mib": peak_memory_mib(),
+        "peak_memory_mib": measured.peak_memory_mib,
     }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmc.errors import LlmcError
+from llmc.errors import LlmcError, UsageError
 
 if TYPE_CHECKING:
     from llmc.artifact import MemoryPlan
@@ -44,21 +44,29 @@ class _Clock:
 def measure(engine: Engine, *, batch: int, prompt_tokens: int, gen_tokens: int) -> Measurement:
     """Submits `batch` random prompts at once and runs them to their end, greedily.
 
-    Prefill lasts until every sequence has its first token; decode is what follows. Tokens that the
-    first sequences generate in the meantime count for neither.
+    Prefill lasts until every sequence has its first token. Decode is what follows, until the first
+    sequence ends: only then the batch is as large as it says. What the first sequences generate
+    during prefill, and the last ones after decode, counts for neither.
     """
     clock = _run_batch(engine, batch=batch, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens)
-    first = [times[0] for times in clock.arrivals.values()]
-    prefill_end = max(first)
+    arrivals = list(clock.arrivals.values())
+    first = [times[0] for times in arrivals]
+    prefill_end, decode_end = max(first), min(times[-1] for times in arrivals)
+    if decode_end <= prefill_end:
+        raise UsageError(
+            f"--gen-tokens {gen_tokens}: at batch {batch} the first sequence ends before the last "
+            "one begins",
+            hint="raise --gen-tokens or lower --prompt-tokens",
+        )
     gaps = [
         later - earlier
-        for times in clock.arrivals.values()
+        for times in arrivals
         for earlier, later in itertools.pairwise(times)
-        if earlier >= prefill_end
+        if earlier >= prefill_end and later <= decode_end
     ]
-    decoded = sum(t > prefill_end for times in clock.arrivals.values() for t in times)
-    steps = [end for end in clock.step_ends if end > prefill_end]
-    seconds = steps[-1] - prefill_end
+    decoded = sum(prefill_end < t <= decode_end for times in arrivals for t in times)
+    steps = [end for end in clock.step_ends if prefill_end < end <= decode_end]
+    seconds = decode_end - prefill_end
     return Measurement(
         prefill_tokens_per_s=batch * prompt_tokens / prefill_end,
         decode_tokens_per_s=decoded / seconds,

@@ -79,10 +79,8 @@ def invoke(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # of the flush above
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except SystemExit as exc:
-        # click's way with a pipe whose reader has left: nothing to say, and nobody to say it to.
-        if not isinstance(exc.__context__, BrokenPipeError):
-            raise
+    except SystemExit:
+        # click's only exit in this mode: the pipe's reader has left, and there is nobody to tell.
         return EXIT_BROKEN_PIPE
     except Exception as exc:
         if os.environ.get("LLMC_DEBUG") == "1":

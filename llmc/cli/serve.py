@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 
 import click
@@ -59,11 +60,17 @@ def serve(
     )
 
     def on_ready() -> None:
-        say(f"{engine.manifest.model.name} is served" + ("" if api_key else ", without an API key"))
+        say(f"{engine.manifest.model.name} is served; Ctrl-C drains and stops")
+        if api_key is None and not _is_loopback(sock.getsockname()[0]):
+            say(f"warning: whoever reaches {host} can use it; --api-key-file asks for a key")
         click.echo(url_of(sock))
 
     serve_engine(engine, sock, api_key=api_key, drain_timeout_s=drain_timeout, on_ready=on_ready)
     say("drained")
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _read_key(path: Path) -> str:

@@ -125,7 +125,7 @@ class EngineThread:
         Raises RequestError where one is malformed, ApiError 429 where the queue is full and 503
         while draining.
         """
-        if self.draining:
+        if self.draining or not self.is_alive:
             raise draining()
         stream = DeltaStream(len(prompts), params.n)
         self._num_streams += 1
@@ -207,12 +207,13 @@ class EngineThread:
 
     def _step(self) -> None:
         try:
-            deltas = self.engine.step()
+            self._deliver(self.engine.step())
         except Exception:
-            # The engine ends a failing sequence by itself; this is a fault of the engine's own.
-            log.exception("the engine's step failed; all running requests are given up")
+            # The engine ends a failing sequence by itself; this is a fault of its own, or ours.
+            log.exception("a step failed; all running requests are given up")
             self._fail_all(engine_failed())
-            return
+
+    def _deliver(self, deltas: list[Delta]) -> None:
         now = time.monotonic()
         by_stream: dict[DeltaStream, list[PromptDelta]] = {}
         failed: set[DeltaStream] = set()

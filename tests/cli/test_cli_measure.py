@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from toy_artifact import (
     byte_level_tokenizer,
+    install_fake_executor,
     reference_logits,
     toy_manifest,
     toy_reference,
@@ -19,8 +20,9 @@ from toy_artifact import (
 
 from llmc.artifact import KernelInfo, MemoryPlan, WeightTensor
 from llmc.cli import bandwidth
-from llmc.cli.benchmark import Measurement, bandwidth_share
+from llmc.cli.benchmark import Measurement, bandwidth_share, measure
 from llmc.reference import Reference
+from llmc.runtime.engine import Engine
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +73,29 @@ def test_bench_prints_a_table_on_stdout_and_the_setting_on_stderr(llmc, artifact
 def test_bench_refuses_what_the_artifact_cannot_take(llmc, artifact: Path, options) -> None:
     code, out, _ = llmc("bench", artifact, *options)
     assert (code, out) == (2, "")
+
+
+def test_bench_times_steps_and_not_itself(llmc, artifact: Path, monkeypatch) -> None:
+    """With steps of 20 ms a batch of 4 cannot decode faster than 200 tokens/s."""
+    install_fake_executor(monkeypatch, delay_s=0.02)
+    engine = Engine(artifact)
+    measured = measure(engine, batch=4, prompt_tokens=40, gen_tokens=10)
+    # Above: what the toy itself and a loaded machine add.
+    assert 20 <= measured.inter_token_ms < 60
+    assert 4 / 0.06 < measured.decode_tokens_per_s <= 4 / 0.02
+    assert 1 / 0.06 < measured.decode_steps_per_s <= 1 / 0.02
+    # 160 prompt tokens take three steps of at most 64; the first answers come after one.
+    assert 20 <= measured.ttft_ms < 180
+    assert 160 / 0.18 < measured.prefill_tokens_per_s <= 160 / 0.06
+    assert engine.stats.num_running == 0
+
+
+def test_a_decode_too_short_to_measure_is_refused(llmc, artifact: Path) -> None:
+    code, out, err = llmc(
+        *("bench", artifact, "--prompt-tokens", 60, "--gen-tokens", 2, "--batch", 8)
+    )
+    assert (code, out) == (2, "")
+    assert "raise --gen-tokens" in err
 
 
 def test_the_bandwidth_share_is_bytes_read_over_bytes_readable() -> None:

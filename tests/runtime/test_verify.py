@@ -1,4 +1,4 @@
-"""Replaying a reference: right numbers pass, wrong or missing ones do not, damaged files are named."""
+"""Replaying a reference: right numbers pass, wrong, missing and damaged ones do not."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_right_numbers_pass_through_every_entry_point(tmp_path: Path) -> None:
 def test_wrong_numbers_fail(tmp_path: Path, spoil: str) -> None:
     report = verify(write(tmp_path, toy_reference(toy_manifest())), engine=ToyEngine(spoil=spoil))
     assert not report.passed
-    with pytest.raises(VerifyError, match="logits|difference"):
+    with pytest.raises(VerifyError, match=r"logits|difference"):
         report.raise_if_failed()
     json.dumps(report.to_json(), allow_nan=False)  # what is not finite became null
     good = {p.entry_point: math.isfinite(p.figures.mean_abs) for p in report.prompts}
