@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from llmc.errors import ImportModelError, UnsupportedError
@@ -31,35 +30,30 @@ def open_folder(path: Path, name: str) -> ModelSource:
 
     Raises ImportModelError and UnsupportedError as `open_source` does.
     """
-    config = _config(path)
+    fields = _config_fields(path)
+    config = config_from_dict(fields, str(path / _CONFIG))
     files = _stored_tensors(path)
     model = empty_model(config)
     generation = read_json(path / "generation_config.json")
     tokenizer = tokenizer_json_of(path)
+    # What the files state goes before what the config class assumes.
+    stated = [generation or {}, fields, fields.get("text_config")]
+    assumed = [vars(config), vars(config.get_text_config())]
+    stops = [*_token_ids(stated, "eos_token_id"), *end_token_id_of(path, tokenizer)]
+    begins = [*_token_ids(stated, "bos_token_id"), *_token_ids(assumed, "bos_token_id")]
     return ModelSource(
         name=name,
         config=config,
         tensors=_source_tensors(path, files, model),
         tokenizer_json=tokenizer,
         chat_template=chat_template_of(path),
-        bos_token_id=next(
-            iter(_token_ids(generation, "bos_token_id")),
-            next(iter(_config_ids(config, "bos_token_id")), None),
-        ),
-        stop_token_ids=list(
-            dict.fromkeys(
-                [
-                    *_token_ids(generation, "eos_token_id"),
-                    *_config_ids(config, "eos_token_id"),
-                    *end_token_id_of(path, tokenizer),
-                ]
-            )
-        ),
+        bos_token_id=begins[0] if begins else None,
+        stop_token_ids=list(dict.fromkeys(stops or _token_ids(assumed, "eos_token_id"))),
         generation_config=generation,
     )
 
 
-def _config(path: Path) -> PreTrainedConfig:
+def _config_fields(path: Path) -> dict[str, Any]:
     fields = read_json(path / _CONFIG)
     if fields is None:
         files = sorted(path.glob("*.gguf"))
@@ -67,7 +61,6 @@ def _config(path: Path) -> PreTrainedConfig:
             f"{path}: no {_CONFIG} in this folder",
             hint=f"give the file itself: {files[0]}" if files else "give a model's folder",
         )
-    config = config_from_dict(fields, str(path / _CONFIG))
     quantization = fields.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -75,7 +68,7 @@ def _config(path: Path) -> PreTrainedConfig:
             f"{path}: the weights are quantized with {method or str(quantization)[:60]!r}",
             hint="use the unquantized model, or a GGUF file of it",
         )
-    return config
+    return fields
 
 
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -174,14 +167,12 @@ def _convert(recipe: Recipe, name: str, files: dict[str, StoredTensor]) -> Array
     return to_numpy(recipe.run(lambda key: to_torch(files[key].read()))[name])
 
 
-def _token_ids(fields: dict[str, Any] | None, key: str) -> Iterator[int]:
-    """A token id or list of them out of a config; anything else is no id."""
-    value = (fields or {}).get(key)
-    for item in value if isinstance(value, list) else [value]:
-        if type(item) is int and item >= 0:
-            yield item
-
-
-def _config_ids(config: PreTrainedConfig, key: str) -> Iterator[int]:
-    for part in (config, config.get_text_config()):
-        yield from _token_ids({key: getattr(part, key, None)}, key)
+def _token_ids(parts: Iterable[object], key: str) -> list[int]:
+    """The token ids under `key` in any of `parts`: each holds one, a list of them or none."""
+    found: list[int] = []
+    for part in parts:
+        value = part.get(key) if isinstance(part, dict) else None
+        for item in value if isinstance(value, list) else [value]:
+            if type(item) is int and item >= 0:
+                found.append(item)
+    return found

@@ -116,6 +116,18 @@ def test_name_and_token_ids_come_from_all_the_files_that_state_them(tmp_path: Pa
     assert open_source(str(folder)).chat_template == "from file"
 
 
+def test_a_stop_token_the_files_state_replaces_the_one_the_class_assumes(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["eos_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_source(str(tmp_path)).stop_token_ids == [2]  # of the config class
+
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    assert open_source(str(tmp_path)).stop_token_ids == [9]
+
+
 def test_a_slow_tokenizer_is_converted(tmp_path: Path) -> None:
     tiny_model(*CASES["transposed projections"]).save_pretrained(tmp_path)
     letters = {letter: i for i, letter in enumerate("abcdefgh")}
