@@ -1,13 +1,15 @@
 """Layout "panel16": the order in which the CPU kernels read a weight matrix `[M, K]`.
 
-Sixteen output rows lie across a vector, so that a kernel broadcasts one activation and needs no horizontal
-sum. Rows are padded with zeros to whole panels; a panel is contiguous and is read from front to back once.
+Sixteen output rows lie across a vector, so that a kernel broadcasts one activation and needs no
+horizontal sum. Rows are padded with zeros to whole panels; a panel is contiguous and is read from
+front to back once.
 
-Codes narrower than 32 bits are gathered into one 32-bit word per row, `codes_per_word` consecutive input
-features each: one full-width load brings 32 / bits vectors, and each leaves the word by one AND (or one shift)
-before its conversion, where byte-wise storage pays a widening load per 16 codes. Four-bit words hold feature
-`j` in the low and `j + 4` in the high half of byte `j`, the order that byte dot products (VNNI, dot-prod) want
-as well. Eight-bit codes without a minimum are stored plus 128, so that every code is unsigned.
+Codes narrower than 32 bits are gathered into one 32-bit word per row, `codes_per_word` consecutive
+input features each: one full-width load brings 32 / bits vectors, and each leaves the word by one
+AND (or one shift) before its conversion, where byte-wise storage pays a widening load per 16 codes.
+Four-bit words hold feature `j` in the low and `j + 4` in the high half of byte `j`, the order that
+byte dot products (VNNI, dot-prod) want as well. Eight-bit codes without a minimum are stored plus
+128, so that every code is unsigned.
 
     format     array     shape                         dtype
     f32, f16   values    [panels, K, 16]               float32, float16
@@ -41,7 +43,9 @@ Array = npt.NDArray[np.generic]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedArray:
-    """One stored array of a packed matrix: what follows the weight's name, shape and NumPy dtype name."""
+    """One stored array of a packed matrix: what follows the weight's name, shape and NumPy dtype
+    name.
+    """
 
     suffix: str
     shape: tuple[int, ...]
@@ -82,7 +86,8 @@ def num_panels(m: int) -> int:
 def packed_arrays(
     fmt: WeightFormat, m: int, k: int, *, num_experts: int | None = None
 ) -> list[PackedArray]:
-    """The arrays that `pack` makes of a matrix `[m, k]` (or of a stack of `num_experts`), in its order.
+    """The arrays that `pack` makes of a matrix `[m, k]` (or of a stack of `num_experts`), in its
+    order.
 
     Raises CompileError where the format cannot hold k input features.
     """
@@ -101,7 +106,7 @@ def packed_arrays(
         ) from exc
     if groups > 1 and fmt.group % codes_per_word(fmt):
         raise CompileError(
-            f"{fmt.name}: a group of {fmt.group} does not fill whole words of {codes_per_word(fmt)} codes"
+            f"{fmt.name}: a group of {fmt.group} codes does not fill whole words of 32 bits"
         )
     arrays = [PackedArray(suffix="codes", shape=(*lead, words, PANEL), dtype="int32")]
     for suffix in ("scales", "mins") if fmt.has_min else ("scales",):
@@ -117,10 +122,11 @@ Matrix = Array | QuantizedMatrix
 def pack(fmt: WeightFormat, matrix: Matrix | Sequence[Matrix]) -> list[Array]:
     """Packs a matrix `[M, K]`, or a stack of X equal ones, into the arrays of `packed_arrays`.
 
-    Float formats take a dense array (any float dtype, `[M, K]` or `[X, M, K]`) and round it to their own;
-    affine formats take a QuantizedMatrix or a sequence of them. Raises CompileError on a mismatch.
+    Float formats take a dense array (any float dtype, `[M, K]` or `[X, M, K]`) and round it to
+    their own; affine formats take a QuantizedMatrix or a sequence of them. Raises CompileError on a
+    mismatch.
     """
-    if isinstance(matrix, np.ndarray) and matrix.ndim == 2 or isinstance(matrix, QuantizedMatrix):
+    if (isinstance(matrix, np.ndarray) and matrix.ndim == 2) or isinstance(matrix, QuantizedMatrix):
         return _pack_matrix(fmt, matrix)
     stack = list(matrix)
     if not stack:
@@ -173,7 +179,9 @@ _FLOAT_DTYPES = {
 
 
 def _pack_codes(fmt: WeightFormat, codes: Array) -> Array:
-    """`[M, K]` → `[panels, words, 16]`, several codes a word where they are narrower than 32 bits."""
+    """`[M, K]` → `[panels, words, 16]`, several codes a word where they are narrower than 32
+    bits.
+    """
     offsets = code_offsets(fmt)
     if len(offsets) == 1:
         return _pack_rows(codes)

@@ -11,14 +11,14 @@ from llmc.errors import UnsupportedError
 class LinearParameters:
     """How a product is tiled; every value changes speed only.
 
-    The tile of `token_tiles[0]` tokens × `16 · tile_panels` outputs is what lives in registers, so it has to
-    leave room for `tile_panels` weight vectors and one broadcast. Remaining tokens take the next smaller tiles;
-    the last has to be 1.
+    The tile of `token_tiles[0]` tokens by `16 · tile_panels` outputs is what lives in registers, so
+    it has to leave room for `tile_panels` weight vectors and one broadcast. Remaining tokens take
+    the next smaller tiles; the last has to be 1.
     """
 
     tile_panels: int  # panels (16 outputs each) a task unpacks and multiplies together
     token_tiles: tuple[int, ...]  # tokens of one register tile, largest first, ending in 1
-    fused: bool  # decode weights in registers for each token tile, instead of unpacking a block of them once
+    fused: bool  # decode weights in registers for each token tile, not once for all tokens
     k_block: int  # input features unpacked at a time: k_block · tile_panels · 64 bytes of scratch
     row_block: int  # tokens a task multiplies by weights it unpacked once
     gemv_words: int  # stored words per step of a fused product's inner loop
@@ -27,7 +27,8 @@ class LinearParameters:
 
     def __post_init__(self) -> None:
         tiles = self.token_tiles
-        assert tiles[-1] == 1 and list(tiles) == sorted(set(tiles), reverse=True), tiles
+        assert tiles[-1] == 1, tiles
+        assert list(tiles) == sorted(set(tiles), reverse=True), tiles
         assert min(self.tile_panels, self.k_block, self.row_block, self.gemv_words) > 0
 
 
@@ -40,7 +41,8 @@ class CpuParameters:
 
 
 PARAMETERS: dict[str, CpuParameters] = {
-    # 32 vector registers of 16 floats: 8 x 2 accumulators already reach 90 % of the multiply-add rate.
+    # 32 vector registers of 16 floats: 8 x 2 accumulators already reach 90 % of the multiply-add
+    # rate.
     "avx512": CpuParameters(
         linear=LinearParameters(
             tile_panels=2,

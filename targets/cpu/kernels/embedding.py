@@ -1,4 +1,5 @@
-"""Rows of a panel-packed matrix by id: the token embedding, also where the LM head shares the weights.
+"""Rows of a panel-packed matrix by id: the token embedding, also where the LM head shares the
+weights.
 
 Buffers in order: ids `[1, T]` i32, the arrays of `packed_arrays(fmt, v, e)`, y `[1, T, E]` f32.
 """
@@ -9,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import tvm
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.panels import WeightPanels, argument, decode, i64, size_var
 from llmc.targets.cpu.layout import stored_zero_point
-from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as T
 
 Expr = Any
 
@@ -24,8 +26,8 @@ SERIAL_TOKENS = 8
 def embedding(fmt: WeightFormat, v: int, e: int) -> tvm.tirx.PrimFunc:
     """Gathers and dequantizes rows of a matrix `[v, e]` for any number of ids.
 
-    Ids have to be in 0 … v - 1: they are not checked here. Raises CompileError where the format cannot hold e
-    features.
+    Ids have to be in 0 … v - 1: they are not checked here. Raises CompileError where the format
+    cannot hold e features.
     """
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):

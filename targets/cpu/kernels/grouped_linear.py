@@ -1,8 +1,10 @@
-"""The experts' product of a mixture-of-experts layer: every row goes through the experts chosen for it.
+"""The experts' product of a mixture-of-experts layer: every row goes through the experts chosen for
+it.
 
-Buffers in order: x `[T, K]` f32 (each token's row serves its top_k experts) or `[T · top_k, K]` (a row for each
-choice), expert_ids `[T, top_k]` i32, the arrays of `packed_arrays(fmt, m, k, num_experts=X)`, bias `[X, M]` f32
-where asked, y `[T · top_k, M]` f32; row `t · top_k + j` belongs to choice `j` of token `t`.
+Buffers in order: x `[T, K]` f32 (each token's row serves its top_k experts) or `[T · top_k, K]` (a
+row for each choice), expert_ids `[T, top_k]` i32, the arrays of `packed_arrays(fmt, m, k,
+num_experts=X)`, bias `[X, M]` f32 where asked, y `[T · top_k, M]` f32; row `t · top_k + j` belongs
+to choice `j` of token `t`.
 """
 
 from __future__ import annotations
@@ -11,14 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.panels import (
-    Registers,
     Rows,
     WeightPanels,
     argument,
     i64,
-    num_sums,
     prepare_activations,
     scratch,
     size_var,
@@ -31,8 +34,6 @@ from llmc.targets.cpu.kernels.tiles import (
 )
 from llmc.targets.cpu.layout import PANEL
 from llmc.targets.cpu.parameters import LinearParameters
-from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as T
 
 Expr = Any
 
@@ -50,8 +51,8 @@ def grouped_linear(
 ) -> tvm.tirx.PrimFunc:
     """The product with `num_experts` matrices `[m, k]` for any number of tokens.
 
-    Only chosen experts' weights are read, each once. Ids have to be in 0 … num_experts - 1: they are not checked
-    here. Raises CompileError where the format cannot hold k features.
+    Only chosen experts' weights are read, each once. Ids have to be in 0 … num_experts - 1: they
+    are not checked here. Raises CompileError where the format cannot hold k features.
     """
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
@@ -93,16 +94,14 @@ def grouped_linear(
 class _Groups:
     """The choices sorted by expert; all int32.
 
-    order `[T · top_k]`: choices, an expert's together; expert e's end where starts `[X + 1]` of e + 1 says; active
-    `[X]`: the experts that were chosen at all, `num_active` of them.
+    order `[T · top_k]`: choices, an expert's together; expert e's end where starts `[X + 1]` of e +
+    1 says; active `[X]`: the experts that were chosen at all, `num_active` of them.
     """
 
     order: Expr
     starts: Expr
     active: Expr
     num_active: Expr
-    num_choices: Expr
-    num_experts: int
 
     def of(self, index: Expr) -> tuple[Expr, Expr, Expr]:
         """Active expert number `index`, its first position and its number of positions."""
@@ -145,8 +144,6 @@ def _group_choices(expert_ids: Expr, tokens: Expr, top_k: int, num_experts: int)
         starts=starts,
         active=active,
         num_active=T.Bind(T.Cast("int64", count[i64(0)])),
-        num_choices=tokens * i64(top_k),
-        num_experts=num_experts,
     )
 
 
@@ -155,22 +152,18 @@ def _fused(product: Product, groups: _Groups, x_rows: Expr, params: LinearParame
     weights = product.weights
     panels = i64(weights.panels)
     x = prepare_activations(weights, product.x, x_rows)
-    # TVM lifts the allocation above the count of active experts: bound it by what is known before.
-    bound = T.min(i64(groups.num_experts), groups.num_choices) * panels
-    sums = scratch((bound, max(num_sums(size) for size in params.token_tiles), PANEL))
     with T.parallel(groups.num_active * panels) as task:
         expert, first, count = groups.of(T.floordiv(task, panels))
         panel = T.Bind(T.floormod(task, panels))
-        registers = Registers(sums, task)
-        fused_positions(product, x, expert, panel, first, count, registers, params)
+        fused_positions(product, x, expert, panel, first, count, params)
 
 
 def _blocked(product: Product, groups: _Groups, params: LinearParameters) -> None:
-    """Tasks are column blocks of active experts, columns outermost, so that a large expert is shared by all."""
+    """Tasks are column blocks of active experts, columns outermost, so that a large expert is
+    shared by all.
+    """
     active = T.Bind(groups.num_active)
     divisor = T.Bind(T.max(active, i64(1)))
     with T.parallel(i64(num_column_blocks(product.weights, params)) * active) as task:
         expert, first, count = groups.of(T.floormod(task, divisor))
-        multiply_columns(
-            product, expert, T.floordiv(task, divisor), first, count, params
-        )
+        multiply_columns(product, expert, T.floordiv(task, divisor), first, count, params)

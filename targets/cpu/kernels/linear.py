@@ -1,7 +1,8 @@
-"""y = x · Wᵀ (+ bias) (+ residual) with panel-packed weights of any format, for one token, a few or many.
+"""y = x · Wᵀ (+ bias) (+ residual) with panel-packed weights of any format, for one token, a few or
+many.
 
-Buffers in order: x `[1, T, K]` f32, the arrays of `packed_arrays(fmt, m, k)`, bias `[M]` f32 where asked,
-residual `[1, T, M]` f32 where asked, y `[1, T, M]` f32.
+Buffers in order: x `[1, T, K]` f32, the arrays of `packed_arrays(fmt, m, k)`, bias `[M]` f32 where
+asked, residual `[1, T, M]` f32 where asked, y `[1, T, M]` f32.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import tvm
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.panels import (
-    Registers,
     Rows,
     WeightPanels,
     argument,
     i64,
-    num_sums,
     prepare_activations,
-    scratch,
     size_var,
 )
 from llmc.targets.cpu.kernels.tiles import (
@@ -31,8 +32,6 @@ from llmc.targets.cpu.kernels.tiles import (
 )
 from llmc.targets.cpu.layout import PANEL
 from llmc.targets.cpu.parameters import LinearParameters
-from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as T
 
 Expr = Any
 
@@ -47,10 +46,11 @@ def linear(
     residual: bool,
     params: LinearParameters,
 ) -> tvm.tirx.PrimFunc:
-    """The product with a matrix `[m, k]` for exactly one token (`tokens=1`) or for any number (None).
+    """The product with a matrix `[m, k]` for exactly one token (`tokens=1`) or for any number
+    (None).
 
-    With `params.fused` any number is right, but a few are meant. Raises CompileError where the format cannot
-    hold k features.
+    With `params.fused` any number is right, but a few are meant. Raises CompileError where the
+    format cannot hold k features.
     """
     assert tokens in (1, None), tokens
     with IRBuilder() as builder:
@@ -89,18 +89,13 @@ def _fused(
     """A panel is read from memory once, and decoded in registers once for each tile of tokens."""
     weights = product.weights
     x = prepare_activations(weights, product.x, num_tokens)
-    tiles = (1,) if tokens == 1 else params.token_tiles
-    sums = scratch((weights.panels, max(num_sums(size) for size in tiles), PANEL))
     serial = weights.m * weights.k <= params.serial_weights
     loop: Callable[[Expr], Any] = T.serial if serial else T.parallel
     with loop(i64(weights.panels)) as panel:
-        registers = Registers(sums, panel)
         if tokens == 1:
-            dot_tile(product, x, i64(0), panel, [i64(0)], registers, params)
+            dot_tile(product, x, i64(0), panel, [i64(0)], params)
         else:
-            fused_positions(
-                product, x, i64(0), panel, i64(0), num_tokens, registers, params
-            )
+            fused_positions(product, x, i64(0), panel, i64(0), num_tokens, params)
 
 
 def _blocked(product: Product, num_tokens: Expr, params: LinearParameters) -> None:

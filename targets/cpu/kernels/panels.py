@@ -1,6 +1,8 @@
-"""Emitting the reads of a panel-packed weight matrix (see targets/cpu/layout.py) into a kernel under construction.
+"""Emitting the reads of a panel-packed weight matrix (see targets/cpu/layout.py) into a kernel
+under construction.
 
-The functions here run while an IRBuilder frame is open: Python loops become straight code, `T.serial` a loop.
+The functions here run while an IRBuilder frame is open: Python loops become straight code,
+`T.serial` a loop.
 """
 
 from __future__ import annotations
@@ -9,6 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.layout import (
@@ -22,8 +27,6 @@ from llmc.targets.cpu.layout import (
     stored_zero_point,
 )
 from llmc.targets.cpu.parameters import LinearParameters
-from tvm import tirx
-from tvm.script.ir_builder import tirx as T
 
 Expr = Any
 F32X16 = "float32x16"
@@ -80,31 +83,28 @@ class Rows:
         return (i64(0), row, column) if self.batched else (row, column)
 
 
-@dataclass(frozen=True, slots=True)
-class Registers:
-    """Vectors of 16 floats that a loop carries; LLVM keeps them in registers where indices are constant.
+def registers(count: int) -> Expr:
+    """`count` vectors of 16 floats that a loop carries, `[count, 16]`.
 
-    They have memory behind them all the same, and TVM asks its workspace pool for it: a loop of short tasks
-    shares one allocation, made outside, and each task takes its own row.
+    They lie on the stack, where LLVM turns them into registers if every index is constant; left
+    alone, TVM asks its workspace pool for them each time.
     """
-
-    buffer: Expr
-    task: Expr
-
-
-def registers(count: int) -> Registers:
-    """`count` vectors of its own for the scope it is opened in."""
-    return Registers(scratch((1, count, PANEL)), i64(0))
+    return T.alloc_buffer(
+        [i64(count), i64(PANEL)],
+        "float32",
+        scope="local",
+        annotations={"disable_lower_builtin": True},
+    )
 
 
-def get(vectors: Registers, index: int) -> Expr:
-    """Vector `index`."""
-    return vectors.buffer[vectors.task, i64(index), lanes(i64(0))]
+def get(vectors: Expr, index: int) -> Expr:
+    """Vector `index` of `registers`."""
+    return vectors[i64(index), lanes(i64(0))]
 
 
-def put(vectors: Registers, index: int, value: Expr) -> None:
-    """Sets vector `index`."""
-    T.buffer_store(vectors.buffer, value, [vectors.task, i64(index), lanes(i64(0))])
+def put(vectors: Expr, index: int, value: Expr) -> None:
+    """Sets vector `index` of `registers`."""
+    T.buffer_store(vectors, value, [i64(index), lanes(i64(0))])
 
 
 def prefetch(address: Expr) -> None:
@@ -123,7 +123,9 @@ def prefetch(address: Expr) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """One code of each of a panel's rows, taken from a word vector: value · 2^-exponent is the code."""
+    """One code of each of a panel's rows, taken from a word vector: value · 2^-exponent is the
+    code.
+    """
 
     offset: int
     value: Expr
@@ -133,8 +135,9 @@ class Code:
 def decode(fmt: WeightFormat, word: Expr, count: int = PANEL) -> list[Code]:
     """The codes in a vector of `count` stored words (one word: a scalar), as float32.
 
-    A code stays where it is in its word (the activation or the scale absorbs the power of two), which saves
-    the shift: AND, convert. Only the topmost has to move, because the conversion is signed.
+    A code stays where it is in its word (the activation or the scale absorbs the power of two),
+    which saves the shift: AND, convert. Only the topmost has to move, because the conversion is
+    signed.
     """
 
     def typed(dtype: str) -> str:
@@ -254,7 +257,9 @@ class WeightPanels:
 
 
 def k_block_words(weights: WeightPanels, k_block: int) -> int:
-    """Words of one unpacked block: about `k_block` features, equal blocks, whole groups or equal parts of one."""
+    """Words of one unpacked block: about `k_block` features, equal blocks, whole groups or equal
+    parts of one.
+    """
     unit = weights.words_per_group if weights.groups > 1 else gcd(8, weights.words)
     blocks = ceildiv(weights.words * weights.width, k_block)
     return min(weights.words, ceildiv(ceildiv(weights.words, blocks), unit) * unit)
@@ -268,7 +273,8 @@ def unpack_panel(
     block_words: int,
     store: Callable[[Expr, Expr], None],
 ) -> None:
-    """Dequantizes words `block · block_words …` of a panel; `store(k, float32x16)` takes each feature.
+    """Dequantizes words `block · block_words …` of a panel; `store(k, float32x16)` takes each
+    feature.
 
     `k` counts from the block's first feature. The last block ends at the matrix' last word.
     """
@@ -359,35 +365,26 @@ def prepare_activations(weights: WeightPanels, x: Rows, rows: Expr) -> Activatio
     return Activations(values, sums)
 
 
-def _parts(rows: int) -> int:
-    """Independent sums of each row: about eight chains of multiply-adds hide their latency."""
-    return max(1, min(4, 8 // rows))
-
-
-def num_sums(rows: int) -> int:
-    """Registers that `dot_panel` needs for so many rows: the parts and the total of each."""
-    return rows * (_parts(rows) + 1)
-
-
 def dot_panel(
     weights: WeightPanels,
     expert: Expr,
     panel: Expr,
     x: Activations,
     rows: Sequence[Expr],
-    sums: Registers,
     params: LinearParameters,
 ) -> list[Expr]:
     """The products of a few activation rows with a panel's 16 rows, a float32x16 for each.
 
-    Codes are multiplied first and scaled once a group: acc += scale · (Σ code·x - zero·Σx) + min · Σx. `sums` has
-    `num_sums(len(rows))` registers. Words are asked for `prefetch_words` early, across the ends of panels, where
-    hardware prefetchers start anew.
+    Codes are multiplied first and scaled once a group: acc += scale · (Σ code·x - zero·Σx) +
+    min · Σx. Words are asked for `prefetch_words` early, across the ends of panels, where hardware
+    prefetchers start anew.
     """
     fmt, width, per_group = weights.fmt, weights.width, weights.words_per_group
     zero = stored_zero_point(fmt)
-    num_parts = _parts(len(rows))
+    # About eight chains of multiply-adds hide their latency.
+    num_parts = max(1, min(4, 8 // len(rows)))
     num_chains = len(rows) * num_parts
+    sums = registers(num_chains + len(rows))
 
     def add_words(parts: list[Expr], first: Expr, count: int) -> list[Expr]:
         index = 0
@@ -440,7 +437,7 @@ def _add_group(
     x: Activations,
     rows: Sequence[Expr],
     parts: list[Expr],
-    sums: Registers,
+    sums: Expr,
 ) -> None:
     """Scales the finished sums of a group and adds them to the rows' totals."""
     num_parts = len(parts) // len(rows)

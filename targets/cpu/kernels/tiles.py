@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
 from llmc.targets.cpu.kernels.panels import (
     Activations,
-    Registers,
     Rows,
     WeightPanels,
     dot_panel,
@@ -24,8 +26,6 @@ from llmc.targets.cpu.kernels.panels import (
 )
 from llmc.targets.cpu.layout import PANEL, ceildiv
 from llmc.targets.cpu.parameters import LinearParameters
-from tvm import tirx
-from tvm.script.ir_builder import tirx as T
 
 Expr = Any
 
@@ -34,8 +34,9 @@ Expr = Any
 class Product:
     """What is multiplied and where the result goes; rows are counted by position.
 
-    x: `[R, K]`, y: `[R', M]`; `x_row(position)` and `y_row(position)` find a position's rows; `start(expert, row,
-    index)` is what the sum at `y[row, index]` starts from (None: zero), scalar or vector like `index`.
+    x: `[R, K]`, y: `[R', M]`; `x_row(position)` and `y_row(position)` find a position's rows;
+    `start(expert, row, index)` is what the sum at `y[row, index]` starts from (None: zero), scalar
+    or vector like `index`.
     """
 
     weights: WeightPanels
@@ -59,10 +60,10 @@ def store_panel(product: Product, row: Expr, column: Expr, value: Expr) -> None:
             partial = registers(1)
             put(partial, 0, value)
             with T.serial(i64(m % PANEL)) as lane:
-                product.y.set(row, column + lane, partial.buffer[i64(0), i64(0), lane])
+                product.y.set(row, column + lane, partial[i64(0), lane])
 
 
-def load_panel(m: int, column: Expr, load: Callable[[Expr], Expr], into: Registers, index: int) -> None:
+def load_panel(m: int, column: Expr, load: Callable[[Expr], Expr], into: Expr, index: int) -> None:
     """Sets vector `index` to the 16 values that `load` has from `column`, zero past row m."""
     rest = m % PANEL
     if rest == 0:
@@ -74,9 +75,7 @@ def load_panel(m: int, column: Expr, load: Callable[[Expr], Expr], into: Registe
         with T.Else():
             put(into, index, splat(0.0))
             with T.serial(i64(rest)) as lane:
-                T.buffer_store(
-                    into.buffer, load(column + lane), [into.task, i64(index), lane]
-                )
+                T.buffer_store(into, load(column + lane), [i64(index), lane])
 
 
 def num_column_blocks(weights: WeightPanels, params: LinearParameters) -> int:
@@ -92,10 +91,11 @@ def multiply_columns(
     count: Expr,
     params: LinearParameters,
 ) -> None:
-    """Multiplies positions first … first + count - 1 with one column block of (an expert's) weights.
+    """Multiplies positions first … first + count - 1 with one column block of (an expert's)
+    weights.
 
-    A block of features at a time is unpacked into scratch that stays in cache and multiplied with all rows; y
-    holds the sums between blocks.
+    A block of features at a time is unpacked into scratch that stays in cache and multiplied with
+    all rows; y holds the sums between blocks.
     """
     weights = product.weights
     tile_panels = min(params.tile_panels, weights.panels)
@@ -131,7 +131,7 @@ class _Tile:
     first_panel: Expr
     num_panels: int
     unpacked: Expr
-    acc: Registers
+    acc: Expr
 
     def unpack(self, block: Expr, block_words: int) -> None:
         """Dequantizes a block of features of the tile's panels."""
@@ -139,7 +139,8 @@ class _Tile:
         for p in range(self.num_panels):
             panel = self.first_panel + i64(p)
             if weights.panels % self.num_panels:
-                # The last block's missing panels repeat its last one; their results are never stored.
+                # The last block's missing panels repeat its last one; their results are never
+                # stored.
                 panel = T.min(panel, i64(weights.panels - 1))
 
             def store(feature: Expr, value: Expr, column: int = p * PANEL) -> None:
@@ -207,13 +208,12 @@ def dot_tile(
     expert: Expr,
     panel: Expr,
     positions: list[Expr],
-    sums: Registers,
     params: LinearParameters,
 ) -> None:
     """Multiplies a few positions with one panel, decoding its weights in registers."""
     m = product.weights.m
     x_rows = [T.Bind(product.x_row(position)) for position in positions]
-    totals = dot_panel(product.weights, expert, panel, x, x_rows, sums, params)
+    totals = dot_panel(product.weights, expert, panel, x, x_rows, params)
     column = panel * i64(PANEL)
     for position, total in zip(positions, totals, strict=True):
         row = T.Bind(product.y_row(position))
@@ -236,7 +236,6 @@ def fused_positions(
     panel: Expr,
     first: Expr,
     count: Expr,
-    sums: Registers,
     params: LinearParameters,
 ) -> None:
     """Multiplies positions first … first + count - 1 with one panel, a token tile at a time."""
@@ -246,5 +245,5 @@ def fused_positions(
         with T.serial(tiles) as tile:
             start = T.Bind(first + done + tile * i64(size))
             positions = [start + i64(r) for r in range(size)]
-            dot_tile(product, x, expert, panel, positions, sums, params)
+            dot_tile(product, x, expert, panel, positions, params)
         done = T.Bind(done + tiles * i64(size))

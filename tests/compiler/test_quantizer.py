@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+
+from llmc.compiler.quantizer import quantize
+from llmc.errors import CompileError, UnsupportedError
+from llmc.formats import FORMATS, WeightFormat
+
+SCHEMES = ["w8", "w4-g32", "w4-g64", "w4-g128"]
+
+
+def weights(m: int = 48, k: int = 256, seed: int = 0) -> np.ndarray:
+    """Heavy-tailed, as trained weights are."""
+    return (np.random.default_rng(seed).standard_t(5, (m, k)) * 0.02).astype(np.float32)
+
+
+def squared_error(values: np.ndarray, approximation: np.ndarray, fmt: WeightFormat) -> np.ndarray:
+    groups = fmt.num_groups(values.shape[1])
+    error = (values.astype(np.float64) - approximation).reshape(len(values), groups, -1)
+    return (error**2).sum(axis=2)
+
+
+def plain_absmax(values: np.ndarray, fmt: WeightFormat) -> np.ndarray:
+    """The usual reference: scale = largest magnitude / largest code, rounded to the scale type."""
+    m, k = values.shape
+    grouped = values.reshape(m, fmt.num_groups(k), -1)
+    top = (1 << (fmt.bits - 1)) - 1
+    scale = (np.abs(grouped).max(axis=2) / top).astype(fmt.scale_dtype).astype(np.float32)
+    codes = np.clip(np.rint(grouped / scale[:, :, None]), -top - 1, top)
+    return (codes * scale[:, :, None]).reshape(m, k)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_no_group_is_worse_than_with_the_plain_scale(name):
+    fmt, values = FORMATS[name], weights()
+    found = squared_error(values, quantize(values, fmt).dequantize(), fmt)
+    plain = squared_error(values, plain_absmax(values, fmt), fmt)
+    # Errors are compared in float32 while searching: a few ulps may pass for a tie.
+    assert (found <= plain * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("name", ["w4-g32", "w4-g64", "w4-g128"])
+def test_four_bits_gain_at_least_a_tenth_over_the_plain_scale(name):
+    fmt, values = FORMATS[name], weights()
+    found = squared_error(values, quantize(values, fmt).dequantize(), fmt).sum()
+    assert found < 0.9 * squared_error(values, plain_absmax(values, fmt), fmt).sum()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_values_inside_the_clipped_range_are_off_by_half_a_step_at_most(name):
+    fmt, values = FORMATS[name], weights()
+    matrix = quantize(values, fmt)
+    group = values.shape[1] // matrix.scales.shape[1]
+    steps = np.repeat(np.abs(matrix.scales.astype(np.float32)), group, axis=1)
+    signed = matrix.codes.astype(np.int32) - fmt.zero_point
+    limit = 1 << (fmt.bits - 1)
+    inside = (signed > -limit) & (signed < limit - 1)
+    assert inside.mean() > 0.9
+    error = np.abs(values - matrix.dequantize())
+    assert (error[inside] <= 0.5 * steps[inside] * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_values_on_the_code_grid_come_back_exactly(name):
+    fmt = FORMATS[name]
+    rng = np.random.default_rng(1)
+    limit = 1 << (fmt.bits - 1)
+    codes = rng.integers(-limit + 1, limit, (16, 4, 64))
+    codes[:, :, 0] = limit - 1  # each group uses the whole range
+    codes[:, :, 32] = -limit + 1
+    values = (codes * 2.0**-9).astype(np.float32).reshape(16, 256)
+    np.testing.assert_array_equal(quantize(values, fmt).dequantize(), values)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_groups_of_zeros_stay_zero(name):
+    values = weights()
+    values[3] = 0
+    values[5, :128] = 0
+    matrix = quantize(values, FORMATS[name])
+    assert np.isfinite(matrix.scales).all()
+    assert (matrix.dequantize()[3] == 0).all()
+    assert (matrix.dequantize()[5, :128] == 0).all()
+
+
+def test_blocks_of_rows_do_not_change_the_result():
+    values = weights(m=600, k=1024)  # more than one block
+    whole = quantize(values, FORMATS["w4-g64"])
+    part = quantize(values[400:410], FORMATS["w4-g64"])
+    np.testing.assert_array_equal(whole.codes[400:410], part.codes)
+    np.testing.assert_array_equal(whole.scales[400:410], part.scales)
+
+
+def test_codes_and_scales_have_the_types_of_the_format():
+    matrix = quantize(weights(), FORMATS["w4-g32"])
+    assert matrix.codes.dtype == np.uint8
+    assert matrix.codes.max() <= 15
+    assert matrix.scales.dtype == np.float16
+    eight = quantize(weights(k=250), FORMATS["w8"])
+    assert eight.codes.dtype == np.int8
+    assert eight.scales.shape == (48, 1)
+
+
+def test_what_cannot_be_quantized_is_refused_with_its_reason():
+    with pytest.raises(UnsupportedError, match="q4_1"):
+        quantize(weights(), FORMATS["q4_1"])
+    with pytest.raises(CompileError, match="group 128 does not divide 192"):
+        quantize(weights(k=192), FORMATS["w4-g128"])
+    bad = weights()
+    bad[0, 7] = np.nan
+    with pytest.raises(CompileError, match="not finite"):
+        quantize(bad, FORMATS["w8"])
+    with pytest.raises(CompileError, match="does not fit float16"):
+        quantize(weights() * np.float32(1e9), FORMATS["w4-g32"])

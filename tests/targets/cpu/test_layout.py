@@ -1,0 +1,111 @@
+import ml_dtypes
+import numpy as np
+import pytest
+from matrices import random_matrix
+
+from llmc.errors import CompileError, UnsupportedError
+from llmc.formats import FORMATS, QuantizedMatrix
+from llmc.targets.cpu.layout import pack, packed_arrays
+from llmc.targets.cpu.parameters import parameters_for
+
+
+def quantized(fmt, codes, scale=1.0):
+    m, k = codes.shape
+    scales = np.full((m, fmt.num_groups(k)), scale, fmt.scale_dtype)
+    mins = np.zeros_like(scales) if fmt.has_min else None
+    codes = codes.astype(fmt.code_dtype)
+    return QuantizedMatrix(format=fmt, codes=codes, scales=scales, mins=mins)
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_shapes_and_types_are_known_before_the_data(name):
+    fmt = FORMATS[name]
+    matrix, _ = random_matrix(np.random.default_rng(0), fmt, 35, 256)
+    declared = packed_arrays(fmt, 35, 256)
+    packed = pack(fmt, matrix)
+    assert [(a.shape, a.dtype.name) for a in packed] == [(d.shape, d.dtype) for d in declared]
+    assert all(a.flags.c_contiguous for a in packed)
+
+
+def test_sixteen_rows_lie_across_and_missing_rows_are_zero():
+    values = np.arange(18 * 3, dtype=np.float32).reshape(18, 3) + 1
+    (packed,) = pack(FORMATS["f32"], values)
+    assert packed.shape == (2, 3, 16)
+    np.testing.assert_array_equal(packed[0, 2], values[:16, 2])
+    np.testing.assert_array_equal(packed[1, :, :2], values[16:].T)
+    assert (packed[1, :, 2:] == 0).all()
+
+
+def test_a_four_bit_word_holds_features_j_and_j_plus_four_in_byte_j():
+    codes = np.tile(np.arange(32) % 16, (16, 1))
+    words = pack(FORMATS["q4_1"], quantized(FORMATS["q4_1"], codes))[0]
+    as_bytes = words.view(np.uint8).reshape(1, 4, 16, 4)
+    assert [f"{b:02x}" for b in as_bytes[0, 0, 5]] == ["40", "51", "62", "73"]
+    assert [f"{b:02x}" for b in as_bytes[0, 1, 5]] == ["c8", "d9", "ea", "fb"]
+
+
+def test_signed_eight_bit_codes_are_stored_plus_128():
+    codes = np.array([[-128, -1, 0, 127, 5]] * 16)
+    words = pack(FORMATS["w8"], quantized(FORMATS["w8"], codes))[0]
+    assert words.shape == (1, 2, 16)
+    assert words.view(np.uint8).reshape(2, 16, 4)[0, 3].tolist() == [0, 127, 128, 255]
+    assert words.view(np.uint8).reshape(2, 16, 4)[1, 3].tolist() == [133, 0, 0, 0]
+
+
+def test_codes_above_a_minimum_are_stored_as_they_are():
+    codes = np.tile(np.arange(32) + 200, (16, 1))
+    words = pack(FORMATS["q5_1"], quantized(FORMATS["q5_1"], codes))[0]
+    assert words.view(np.uint8).reshape(8, 16, 4)[1, 9].tolist() == [204, 205, 206, 207]
+
+
+def test_bfloat16_pairs_hold_the_even_feature_in_the_low_half():
+    values = np.array([[1.0, -2.0, 3.0]] * 16, np.float32)
+    (words,) = pack(FORMATS["bf16"], values)
+    halves = words.view(np.uint16).reshape(2, 16, 2)[:, 0]
+    expected = values[0].astype(ml_dtypes.bfloat16).view(np.uint16)
+    assert halves.ravel().tolist() == [*expected.tolist(), 0]
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16", "q4_1", "w8"])
+def test_a_stack_is_the_matrices_one_after_the_other(name):
+    fmt = FORMATS[name]
+    rng = np.random.default_rng(2)
+    matrices = [random_matrix(rng, fmt, 20, 64)[0] for _ in range(3)]
+    stack = np.stack(matrices) if fmt.is_float else matrices
+    packed = pack(fmt, stack)
+    declared = packed_arrays(fmt, 20, 64, num_experts=3)
+    assert [a.shape for a in packed] == [d.shape for d in declared]
+    for x, matrix in enumerate(matrices):
+        for array, single in zip(packed, pack(fmt, matrix), strict=True):
+            np.testing.assert_array_equal(array[x], single)
+
+
+def test_float_formats_round_to_their_own_type():
+    values = np.full((16, 2), 1 / 3)
+    (packed,) = pack(FORMATS["f16"], values)
+    assert packed.dtype == np.float16
+    assert packed[0, 0, 0] == np.float16(1 / 3)
+
+
+def test_a_matrix_in_another_format_is_refused():
+    dense = np.zeros((16, 64), np.float32)
+    with pytest.raises(CompileError, match=r"q4_0.*dense values"):
+        pack(FORMATS["q4_0"], dense)
+    with pytest.raises(CompileError, match=r"q4_1.*q4_0"):
+        pack(FORMATS["q4_1"], quantized(FORMATS["q4_0"], dense))
+    with pytest.raises(CompileError, match=r"f32.*q4_0"):
+        pack(FORMATS["f32"], quantized(FORMATS["q4_0"], dense))
+    with pytest.raises(CompileError, match="group 32 does not divide 40"):
+        packed_arrays(FORMATS["q4_0"], 16, 40)
+    with pytest.raises(CompileError, match="at least 1"):
+        packed_arrays(FORMATS["f32"], 0, 40)
+    with pytest.raises(CompileError, match="empty stack"):
+        pack(FORMATS["q4_0"], [])
+    with pytest.raises(CompileError, match="matrix 1 of a stack"):
+        pack(FORMATS["f32"], [dense, dense[:, :8]])
+
+
+def test_an_unknown_instruction_set_is_named_with_the_known_ones():
+    with pytest.raises(UnsupportedError, match="sse9") as caught:
+        parameters_for("sse9")
+    assert "avx512" in str(caught.value)
