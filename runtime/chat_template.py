@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +29,9 @@ MAX_TEMPLATE_CHARS = 512 * 1024
 MAX_OUTPUT_CHARS = 16 * 1024 * 1024
 MAX_SECONDS = 5.0
 _MAX_POWER = 1000  # base and exponent
-_MAX_REPEAT = 100_000  # the largest number a called method may be given, e.g. a width
+_MAX_WIDTH = 100_000  # or another number that a string's method is given
+# A width of four digits or one given as an argument, in "%…" and in "{:…}".
+_WIDE_FORMAT = re.compile(r"%(\([^)]*\))?[^%A-Za-z]*(\d{4}|\*)|\{[^{}]*:[^}]*(\d{4}|\{)")
 
 
 class ChatTemplate:
@@ -148,8 +151,9 @@ class _Environment(ImmutableSandboxedEnvironment):
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
         )
         self.limits = _Limits(max_chars)
-        for name in ("center", "format", "wordwrap"):  # build strings of any width; no template's
+        for name in ("center", "wordwrap"):  # build strings of any width; no template's
             del self.filters[name]
+        self.filters["format"] = _format
         del self.globals["lipsum"]
         self.filters["tojson"] = _to_json
         self.globals["raise_exception"] = _raise_exception
@@ -178,10 +182,17 @@ class _Environment(ImmutableSandboxedEnvironment):
         **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
         self.limits.check_time()
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, int) and abs(value) > _MAX_REPEAT:
-                raise jinja2.TemplateRuntimeError(f"number {value} is above {_MAX_REPEAT}")
+        if isinstance(getattr(function, "__self__", None), str):
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, int) and abs(value) > _MAX_WIDTH:
+                    raise jinja2.TemplateRuntimeError(f"a width above {_MAX_WIDTH}")
         return self.limits.bounded(super().call(context, function, *args, **kwargs))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:  # noqa: ANN401
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _check_format(value.__self__)
+        return wrapped
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # noqa: ANN401
         sized = [x for x in (left, right) if isinstance(x, str | list | tuple)]
@@ -192,8 +203,8 @@ class _Environment(ImmutableSandboxedEnvironment):
                 raise jinja2.TemplateRuntimeError("a repeated string is too long")
         elif operator == "**" and max(abs(left), abs(right)) > _MAX_POWER:
             raise jinja2.TemplateRuntimeError(f"a power of numbers above {_MAX_POWER}")
-        elif operator == "%" and isinstance(left, str) and set(left) & set("0123456789*"):
-            raise jinja2.TemplateRuntimeError("a format with a width is not supported")
+        elif operator == "%" and isinstance(left, str):
+            _check_format(left)
         return self.limits.bounded(super().call_binop(context, operator, left, right))
 
 
@@ -212,6 +223,16 @@ def _to_json(
         separators=separators,
         sort_keys=sort_keys,
     )
+
+
+def _check_format(text: str) -> None:
+    if _WIDE_FORMAT.search(text):
+        raise jinja2.TemplateRuntimeError("a format with a width above 999")
+
+
+def _format(text: str, *args: Any, **kwargs: Any) -> str:  # noqa: ANN401 - any values
+    _check_format(text)
+    return text % (kwargs or args)
 
 
 def _raise_exception(message: str) -> NoReturn:

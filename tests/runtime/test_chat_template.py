@@ -47,6 +47,11 @@ def test_what_templates_expect_to_find():
     assert (
         render("{{ '%s-%s' % ('a', 7 % 4) }}{{ 'ab' * 2 }}{{ 'A'.lower() | trim }}") == "a-3ababa"
     )
+    assert render("{{ '%.2f, 2026 %s' | format(1.5, 'a') }}") == "1.50, 2026 a"
+    assert render("{{ '5000 %5d' % 1000 }}") == "5000  1000"
+    assert render("{{ '{:>3}{a}'.format(1, a=2) }}") == "  12"
+    numbers = "{% macro m(x) %}{{ x }}{% endmacro %}{{ m(123456789) }}"
+    assert render(numbers) == "123456789"
     assert render("{{ messages | selectattr('role', 'equalto', 'user') | list | length }}") == "1"
 
 
@@ -66,7 +71,12 @@ def test_what_templates_expect_to_find():
         "{{ (9 ** 999) ** 999 }}",
         "{{ 'a' ** 2 }}",
         "{{ '%999999999d' % 1 }}",
-        "{{ 'a'.center(10 ** 9) }}",
+        "{{ '%*d' % (999999999, 1) }}",
+        "{{ '%(a)-999999999d' | format(a=1) }}",
+        "{{ 'a'.center(999999999) }}",
+        "{{ '{:>{w}}'.format(1, w=999999999) }}",
+        "{{ '{:>999999999}'.format(1) }}",
+        "{{ '{a!s:999999999}'.format_map({'a': 1}) }}",
         "{% for i in range(9) %}{{ 'a' * 4000000 }}{% endfor %}",
         DOUBLING % "n.x ~ n.x",
         DOUBLING % "n.x + n.x",

@@ -6,15 +6,18 @@ import dataclasses
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
-from fake_model import make_manifest
+from fake_model import FakeExecutor, make_manifest
+from text_models import byte_level_tokenizer
 
 import llmc
 from llmc.artifact import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, sha256_of
 from llmc.errors import ArtifactError, CapacityError, UsageError
 from llmc.runtime.engine import Engine
+from llmc.runtime.sampling_params import SamplingParams
 
 ROOT = Path(llmc.__file__).resolve().parents[1]
 BLOCKED = """
@@ -95,3 +98,33 @@ def test_what_cannot_fit_is_refused_before_the_model_is_loaded(tmp_path):
         Engine(write_artifact(tmp_path, {}, memory=memory))
     with pytest.raises(UsageError, match="max_sequences is 9, expected 1 to 8"):
         Engine(write_artifact(tmp_path, {}), max_sequences=9)
+
+
+def test_an_artifact_opens_with_its_pages_tokenizer_and_template(tmp_path, monkeypatch):
+    opened = {}
+
+    def load_executor(directory, manifest, *, num_pages, device):
+        opened.update(directory=directory, num_pages=num_pages, device=device)
+        return FakeExecutor(manifest, num_pages)
+
+    stand_in = types.ModuleType("llmc.runtime.executor")
+    stand_in.load_executor = load_executor
+    monkeypatch.setitem(sys.modules, "llmc.runtime.executor", stand_in)
+    tokenizer = byte_level_tokenizer()
+    start, end = tokenizer.token_id("<s>"), tokenizer.token_id("</s>")
+    template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    info = dataclasses.replace(
+        make_manifest().model,
+        vocab_size=tokenizer.vocab_size,
+        bos_token_id=start,
+        stop_token_ids=[end],
+    )
+    files = {TOKENIZER_FILE: tokenizer._tokenizer.to_str(), CHAT_TEMPLATE_FILE: template}
+    folder = write_artifact(tmp_path, files, model=info)
+    engine = Engine(folder, device="cpu", kv_cache_tokens=100, max_sequences=2)
+    assert opened == {"directory": folder, "num_pages": [25], "device": "cpu"}
+    ids = engine.chat_prompt([{"role": "user", "content": "hello"}])
+    assert ids == [start, *tokenizer.encode("hello"), end]
+    output = engine.generate("hello", SamplingParams(temperature=0, max_tokens=5))[0]
+    assert output.prompt_token_ids == tokenizer.encode("hello")
+    assert tokenizer.decode(output.token_ids) == output.text
