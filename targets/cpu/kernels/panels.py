@@ -325,9 +325,9 @@ class Activations:
 
 
 def prepare_activations(weights: WeightPanels, x: Rows, rows: Expr) -> Activations:
-    """Copies x `[rows, K]` into the order and scaling of `Activations`, with each group's sum."""
-    width, words = weights.width, weights.words
-    if width * words == weights.k and weights.fmt.is_float:
+    """Copies x `[rows, K]` into the scaling and padding of `Activations`, with each group's sum."""
+    width, words, k = weights.width, weights.words, weights.k
+    if width * words == k and weights.fmt.is_float:
         return Activations(x, None)
     values = Rows(scratch((rows, words * width)), batched=False)
     sums = scratch((rows, weights.groups)) if weights.needs_sums else None
@@ -335,33 +335,27 @@ def prepare_activations(weights: WeightPanels, x: Rows, rows: Expr) -> Activatio
     if not weights.fmt.is_float:
         for position, offset in enumerate(code_offsets(weights.fmt)[:-1]):
             factors[offset] = 2.0 ** -(position * weights.fmt.bits)
-    full = weights.k // width
-
-    def copy(row: Expr, word: Expr, count: int, total: Expr | None) -> None:
-        for j in range(width):
-            k_index = word * i64(width) + i64(j)
-            value: Expr = T.float32(0.0)
-            if j < count:
-                value = T.Bind(x.at(row, k_index))
-                if total is not None:
-                    T.buffer_store(total, total[i64(j)] + value, [i64(j)])
-            values.set(row, k_index, value * T.float32(factors[j]))
-
+    constants = [T.float32(factors[lane % width]) for lane in range(PANEL)]
+    scaling = tirx.Shuffle(constants, list(range(PANEL)))
+    in_group = k // weights.groups
     with T.serial(rows) as row, T.serial(i64(weights.groups)) as group:
-        total = None
+        first = T.Bind(group * i64(in_group))
+        total = registers(1)
+        put(total, 0, splat(0.0))
+        with T.serial(i64(in_group // PANEL)) as vector:
+            at = lanes(first + vector * i64(PANEL))
+            value = T.Bind(x.at(row, at))
+            values.set(row, at, value * scaling)
+            put(total, 0, get(total, 0) + value)
+        rest: Expr = T.float32(0.0)
+        # Only a group of a whole row ends within a vector, and only there may words need padding.
+        for j in range(in_group - in_group % PANEL, words * width // weights.groups):
+            value = T.Bind(x.at(row, first + i64(j))) if j < in_group else T.float32(0.0)
+            values.set(row, first + i64(j), value * constants[j % width])
+            rest = rest + value
         if sums is not None:
-            total = T.alloc_buffer([i64(width)], "float32", scope="local")
-            for j in range(width):
-                T.buffer_store(total, T.float32(0.0), [i64(j)])
-        per_group = weights.words_per_group
-        whole = per_group if weights.groups > 1 else full
-        with T.serial(i64(whole)) as w:
-            copy(row, group * i64(per_group) + w, width, total)
-        if weights.k % width:
-            copy(row, i64(full), weights.k % width, total)
-        if sums is not None:
-            result = sum_pairwise([total[i64(j)] for j in range(width)])
-            T.buffer_store(sums, result, [row, group])
+            whole = sum_pairwise([total[i64(0), i64(lane)] for lane in range(PANEL)])
+            T.buffer_store(sums, whole + rest, [row, group])
     return Activations(values, sums)
 
 
