@@ -98,8 +98,8 @@ class Conversation:
         timing = Timing()
         pieces: list[str] = []
         try:
-            prompt = self._engine.chat_prompt(self._messages)
             with _Interrupts() as ctrl_c:
+                prompt = self._engine.chat_prompt(self._messages)
                 for delta in timing.watch(self._stream(prompt, ctrl_c)):
                     pieces.append(delta.text)
                     click.echo(printable(delta.text), nl=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -41,18 +41,6 @@ def table(*columns: str, title: str | None = None) -> Table:
     result = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for column in columns:
         result.add_column(column.removeprefix(">"), justify="right" if column[0] == ">" else "left")
-    return result
-
-
-def facts(rows: list[tuple[str, Any]]) -> Table:
-    """A two-column table without a head: names and values."""
-    from rich.table import Table
-    from rich.text import Text
-
-    result = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in rows:
-        # Text, because names from a file could hold what rich takes for markup.
-        result.add_row(Text(name, style="bold"), Text(str(value)))
     return result
 
 

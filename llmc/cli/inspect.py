@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from llmc.artifact import Manifest
-from llmc.cli.console import console, facts, format_bytes, print_json, table
+from llmc.cli.console import console, format_bytes, print_json, table
 from llmc.cli.options import artifact_argument, json_option
 
 
@@ -81,7 +81,7 @@ def _bytes_by_format(manifest: Manifest) -> dict[str, int]:
 def _print(manifest: Manifest) -> None:
     out, model, memory = console(), manifest.model, manifest.memory
     formats = ", ".join(f"{n} {format_bytes(b)}" for n, b in _bytes_by_format(manifest).items())
-    rows: list[tuple[str, Any]] = [
+    rows = [
         ("model", f"{model.name} ({model.architecture})"),
         ("parameters", f"{model.num_parameters / 1e6:,.1f} M in {model.num_layers} layers"),
         ("context", f"{model.context_length} tokens, vocabulary {model.vocab_size}"),
@@ -100,7 +100,8 @@ def _print(manifest: Manifest) -> None:
             f"{manifest.created} by llmc {manifest.llmc_version}, TVM {manifest.tvm_version}",
         ),
     ]
-    out.print(facts(rows))
+    for name, value in rows:
+        click.echo(f"{name:<14}{value}")
     entries = table("entry point", ">tokens", ">sequences", ">logits rows", ">workspace")
     for e in manifest.entry_points:
         entries.add_row(

@@ -94,11 +94,11 @@ def invoke(arguments: Sequence[str]) -> int:
 
 
 def _explain(message: str, hint: str | None) -> None:
-    click.secho("error:", fg="red", bold=True, nl=False, err=True)
-    click.echo(f" {message}", err=True)
+    # click colours for terminals only, but knows nothing of NO_COLOR (https://no-color.org).
+    color = False if os.environ.get("NO_COLOR") else None
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True, color=color)
     if hint is not None:
-        click.secho("hint:", fg="cyan", nl=False, err=True)
-        click.echo(f" {hint}", err=True)
+        click.echo(f"{click.style('hint:', fg='cyan')} {hint}", err=True, color=color)
 
 
 if __name__ == "__main__":

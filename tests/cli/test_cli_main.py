@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,23 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         )
     assert done.stderr == ""
     assert done.returncode == 141
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_no_color_is_honoured_on_a_terminal(no_color: str) -> None:
+    terminal, stderr = pty.openpty()
+    subprocess.run(
+        [sys.executable, "-m", "llmc.cli.main", "inspect", "/nowhere"],
+        cwd=ROOT,
+        stderr=stderr,
+        env={**os.environ, "NO_COLOR": no_color, "TERM": "xterm"},
+        check=False,
+    )
+    written = os.read(terminal, 4096).decode()
+    os.close(terminal)
+    os.close(stderr)
+    assert "error:" in written
+    assert ("\x1b[" in written) is (no_color == "")
 
 
 def test_a_missing_artifact_is_exit_code_6_with_a_hint() -> None:
