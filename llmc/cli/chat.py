@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from llmc.runtime.outputs import Delta
     from llmc.runtime.sampling_params import SamplingParams
 
-_REQUEST_ID = "chat"
 _HELP = """/reset  forget the conversation
 /help   this list
 /exit   leave (so does Ctrl-D); Ctrl-C stops an answer"""
@@ -97,10 +96,12 @@ class Conversation:
         self._messages.append({"role": "user", "content": message})
         timing = Timing()
         pieces: list[str] = []
+        failed = False
         try:
             with _Interrupts() as ctrl_c:
                 prompt = self._engine.chat_prompt(self._messages)
                 for delta in timing.watch(self._stream(prompt, ctrl_c)):
+                    failed = delta.finish_reason == "error"
                     pieces.append(delta.text)
                     click.echo(printable(delta.text), nl=False)
                     sys.stdout.flush()
@@ -111,16 +112,21 @@ class Conversation:
         click.echo()
         # Half an answer stays in the conversation: the user has read it.
         self._messages.append({"role": "assistant", "content": "".join(pieces)})
-        say("[stopped]" if ctrl_c.pressed else timing.summary())
+        if failed:
+            say("error: the engine failed on this answer; `llmc verify` checks the artifact")
+        else:
+            say("[stopped]" if ctrl_c.pressed else timing.summary())
 
     def _stream(self, prompt: list[int], ctrl_c: _Interrupts) -> Iterator[Delta]:
         """Steps the engine itself, to see Ctrl-C between the chunks of a long prompt too."""
-        self._engine.submit(_REQUEST_ID, prompt, self._params)
+        request_id = f"chat-{len(self._messages)}"
+        self._engine.submit(request_id, prompt, self._params)
         try:
             while self._engine.has_work() and not ctrl_c.pressed:
-                yield from self._engine.step()
+                # An earlier answer that was stopped has its last delta in the next step.
+                yield from (d for d in self._engine.step() if d.request_id == request_id)
         finally:
-            self._engine.cancel(_REQUEST_ID)
+            self._engine.cancel(request_id)
 
 
 class _Interrupts:

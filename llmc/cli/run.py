@@ -20,7 +20,7 @@ from llmc.cli.options import (
     sampling_options,
     sampling_params,
 )
-from llmc.errors import UsageError
+from llmc.errors import LlmcError, UsageError
 
 if TYPE_CHECKING:
     from llmc.runtime.engine import Engine
@@ -61,7 +61,9 @@ def run(
         token_ids = _prompt_ids(engine, prompt, raw=raw)
     timing = Timing()
     num_written = 0
+    failed = False
     for delta in timing.watch(engine.stream(token_ids, params)):
+        failed = delta.finish_reason == "error"
         if engine.tokenizer is not None:
             click.echo(printable(delta.text), nl=False)
         else:
@@ -70,6 +72,10 @@ def run(
                 num_written += 1
         sys.stdout.flush()
     click.echo()
+    if failed:
+        raise LlmcError(
+            "the engine failed on this prompt", hint=f"llmc verify {directory} checks the artifact"
+        )
     say(timing.summary())
 
 

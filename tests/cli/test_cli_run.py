@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from toy_artifact import install_fake_executor, write_artifact
+from toy_artifact import SlowExecutor, install_fake_executor, write_artifact
 
 from llmc.runtime.engine import Engine
 from llmc.runtime.sampling_params import SamplingParams
@@ -88,6 +88,15 @@ def test_wrong_options_are_named(llmc, artifact: Path, arguments, named: str) ->
 def test_a_prompt_the_model_cannot_take_is_exit_code_9(llmc, artifact: Path) -> None:
     assert llmc("run", artifact, "--ids", "99999")[0] == 9
     assert llmc("run", artifact, "-p", "hello " * 1000)[0] == 9
+
+
+def test_a_failing_device_is_an_error_and_no_short_answer(
+    llmc, artifact: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(SlowExecutor, "broken", True)
+    code, _, err = llmc("run", artifact, "-p", "hello")
+    assert code == 1
+    assert "error: the engine failed" in err
 
 
 def test_a_damaged_artifact_is_not_run(llmc, artifact: Path) -> None:

@@ -99,9 +99,12 @@ class SlowExecutor(FakeExecutor):
     """The toy with steps that take `delay_s`, so that a test can act in between."""
 
     delay_s = 0.0
+    broken = False
 
     def step(self, inputs):
         time.sleep(self.delay_s)
+        if self.broken:
+            raise RuntimeError("the device is gone")
         return super().step(inputs)
 
 
