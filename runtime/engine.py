@@ -245,7 +245,7 @@ class Engine:
         try:
             while todo or num_running:
                 # The queue is bounded, a list of prompts need not be.
-                while todo and (num_running == 0 or self._has_room(todo[0][2].n)):
+                while todo and (self._has_room(todo[0][2].n) or not self.has_work()):
                     request_id, ids, one = todo.popleft()
                     self._inboxes[request_id] = inbox
                     self._enqueue(request_id, ids, one)
@@ -284,8 +284,9 @@ class Engine:
         `chunk_tokens` tokens are computed a step, so that a chosen entry point is used. Uses pages
         of its own beside the running requests' and frees them.
         """
+        parts = self.iter_logits(token_ids, chunk_tokens=chunk_tokens)
         scored = np.empty((len(token_ids), self.manifest.model.vocab_size), np.float32)
-        for start, logits in self.iter_logits(token_ids, chunk_tokens=chunk_tokens):
+        for start, logits in parts:
             scored[start : start + len(logits)] = logits
         return scored
 
@@ -370,7 +371,7 @@ class Engine:
         for index in range(params.n):
             score_prompt = params.prompt_logprobs is not None and index == 0
             sequence = Sequence(ids, arrival=next(self._arrivals), score_prompt=score_prompt)
-            detokenizer = self.tokenizer.detokenizer(ids[-8:].tolist()) if self.tokenizer else None
+            detokenizer = self.tokenizer.detokenizer(ids) if self.tokenizer else None
             generation = Generation(
                 request_id,
                 index,

@@ -10,6 +10,7 @@ import tokenizers
 
 from llmc.errors import ArtifactError, RequestError
 from llmc.runtime.detokenizer import ByteDetokenizer, Detokenizer, TokenBytes, WindowDetokenizer
+from llmc.runtime.step import Int32
 
 _CONTEXT_TOKENS = 4  # of the prompt, for the detokenizer: a character has at most four bytes
 
@@ -95,7 +96,7 @@ class Tokenizer:
         """Whether a token steers the model and is no text."""
         return token_id in self._special
 
-    def detokenizer(self, prompt: Seq[int]) -> Detokenizer:
+    def detokenizer(self, prompt: Seq[int] | Int32) -> Detokenizer:
         """A detokenizer for what follows `prompt` (its token ids).
 
         After a special token, or nothing, a text begins; after any other token it goes on, and a

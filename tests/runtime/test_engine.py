@@ -409,6 +409,18 @@ def test_generate_takes_more_prompts_than_the_queue_holds():
     assert [o.token_ids for o in outputs] == [reference_greedy(manifest, p, 20) for p in prompts]
 
 
+def test_generate_waits_while_others_fill_the_queue():
+    manifest = make_manifest(max_sequences=1)
+    engine = make_engine(manifest, max_waiting=2)
+    for name in "ab":
+        engine.submit(name, [1, 2], GREEDY)
+    assert engine.generate([3], GREEDY)[0].token_ids == reference_greedy(manifest, [3], 20)
+    run_checked(engine)
+    with pytest.raises(CapacityError, match="at most 2"):
+        engine.generate([3], SamplingParams(n=3))
+    assert_idle(engine)
+
+
 def test_generate_checks_every_prompt_before_it_runs_one():
     engine = make_engine()
     with pytest.raises(RequestError, match="mixed"):

@@ -52,7 +52,7 @@ def drawn(logits: np.ndarray, params: SamplingParams, count: int) -> np.ndarray:
         {"temperature": 0.5},
         {"top_k": 7},
         {"top_p": 0.6},
-        {"top_p": 0.999, "temperature": 4.0},  # more candidates than are looked at first
+        {"top_p": 0.999, "temperature": 4.0},  # nearly all tokens
         {"min_p": 0.2},
         {"top_k": 12, "top_p": 0.8},
         {"top_k": 30, "min_p": 0.05},
@@ -170,6 +170,12 @@ def test_logits_that_are_no_numbers_are_an_error(value, temperature):
     logits[100] = value
     with pytest.raises(ValueError, match="maximum"):
         sampler(SamplingParams(temperature=temperature)).sample(logits)
+
+
+def test_top_p_takes_no_more_of_equal_tokens_than_it_needs():
+    logits = np.zeros(400, np.float32)
+    counts = drawn(logits, SamplingParams(seed=1, top_p=0.01), 300)
+    assert set(np.flatnonzero(counts)) == {0, 1, 2, 3}
 
 
 def test_masked_logits_are_never_drawn():
