@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import shlex
 import sys
@@ -32,10 +33,24 @@ class _MeasuredBatch:
     peak_memory_mib: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What is run for every batch size."""
+
+    prompt_tokens: int
+    gen_tokens: int
+    warm_up: int
+    repeat: int
+
+
 @click.command()
 @artifact_argument
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=512)
-@click.option("--gen-tokens", type=click.IntRange(min=2), default=128)
+@click.option(
+    "--prompt-tokens", type=click.IntRange(min=1), default=512, help="Tokens of each prompt."
+)
+@click.option(
+    "--gen-tokens", type=click.IntRange(min=2), default=128, help="Tokens each sequence generates."
+)
 @click.option("--batch", "batches", default="1,4,16", help="Batch sizes to measure.")
 @click.option("--repeat", type=click.IntRange(min=1), default=3, help="Measurements a batch size.")
 @click.option(
@@ -43,52 +58,33 @@ class _MeasuredBatch:
 )
 @device_option
 @json_option
-def bench(
-    directory: Path,
-    prompt_tokens: int,
-    gen_tokens: int,
-    batches: str,
-    repeat: int,
-    warm_up: int,
-    device: str,
-    as_json: bool,
-) -> None:
+def bench(directory: Path, batches: str, device: str, as_json: bool, **plan: int) -> None:
     """Measure prefill and decode speed with random prompts, all sequences of a batch at once."""
-    sizes = _parse_batches(batches)
-    from llmc.cli.bandwidth import METHOD, read_bandwidth
-
-    engine = open_engine(
-        directory, device=device, kv_cache_tokens=max(sizes) * (prompt_tokens + gen_tokens + 64)
-    )
-    _check_fits(engine, sizes, prompt_tokens + gen_tokens)
-    measured = [
-        _measure_batch(
-            engine,
-            batch,
-            prompt_tokens=prompt_tokens,
-            gen_tokens=gen_tokens,
-            warm_up=warm_up,
-            repeat=repeat,
-        )
-        for batch in sizes
-    ]
-    # Last, because its buffers would be in every figure of peak memory.
-    bytes_per_s = read_bandwidth()
-    report = {
-        "command": shlex.join(["llmc", *sys.argv[1:]]),
-        **_setting(engine, device),
-        "prompt_tokens": prompt_tokens,
-        "gen_tokens": gen_tokens,
-        "warm_up": warm_up,
-        "repeat": repeat,
-        "read_bandwidth_bytes_per_s": bytes_per_s,
-        "read_bandwidth_method": METHOD,
-        "results": [_result(engine, batch, bytes_per_s) for batch in measured],
-    }
+    report = _report(directory, _parse_batches(batches), _Plan(**plan), device)
     if as_json:
         print_json(report)
     else:
         _print(report)
+
+
+def _report(directory: Path, sizes: list[int], plan: _Plan, device: str) -> dict[str, Any]:
+    from llmc.cli.bandwidth import METHOD, read_bandwidth
+
+    num_tokens = plan.prompt_tokens + plan.gen_tokens
+    # The margin is for the last, partly filled page of each sequence.
+    engine = open_engine(directory, device=device, kv_cache_tokens=max(sizes) * (num_tokens + 64))
+    _check_fits(engine, sizes, num_tokens)
+    measured = [_measure_batch(engine, batch, plan) for batch in sizes]
+    # Last, because its buffers would be in every figure of peak memory.
+    bytes_per_s = read_bandwidth()
+    return {
+        "command": shlex.join(["llmc", *sys.argv[1:]]),
+        **_setting(engine, device),
+        **dataclasses.asdict(plan),
+        "read_bandwidth_bytes_per_s": bytes_per_s,
+        "read_bandwidth_method": METHOD,
+        "results": [_result(engine, batch, bytes_per_s) for batch in measured],
+    }
 
 
 def _parse_batches(text: str) -> list[int]:
@@ -143,26 +139,20 @@ def _cpu_name() -> str:
     return platform.processor() or "unknown CPU"
 
 
-def _measure_batch(
-    engine: Engine,
-    batch: int,
-    *,
-    prompt_tokens: int,
-    gen_tokens: int,
-    warm_up: int,
-    repeat: int,
-) -> _MeasuredBatch:
+def _measure_batch(engine: Engine, batch: int, plan: _Plan) -> _MeasuredBatch:
     from llmc.cli.benchmark import measure, peak_memory_mib
 
     runs = []
+    num_runs = plan.warm_up + plan.repeat
     with console(err=True).status(f"batch {batch}") as status:
-        for index in range(warm_up + repeat):
-            status.update(f"batch {batch}: run {index + 1} of {warm_up + repeat}")
-            runs.append(
-                measure(engine, batch=batch, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens)
+        for index in range(num_runs):
+            status.update(f"batch {batch}: run {index + 1} of {num_runs}")
+            run = measure(
+                engine, batch=batch, prompt_tokens=plan.prompt_tokens, gen_tokens=plan.gen_tokens
             )
+            runs.append(run)
     return _MeasuredBatch(
-        batch=batch, measurements=runs[warm_up:], peak_memory_mib=peak_memory_mib()
+        batch=batch, measurements=runs[plan.warm_up :], peak_memory_mib=peak_memory_mib()
     )
 
 

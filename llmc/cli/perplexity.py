@@ -64,10 +64,10 @@ def perplexity(
         if begins_with_bos and bos is not None:
             ids[0] = bos
         # Position p's logits predict token p + 1; the window's last position predicts nothing.
-        losses += [
-            token_losses(logits, ids[start + 1 : start + 1 + len(logits)])[max(0, first - start) :]
-            for start, logits in engine.iter_logits(ids)
-        ]
+        for start, logits in engine.iter_logits(ids):
+            scored = max(first, start)
+            targets = ids[scored + 1 : start + len(logits) + 1]
+            losses.append(token_losses(logits[scored - start :], targets))
         if on_window is not None:
             on_window(index + 1, num_windows)
     return _summarize(np.concatenate(losses), num_windows, len(token_ids), len(text.encode()))

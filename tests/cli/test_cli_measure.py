@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import types
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from toy_artifact import (
 from llmc.artifact import KernelInfo, MemoryPlan, WeightTensor
 from llmc.cli import bandwidth
 from llmc.cli.benchmark import Measurement, bandwidth_share, measure
+from llmc.cli.perplexity import perplexity
 from llmc.reference import Reference
 from llmc.runtime.engine import Engine
 
@@ -147,6 +150,30 @@ def test_eval_scores_the_second_half_of_each_window(
     assert report["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
     code, out, _ = llmc("eval", artifact, "--text", tmp_path / "text", "--window", window)
     assert out.startswith(f"perplexity {report['perplexity']:.4f} ± ")
+
+
+def test_every_window_begins_with_the_first_token_where_the_tokenizer_adds_it() -> None:
+    """As llama.cpp does: the window's first token gives way."""
+
+    class Recorder:
+        manifest = dataclasses.replace(
+            toy_manifest(), model=dataclasses.replace(toy_manifest().model, bos_token_id=7)
+        )
+        tokenizer = types.SimpleNamespace(encode=lambda text: [7, *range(20, 20 + len(text))])
+        windows: ClassVar[list[list[int]]] = []
+
+        def iter_logits(self, ids):
+            self.windows.append(ids)
+            yield 0, np.zeros((len(ids), 312), np.float32)
+
+    result = perplexity(Recorder(), "x" * 23, window=8)
+    assert Recorder.windows == [
+        [7, 20, 21, 22, 23, 24, 25, 26],
+        [7, 28, 29, 30, 31, 32, 33, 34],
+        [7, 36, 37, 38, 39, 40, 41, 42],
+    ]
+    assert result.perplexity == pytest.approx(312)  # every token is as likely as any other
+    assert result.num_scored_tokens == 3 * 3
 
 
 def test_eval_explains_a_text_or_window_that_does_not_fit(llmc, artifact: Path, tmp_path) -> None:
