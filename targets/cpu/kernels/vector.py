@@ -16,7 +16,7 @@ LANES = 16
 
 # A parallel loop costs several microseconds to start, in which one core touches about as many
 # floats.
-SERIAL_FLOATS = 32_768
+SERIAL_FLOATS = 65_536
 
 
 def lanes_of(size: int) -> int:

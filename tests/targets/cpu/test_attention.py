@@ -45,13 +45,12 @@ NARROW = AttentionTuning(
 CASES = {
     "mixed": Case(lengths=tuple(MIXED)),
     "mixed_f16": Case(lengths=tuple(MIXED), kv_dtype="float16", page_size=32),
-    "narrow_registers": Case(lengths=tuple(MIXED), tuning=NARROW),
     "window_below_page": Case(lengths=tuple(MIXED), window=5),
     "window_of_pages": Case(lengths=tuple(MIXED), window=48, page_size=32, tuning=NARROW),
     "softcap": Case(softcap=3.0),
-    "sinks": Case(sinks=True),
-    "sinks_window_f16": Case(sinks=True, window=20, kv_dtype="float16"),
-    "second_group": Case(group=1, num_groups=2),
+    "sinks_window_f16_second_group": Case(
+        sinks=True, window=20, kv_dtype="float16", group=1, num_groups=2
+    ),
     "one_head_each": Case(num_heads=4, num_kv_heads=4, head_dim=8, v_head_dim=8),
     "one_shared_head": Case(num_heads=30, num_kv_heads=1, head_dim=16, v_head_dim=24),
     "many_shared_heads": Case(num_heads=64, num_kv_heads=1, head_dim=24, v_head_dim=16),
@@ -60,12 +59,13 @@ CASES = {
     "odd_heads": Case(num_heads=2, num_kv_heads=2, head_dim=5, v_head_dim=7),
     "one_token": Case(tokens=1, lengths=((1, 333),)),
     "one_token_in_parts": Case(tokens=1, lengths=((1, 333),), tuning=NARROW, sinks=True),
-    "one_token_fewer_pages_than_parts": Case(tokens=1, lengths=((1, 20),), tuning=NARROW),
     "one_token_of_many_sequences": Case(tokens=1, lengths=((0, 0), (1, 50), (0, 0))),
     "one_token_f16_window": Case(
         tokens=1, lengths=((1, 100),), window=33, kv_dtype="float16", tuning=NARROW
     ),
-    "one_token_sinks": Case(tokens=1, lengths=((1, 3),), sinks=True, softcap=2.0),
+    "one_token_fewer_pages_than_parts": Case(
+        tokens=1, lengths=((1, 20),), sinks=True, softcap=2.0, tuning=NARROW
+    ),
     "eight_tokens": Case(tokens=8, lengths=((1, 60), (1, 20), (6, 6))),
 }
 

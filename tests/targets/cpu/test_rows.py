@@ -18,9 +18,8 @@ EPS = 1e-5
 # One float32 rounding of a value of size 1 is 6e-8; each kernel makes a dozen, sums of a row a few
 # more.
 TOLERANCE = 2e-6
-# The parallel loop begins at 32,768 floats: 300 rows are past it for most kernels here, 3 rows
-# never.
-ROWS = (1, 3, 300)
+# Threads wake at 65,536 floats: 1,000 rows are past that for most kernels here, 3 rows never.
+ROWS = (1, 3, 1000)
 HEADS, KV_HEADS, PAGE_SIZE = 3, 2, 16
 ROPES = {
     # name: head_dim, v_head_dim, rotary_dim, interleaved, kv_dtype, tokens
@@ -141,9 +140,9 @@ def test_layer_norm_keeps_precision_far_from_zero(kernels, rows):
         (y,) = run(kernels[name], *inputs, empty(*x.shape), outputs=[-1])
         centred = x.astype(np.float64) - x.astype(np.float64).mean(-1, keepdims=True)
         expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPS) * weight
-        # The mean itself is rounded at size 100: 4e-6, times the weight.
+        # The mean is rounded at size 100, a few times 8e-6, and multiplied by weights up to 4.
         np.testing.assert_allclose(
-            y, expected + (bias if name == "layer_norm" else 0), atol=4e-5, rtol=0
+            y, expected + (bias if name == "layer_norm" else 0), atol=1e-4, rtol=0
         )
 
 
