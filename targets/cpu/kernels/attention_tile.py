@@ -26,7 +26,10 @@ KV_BYTES = {"float32": 4, "float16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionTuning:
-    """Sizes that fit the machine; the defaults suit 32 vector registers of 512 bits."""
+    """Sizes that fit the machine; the defaults suit 32 vector registers of 512 bits.
+
+    12 accumulators are best where there are 16 registers of 256 bits (AVX2).
+    """
 
     accumulators: int = 16  # vectors of 16 float32 kept in registers by one inner loop
     tile_rows: int = 48  # most query rows (tokens times heads of a group) of a tile
