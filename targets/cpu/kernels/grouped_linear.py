@@ -17,12 +17,12 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.cpu.kernels.dot import prepare_activations
 from llmc.targets.cpu.kernels.panels import (
     Rows,
     WeightPanels,
     argument,
     i64,
-    prepare_activations,
     scratch,
     size_var,
 )
@@ -32,7 +32,6 @@ from llmc.targets.cpu.kernels.tiles import (
     multiply_columns,
     num_column_blocks,
 )
-from llmc.targets.cpu.layout import PANEL
 from llmc.targets.cpu.parameters import LinearParameters
 
 Expr = Any

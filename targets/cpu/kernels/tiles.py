@@ -9,11 +9,10 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.cpu.kernels.dot import Activations, dot_panel
 from llmc.targets.cpu.kernels.panels import (
-    Activations,
     Rows,
     WeightPanels,
-    dot_panel,
     get,
     i64,
     k_block_words,
