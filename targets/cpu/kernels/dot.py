@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
 from llmc.targets.cpu.kernels.panels import (
     Rows,
     WeightPanels,
@@ -24,8 +27,6 @@ from llmc.targets.cpu.kernels.panels import (
 )
 from llmc.targets.cpu.layout import PANEL, code_offsets, stored_zero_point
 from llmc.targets.cpu.parameters import LinearParameters
-from tvm import tirx
-from tvm.script.ir_builder import tirx as T
 
 Expr = Any
 
