@@ -1,0 +1,1 @@
+"""The passes, one file each; compiler/pipeline.py puts them in order."""

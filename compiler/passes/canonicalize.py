@@ -1,0 +1,243 @@
+"""Canonicalize: one spelling for everything that later passes look for.
+
+Stands first. After it:
+* products with a weight parameter are `llmc.linear` on rank-3 tensors `[1, T, K]`, table look-ups of a parameter are
+  `llmc.embedding`;
+* slices have explicit ends, `split` and full or empty pieces are gone, reshape chains are one reshape;
+* factors of one, casts to the own type and `power` by small integers are gone.
+"""
+
+from __future__ import annotations
+
+import tvm
+from tvm import relax
+
+from llmc import dialect
+from llmc.compiler.rewriter import (
+    Expr,
+    Scope,
+    apply_rule,
+    op_args,
+    same_shape,
+    scalar,
+    static_shape,
+)
+
+
+def canonicalize(mod: tvm.IRModule) -> tvm.IRModule:
+    """Applies the rules of this file until nothing changes (they enable each other once)."""
+    mod = apply_rule(mod, _rewrite)
+    return apply_rule(mod, _rewrite)
+
+
+def _rewrite(call: Expr, scope: Scope) -> Expr | None:
+    for rule in (
+        _split_piece,
+        _slice,
+        _concat,
+        _cast,
+        _reshape,
+        _permute,
+        _multiply_by_one,
+        _power,
+        _matmul,
+        _linear_rank,
+        _take,
+    ):
+        replaced = rule(call, scope)
+        if replaced is not None:
+            return replaced
+    return None
+
+
+def _split_piece(item: Expr, scope: Scope) -> Expr | None:
+    """split(x, sections)[i] -> strided_slice(x)."""
+    if not isinstance(item, relax.TupleGetItem):
+        return None
+    source = scope.value(item.tuple_value)
+    args = op_args(source, "relax.split")
+    if args is None:
+        return None
+    x, axis = args[0], source.attrs.axis % len(args[0].ty.shape)
+    extent = static_shape(x)[axis]
+    if extent is None:
+        return None
+    sections = source.attrs.indices_or_sections
+    if isinstance(sections, tvm.tirx.IntImm | int):
+        width = extent // int(sections)
+        cuts = list(range(0, extent + 1, width))
+    else:
+        cuts = [0, *(int(c) for c in sections), extent]
+    return slice_axis(x, axis, cuts[item.index], cuts[item.index + 1])
+
+
+def slice_axis(x: Expr, axis: int, begin: int, end: int) -> relax.Call:
+    """x[…, begin:end, …] along `axis`."""
+    return relax.op.strided_slice(x, [axis], [begin], [end])
+
+
+def slice_bounds(expr: Expr) -> tuple[Expr, int, int, int] | None:
+    """(x, axis, begin, end) of a stride-1 slice along one static axis, else None."""
+    args = op_args(expr, "relax.strided_slice")
+    if args is None:
+        return None
+    x, axes, begins, ends = args[:4]
+    strides = [1] if len(args) < 5 else [int(s) for s in args[4]]
+    if len(axes) != 1 or strides != [1]:
+        return None
+    axis = int(axes[0]) % len(x.ty.shape)
+    extent = static_shape(x)[axis]
+    if extent is None:
+        return None
+    begin, end = (int(v) + (extent if int(v) < 0 else 0) for v in (begins[0], ends[0]))
+    return x, axis, begin, min(end, extent)
+
+
+def _slice(call: Expr, scope: Scope) -> Expr | None:
+    """Full slices vanish; ends beyond the tensor (torch writes 2^63 - 1) become the extent."""
+    found = slice_bounds(call)
+    if found is None:
+        return None
+    x, axis, begin, end = found
+    if begin == 0 and end == static_shape(x)[axis]:
+        return x
+    inner = slice_bounds(scope.value(x))
+    if inner is not None and inner[1] == axis:
+        return slice_axis(inner[0], axis, inner[2] + begin, inner[2] + end)
+    if int(call.args[3][0]) != end:
+        return slice_axis(x, axis, begin, end)
+    return None
+
+
+def _concat(call: Expr, scope: Scope) -> Expr | None:
+    """Empty pieces of a concatenation vanish; a concatenation of one piece is that piece."""
+    args = op_args(call, "relax.concat")
+    if args is None:
+        return None
+    pieces = scope.value(args[0])
+    if not isinstance(pieces, relax.Tuple):
+        return None
+    kept = [p for p in pieces.fields if 0 not in static_shape(p)]
+    if len(kept) == len(pieces.fields):
+        return None
+    axis = call.attrs.axis
+    return kept[0] if len(kept) == 1 else relax.op.concat(kept, int(axis))
+
+
+def _cast(call: Expr, scope: Scope) -> Expr | None:
+    args = op_args(call, "relax.astype")
+    if args is not None and args[0].ty.dtype == call.ty.dtype:
+        return args[0]
+    return None
+
+
+def _reshape(call: Expr, scope: Scope) -> Expr | None:
+    args = op_args(call, "relax.reshape")
+    if args is None:
+        return None
+    if same_shape(args[0], call):
+        return args[0]
+    inner = op_args(scope.value(args[0]), "relax.reshape")
+    if inner is None:
+        return None
+    return inner[0] if same_shape(inner[0], call) else relax.op.reshape(inner[0], args[1])
+
+
+def _permute(call: Expr, scope: Scope) -> Expr | None:
+    """permute(permute(x)) becomes one permutation, or none."""
+    args = op_args(call, "relax.permute_dims")
+    if args is None:
+        return None
+    inner_call = scope.value(args[0])
+    inner = op_args(inner_call, "relax.permute_dims")
+    if inner is None or call.attrs.axes is None or inner_call.attrs.axes is None:
+        return None
+    axes = [int(inner_call.attrs.axes[int(a)]) for a in call.attrs.axes]
+    if axes == list(range(len(axes))):
+        return inner[0]
+    return relax.op.permute_dims(inner[0], axes)
+
+
+def _multiply_by_one(call: Expr, scope: Scope) -> Expr | None:
+    args = op_args(call, "relax.multiply")
+    if args is None:
+        return None
+    for x, factor in (args, reversed(args)):
+        if scalar(factor) == 1.0 and same_shape(x, call):
+            return x
+    return None
+
+
+def _power(call: Expr, scope: Scope) -> Expr | None:
+    """power(x, 2) and power(x, 3) become products: pow is a library call an element."""
+    args = op_args(call, "relax.power")
+    if args is None:
+        return None
+    exponent = scalar(args[1])
+    if exponent == 2.0:
+        return relax.op.multiply(args[0], args[0])
+    if exponent == 3.0:
+        return relax.op.multiply(scope.emit(relax.op.multiply(args[0], args[0])), args[0])
+    return None
+
+
+def _matmul(call: Expr, scope: Scope) -> Expr | None:
+    """matmul(x, W) or matmul(x, permute_dims(W)) with a parameter W -> llmc.linear."""
+    args = op_args(call, "relax.matmul")
+    if args is None:
+        return None
+    x, weight = args
+    transposed = True
+    source = scope.value(weight)
+    inner = op_args(source, "relax.permute_dims")
+    if inner is not None and len(inner[0].ty.shape) == 2:
+        weight, transposed = inner[0], False
+        source = scope.value(weight)
+    if not is_parameter(source) or len(weight.ty.shape) != 2:
+        return None
+    return dialect.Linear(transposed=transposed).call(x, weight)
+
+
+def is_parameter(value: Expr) -> bool:
+    """Whether a looked-up value is an argument of the function (nothing is bound to it)."""
+    return isinstance(value, relax.Var) and isinstance(value.ty, relax.TensorType)
+
+
+def _linear_rank(call: Expr, scope: Scope) -> Expr | None:
+    """linear on `[T, K]` -> reshape(linear(reshape(x, [1, T, K])))."""
+    found = dialect.Linear.match(call)
+    if found is None or len(found[1]["x"].ty.shape) != 2:
+        return None
+    op, operands = found
+    tokens, features = operands["x"].ty.shape
+    x = scope.value(operands["x"])
+    inner = op_args(x, "relax.reshape")
+    wanted = relax.ShapeExpr([1, tokens, features])
+    if inner is not None and len(inner[0].ty.shape) == 3:
+        x3 = inner[0]
+    else:
+        x3 = scope.emit(relax.op.reshape(operands["x"], wanted))
+    if len(x3.ty.shape) != 3 or static_shape(x3)[0] != 1:
+        x3 = scope.emit(relax.op.reshape(operands["x"], wanted))
+    product = scope.emit(op.call(x3, operands["weight"], operands.get("bias")))
+    return relax.op.reshape(product, relax.ShapeExpr(list(call.ty.shape)))
+
+
+def _take(call: Expr, scope: Scope) -> Expr | None:
+    """take(W, ids, axis=0) of a parameter `[V, E]` -> llmc.embedding on ids `[1, T]`."""
+    args = op_args(call, "relax.take")
+    if args is None or call.attrs.axis is None or int(call.attrs.axis) != 0:
+        return None
+    weight, ids = args
+    if not is_parameter(scope.value(weight)) or len(weight.ty.shape) != 2:
+        return None
+    if len(ids.ty.shape) != 1:
+        return None
+    flat = relax.ShapeExpr([1, ids.ty.shape[0]])
+    inner = op_args(scope.value(ids), "relax.reshape")
+    if inner is not None and len(inner[0].ty.shape) == 2:
+        row = inner[0]
+    else:
+        row = scope.emit(relax.op.reshape(ids, flat))
+    rows = scope.emit(dialect.Embedding().call(row, weight))
+    return relax.op.reshape(rows, relax.ShapeExpr(list(call.ty.shape)))

@@ -1,0 +1,129 @@
+"""How passes rewrite Relax functions: a rule per call, applied from the first binding to the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import relax
+from tvm.relax.expr_functor import PyExprMutator, mutator
+
+Expr = relax.Expr
+
+
+class Scope:
+    """What a rule may look up and do while a function is rewritten."""
+
+    def __init__(self, owner: Any, uses: dict[relax.Var, int]) -> None:  # noqa: ANN401 - the mutator
+        self._owner = owner
+        self._uses = uses
+
+    def value(self, expr: Expr) -> Expr:
+        """The expression bound to `expr` if it is a variable of this function, else `expr`."""
+        while isinstance(expr, relax.Var):
+            bound = self._owner.lookup_binding(expr)
+            if bound is None:
+                return expr
+            expr = bound
+        return expr
+
+    def emit(self, expr: Expr) -> relax.Var:
+        """Binds `expr` to a new variable and returns it."""
+        return self._owner.builder_.emit(expr)
+
+    def used_once(self, var: Expr) -> bool:
+        """Whether the function that is rewritten reads `var` exactly once.
+
+        Variables that the rewriting itself created are counted as read more than once.
+        """
+        return self._uses.get(var, 2) == 1
+
+
+Rule = Callable[[Expr, Scope], Expr | None]
+
+
+@mutator
+class _RuleMutator(PyExprMutator):  # type: ignore[misc]
+    def __init__(self, mod: tvm.IRModule, rule: Rule, uses: dict[relax.Var, int]) -> None:
+        super().__init__(mod)
+        self.rule = rule
+        self.scope = Scope(self, uses)
+
+    def visit_call_(self, call: relax.Call) -> Expr:
+        call = self.visit_expr_post_order(call)
+        replaced = self.rule(call, self.scope)
+        return call if replaced is None else replaced
+
+    def visit_tuple_getitem_(self, item: relax.TupleGetItem) -> Expr:
+        item = self.visit_expr_post_order(item)
+        replaced = self.rule(item, self.scope)
+        return item if replaced is None else replaced
+
+
+def apply_rule(mod: tvm.IRModule, rule: Rule) -> tvm.IRModule:
+    """Rewrites every Relax function of `mod` and removes what became dead.
+
+    `rule(call, scope)` sees each call and tuple access with its operands already rewritten; it returns the
+    replacement, or None to leave it.
+    """
+    out = mod.clone()
+    for name, func in relax_functions(mod):
+        mutated = _RuleMutator(mod, rule, count_uses(func)).visit_expr(func)
+        out[name] = mutated
+    out = relax.transform.Normalize()(out)
+    return relax.transform.DeadCodeElimination([n.name_hint for n, _ in relax_functions(out)])(out)
+
+
+def relax_functions(mod: tvm.IRModule) -> Iterator[tuple[tvm.ir.GlobalVar, relax.Function]]:
+    """The Relax functions of `mod`, with their global variables."""
+    return iter([(g, f) for g, f in mod.functions_items() if isinstance(f, relax.Function)])
+
+
+def bindings(func: relax.Function) -> Iterator[relax.VarBinding]:
+    """All variable bindings of `func`, in order."""
+    for block in func.body.blocks:
+        yield from block.bindings
+
+
+def count_uses(func: relax.Function) -> dict[relax.Var, int]:
+    """How often each variable is read; what the function returns counts as read."""
+    uses: dict[relax.Var, int] = {}
+
+    def visit(expr: Expr) -> None:
+        if isinstance(expr, relax.Var):
+            uses[expr] = uses.get(expr, 0) + 1
+
+    for binding in bindings(func):
+        relax.analysis.post_order_visit(binding.value, visit)
+    relax.analysis.post_order_visit(func.body.body, visit)
+    return uses
+
+
+def op_args(expr: Expr, name: str) -> list[Expr] | None:
+    """The arguments of `expr` if it calls the Relax operator `name`, else None."""
+    if isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name == name:
+        return list(expr.args)
+    return None
+
+
+def scalar(expr: Expr) -> float | None:
+    """The value of a scalar constant, else None."""
+    if not isinstance(expr, tvm.ir.GenericConst):
+        return None
+    array = expr.value.numpy()
+    return float(array) if array.size == 1 else None
+
+
+def static_shape(expr: Expr) -> list[int | None]:
+    """The extents of a tensor, None where symbolic."""
+    return [int(d) if isinstance(d, tvm.tirx.IntImm) else None for d in expr.ty.shape]
+
+
+def same_shape(a: Expr, b: Expr) -> bool:
+    """Whether two tensors provably have one shape."""
+    return len(a.ty.shape) == len(b.ty.shape) and all(
+        tvm_ffi.structural_equal(x, y)
+        for x, y in zip(a.ty.shape, b.ty.shape, strict=True)
+    )
