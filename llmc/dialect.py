@@ -1,10 +1,11 @@
-"""llmc's own Relax operators: what tracing keeps whole, passes rewrite and targets turn into kernels.
+"""llmc's own Relax operators: what tracing keeps whole, passes rewrite, targets turn into kernels.
 
 An operator is a frozen dataclass of its static attributes; in the IR it is
 
     R.call_dps_packed("llmc.<name>", (operands…, R.str(attributes as JSON)), out_ty=…)
 
-which Relax checks, prints and moves around as a pure call. Letters of shapes are those of docs/shapes.md.
+which Relax checks, prints and moves around as a pure call. Letters of shapes are those of
+docs/shapes.md.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeAlias
 
 import tvm
 from tvm import relax
 
-Expr = relax.Expr
+Expr: TypeAlias = relax.Expr
 _CALL = tvm.ir.Op.get("relax.call_dps_packed")
 
 
@@ -37,7 +38,9 @@ class Operator:
     name: ClassVar[str]
     operands: ClassVar[tuple[str, ...]]
 
-    def emit(self, out: relax.TensorType | list[relax.TensorType], *values: Expr | None) -> relax.Call:
+    def emit(
+        self, out: relax.TensorType | list[relax.TensorType], *values: Expr | None
+    ) -> relax.Call:
         """The call for `values`, given in the order of `operands` (None: absent)."""
         if len(values) != len(self.operands):
             raise ValueError(f"{self.name} takes {self.operands}, got {len(values)} operands")
@@ -77,7 +80,7 @@ def operator_name(expr: Expr | None) -> str | None:
 def match_any(expr: Expr | None) -> Match | None:
     """Takes apart a call of any dialect operator; None for everything else."""
     name = operator_name(expr)
-    if name is None:
+    if expr is None or name is None:
         return None
     *values, text = expr.args[1]
     attributes = json.loads(text.value)
@@ -96,7 +99,7 @@ def tensor_like(x: Expr, *last: int | tvm.ir.Expr) -> relax.TensorType:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear(Operator):
-    """x `[1, T, K]` · weight `[M, K]`ᵀ (`[K, M]` if transposed) + bias `[M]` + residual `[1, T, M]`.
+    """x `[1, T, K]` · weight `[M, K]`ᵀ + bias `[M]` + residual `[1, T, M]`; `[K, M]` if transposed.
 
     `format` names an entry of llmc.formats once quantization has chosen one.
     """
@@ -132,8 +135,8 @@ class Embedding(Operator):
 class GroupedLinear(Operator):
     """Each row times its expert's matrix: a mixture-of-experts product.
 
-    x `[T, K]` (a row serves all of its token's experts) or `[T·X_k, K]`; weight `[X, M, K]` (`[X, K, M]` if
-    transposed); bias `[X, M]`; expert_ids `[T, X_k]` -> `[T·X_k, M]`.
+    x `[T, K]` (a row serves all of its token's experts) or `[T·X_k, K]`; weight `[X, M, K]`
+    (`[X, K, M]` if transposed); bias `[X, M]`; expert_ids `[T, X_k]` -> `[T·X_k, M]`.
     """
 
     name: ClassVar[str] = "grouped_linear"
@@ -151,10 +154,11 @@ class GroupedLinear(Operator):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention(Operator):
-    """Causal attention: query `[1, H, T, D]`, key `[1, Kv, T, D]`, value `[1, Kv, T, Dv]` -> `[1, T, H, Dv]`.
+    """Causal attention with K/V heads not repeated.
 
-    scale multiplies the scores; softcap bounds them by softcap·tanh(s / softcap); window w shows position i
-    the positions (i - w, i]; sinks `[H]` join the softmax and are dropped.
+    query `[1, H, T, D]`, key `[1, Kv, T, D]`, value `[1, Kv, T, Dv]` -> `[1, T, H, Dv]`. scale
+    multiplies the scores; softcap bounds them by softcap·tanh(s / softcap); window w shows position
+    i the positions (i - w, i]; sinks `[H]` join the softmax and are dropped.
     """
 
     name: ClassVar[str] = "attention"
@@ -201,10 +205,10 @@ class AddRmsNorm(Operator):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope(Operator):
-    """Rotates the first R features of each head of x `[1, T, H, D]` by cos, sin `[1, T, R]`, halves paired.
+    """Rotates the first R features of each head of x `[1, T, H, D]` by cos, sin `[1, T, R]`.
 
-    out[i] = x[i]·cos[i] + rotate_half(x)[i]·sin[i], rotate_half(x) = (-x[R/2:R], x[:R/2]) (RoFormer, in
-    transformers' arrangement).
+    Halves are paired: out[i] = x[i]·cos[i] + rotate_half(x)[i]·sin[i] with rotate_half(x) =
+    (-x[R/2:R], x[:R/2]) (RoFormer, in transformers' arrangement).
     """
 
     name: ClassVar[str] = "rope"
@@ -218,7 +222,10 @@ class Rope(Operator):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatedActivation(Operator):
-    """act(gate)·up with x `[1, T, 2I]` = gate | up -> `[1, T, I]`; kind is silu, gelu, gelu_tanh or relu."""
+    """act(gate)·up of x `[1, T, 2I]` = gate | up -> `[1, T, I]`.
+
+    kind is silu, gelu, gelu_tanh or relu.
+    """
 
     name: ClassVar[str] = "gated_activation"
     operands: ClassVar[tuple[str, ...]] = ("x",)
@@ -231,7 +238,10 @@ class GatedActivation(Operator):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvWrite(Operator):
-    """Writes key `[1, T, Kv, D]` and value `[1, T, Kv, Dv]` into a layer's pages in place -> (k_pages, v_pages)."""
+    """Writes new keys and values into a layer's pages in place.
+
+    key `[1, T, Kv, D]`, value `[1, T, Kv, Dv]` -> (k_pages, v_pages).
+    """
 
     name: ClassVar[str] = "kv_write"
     operands: ClassVar[tuple[str, ...]] = ("key", "value", "slots", "k_pages", "v_pages")
@@ -244,9 +254,9 @@ class KvWrite(Operator):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeKvWrite(Operator):
-    """Rope on query and key of a fused projection, then KvWrite -> (query `[1, T, H, D]`, k_pages, v_pages).
+    """Rope on query and key of a fused projection, then KvWrite.
 
-    qkv is `[1, T, H·D + Kv·D + Kv·Dv]`.
+    qkv `[1, T, H·D + Kv·D + Kv·Dv]` -> (query `[1, T, H, D]`, k_pages, v_pages).
     """
 
     name: ClassVar[str] = "rope_kv_write"

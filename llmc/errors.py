@@ -41,7 +41,7 @@ class ImportModelError(LlmcError):
 
 
 class UnsupportedError(LlmcError):
-    """The model or the option is understood, but cannot be compiled; names the operator or feature."""
+    """The model or option is understood, but not supported; names the operator or feature."""
 
     exit_code = 4
 

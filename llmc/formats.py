@@ -1,12 +1,13 @@
 """Weight formats: how one matrix is stored, as data that models, compiler and targets share.
 
-A format is either a float type or *affine*: integer codes with a scale (and perhaps a minimum) per group of
-consecutive input features,
+A format is either a float type or *affine*: integer codes with a scale (and perhaps a minimum) per
+group of consecutive input features,
 
     w[m, k] = code[m, k] · scale[m, k // group] + min[m, k // group]
 
-with signed codes and no minimum where the format is symmetric. Every GGUF block format is affine in this
-sense once its sub-scales are multiplied out in float32, which is exact (11-bit times at most 8-bit mantissas).
+with signed codes and no minimum where the format is symmetric. Every GGUF block format is affine in
+this sense once its sub-scales are multiplied out in float32, which is exact (11-bit times at most
+8-bit mantissas).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class WeightFormat:
         return "uint8" if self.bits == 4 or self.has_min else "int8"
 
     def num_groups(self, k: int) -> int:
-        """Scales a row of k input features has; raises ValueError where the group does not divide k."""
+        """Scales of a row of k input features; ValueError where the group does not divide k."""
         if self.group == 0:
             return 1
         if k % self.group:
@@ -52,7 +53,9 @@ class WeightFormat:
         return k // self.group
 
 
-def _affine(name: str, bits: int, group: int, scale: str = "float16", *, min: bool = False) -> WeightFormat:
+def _affine(
+    name: str, bits: int, group: int, scale: str = "float16", *, min: bool = False
+) -> WeightFormat:
     return WeightFormat(name=name, bits=bits, group=group, scale_dtype=scale, has_min=min)
 
 

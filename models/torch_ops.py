@@ -1,8 +1,8 @@
 """Opaque torch operators that keep what matters of a model whole while it is traced.
 
-`torch.export` sees each attention and each mixture-of-experts product as one node that carries its attributes
-(scale, window, softcap, sinks) and whose key/value heads are not repeated. transformers offers a registry for
-both; nothing here depends on a particular model.
+`torch.export` sees each attention and each mixture-of-experts product as one node that carries its
+attributes (scale, window, softcap, sinks) and whose key/value heads are not repeated. transformers
+offers a registry for both; nothing here depends on a particular model.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def grouped_linear(
 ) -> torch.Tensor:
     """Each row times its expert's matrix.
 
-    expert_ids `[T, X_k]`; x `[T, K]` (one row serves all of its token's experts) or `[T·X_k, K]`; weight
-    `[X, M, K]`, or `[X, K, M]` if transposed; bias `[X, M]` or None -> `[T·X_k, M]`.
+    expert_ids `[T, X_k]`; x `[T, K]` (one row serves all of its token's experts) or `[T·X_k, K]`;
+    weight `[X, M, K]`, or `[X, K, M]` if transposed; bias `[X, M]` or None -> `[T·X_k, M]`.
     """
     raise RuntimeError("llmc::grouped_linear exists only while a model is traced")
 
@@ -115,7 +115,10 @@ def _experts_function(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """What transformers' experts call under `experts_implementation="llmc"`; the activation stays traced."""
+    """What transformers' experts call under `experts_implementation="llmc"`.
+
+    The activation stays traced.
+    """
     names = ("gate_up_proj", "gate_up_proj_bias") if self.has_gate else ("up_proj", "up_proj_bias")
     biases = [getattr(self, n) if self.has_bias else None for n in (names[1], "down_proj_bias")]
     up = grouped_linear(

@@ -1,8 +1,10 @@
 """Traces any decoder of transformers into one Relax function, without its weights.
 
-    main(input_ids [1, T] i32, positions [1, T] i32, logits_rows [L] i32, *params) -> logits [1, L, V]
+    main(input_ids [1, T] i32, positions [1, T] i32, logits_rows [L] i32, *params)
+        -> logits [1, L, V]
 
-All sequences' tokens lie packed along one axis, there is no cache, and each attention is one opaque operator.
+All sequences' tokens lie packed along one axis, there is no cache, and each attention is one opaque
+operator.
 Nothing is allocated for the parameters: a model of any size is traced in the memory of its graph.
 """
 
@@ -42,8 +44,8 @@ _EXAMPLE_ROWS = (3, 5, 7)
 class Trace:
     """A traced model.
 
-    module holds `main`; parameters maps each of its weight arguments to the name of the model's parameter, in
-    argument order; num_inputs is 3.
+    module holds `main`; parameters maps each of its weight arguments to the name of the model's
+    parameter, in argument order, after the three inputs.
     """
 
     module: tvm.IRModule
@@ -54,7 +56,7 @@ class Trace:
 def trace(config: PreTrainedConfig) -> Trace:
     """Traces the causal language model of `config` in float32.
 
-    Raises UnsupportedError, naming the operator or the model type, where the model cannot be traced.
+    Raises UnsupportedError, naming operator or model type, where the model cannot be traced.
     """
     torch_ops.register()
     with _quiet():
@@ -88,7 +90,7 @@ def trace(config: PreTrainedConfig) -> Trace:
 
 
 def build_empty(config: PreTrainedConfig, **implementations: str) -> torch.nn.Module:
-    """The model of `config` with parameters on the meta device and real buffers, in evaluation mode."""
+    """The model of `config` for evaluation, parameters on the meta device, buffers real."""
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
@@ -131,7 +133,7 @@ def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
     return names
 
 
-class _Packed(torch.nn.Module):
+class _Packed(torch.nn.Module):  # type: ignore[misc]
     """The model as a function of packed tokens and the rows whose logits are wanted."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -175,7 +177,7 @@ def _export(model: torch.nn.Module, config: PreTrainedConfig) -> ExportedProgram
         ) from exc
     if not any(n.target is torch.ops.llmc.attention.default for n in program.graph.nodes):
         raise UnsupportedError(
-            f"{config.model_type}: its attention does not go through transformers' attention interface",
+            f"{config.model_type}: its attention does not use transformers' attention interface",
             hint="models with built-in attention or recurrent state are not supported yet",
         )
     return program
@@ -196,9 +198,7 @@ Converter = Callable[[torch.fx.Node, Any], relax.Var]
 
 def _attention(node: torch.fx.Node, importer: Any) -> relax.Var:  # noqa: ANN401 - TVM's importer
     query, key, value, sinks, layer, scale, window, softcap = importer.retrieve_args(node)
-    op = dialect.Attention(
-        layer=layer, scale=scale, window=window or None, softcap=softcap or None
-    )
+    op = dialect.Attention(layer=layer, scale=scale, window=window or None, softcap=softcap or None)
     return importer.block_builder.emit(op.call(query, key, value, sinks))
 
 
