@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import tvm
 import tvm_ffi
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-Expr = relax.Expr
+from llmc.errors import LlmcError
+
+Expr: TypeAlias = relax.Expr
 
 
 class Scope:
@@ -19,6 +21,7 @@ class Scope:
     def __init__(self, owner: Any, uses: dict[relax.Var, int]) -> None:  # noqa: ANN401 - the mutator
         self._owner = owner
         self._uses = uses
+        self.target: relax.Var | None = None  # the variable, as it was, that is being bound
 
     def value(self, expr: Expr) -> Expr:
         """The expression bound to `expr` if it is a variable of this function, else `expr`."""
@@ -50,16 +53,26 @@ class _RuleMutator(PyExprMutator):  # type: ignore[misc]
         super().__init__(mod)
         self.rule = rule
         self.scope = Scope(self, uses)
+        self.error: LlmcError | None = None
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        self.scope.target = binding.var
+        super().visit_var_binding_(binding)
 
     def visit_call_(self, call: relax.Call) -> Expr:
-        call = self.visit_expr_post_order(call)
-        replaced = self.rule(call, self.scope)
-        return call if replaced is None else replaced
+        return self._rewritten(self.visit_expr_post_order(call))
 
     def visit_tuple_getitem_(self, item: relax.TupleGetItem) -> Expr:
-        item = self.visit_expr_post_order(item)
-        replaced = self.rule(item, self.scope)
-        return item if replaced is None else replaced
+        return self._rewritten(self.visit_expr_post_order(item))
+
+    def _rewritten(self, expr: Expr) -> Expr:
+        try:
+            replaced = self.rule(expr, self.scope)
+        except LlmcError as exc:
+            # The visitor calls back through C++, which knows no Python exception classes.
+            self.error = exc
+            raise
+        return expr if replaced is None else replaced
 
 
 def apply_rule(mod: tvm.IRModule, rule: Rule) -> tvm.IRModule:
@@ -70,15 +83,25 @@ def apply_rule(mod: tvm.IRModule, rule: Rule) -> tvm.IRModule:
     """
     out = mod.clone()
     for name, func in relax_functions(mod):
-        mutated = _RuleMutator(mod, rule, count_uses(func)).visit_expr(func)
-        out[name] = mutated
-    out = relax.transform.Normalize()(out)
+        visitor = _RuleMutator(mod, rule, count_uses(func))
+        try:
+            out[name] = visitor.visit_expr(func)
+        except RuntimeError as exc:
+            if visitor.error is not None:
+                raise visitor.error from exc
+            raise
+    out = relax.transform.CanonicalizeBindings()(relax.transform.Normalize()(out))
     return relax.transform.DeadCodeElimination([n.name_hint for n, _ in relax_functions(out)])(out)
 
 
 def relax_functions(mod: tvm.IRModule) -> Iterator[tuple[tvm.ir.GlobalVar, relax.Function]]:
     """The Relax functions of `mod`, with their global variables."""
     return iter([(g, f) for g, f in mod.functions_items() if isinstance(f, relax.Function)])
+
+
+def with_params(func: relax.Function, params: list[relax.Var]) -> relax.Function:
+    """`func` with other parameters; its body is left alone."""
+    return relax.Function(params, func.body, func.ret_ty, func.is_pure, func.attrs)
 
 
 def bindings(func: relax.Function) -> Iterator[relax.VarBinding]:

@@ -204,6 +204,33 @@ class AddRmsNorm(Operator):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerNorm(Operator):
+    """(x - mean) / sqrt(variance + eps) · weight + bias over the last axis."""
+
+    name: ClassVar[str] = "layer_norm"
+    operands: ClassVar[tuple[str, ...]] = ("x", "weight", "bias")
+    eps: float
+
+    def call(self, x: Expr, weight: Expr, bias: Expr) -> relax.Call:
+        """The call."""
+        return self.emit(x.ty, x, weight, bias)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopK(Operator):
+    """The k largest entries of each row of x `[T, X]`, descending -> (values `[T, k]`, indices `[T, k]` i32)."""
+
+    name: ClassVar[str] = "top_k"
+    operands: ClassVar[tuple[str, ...]] = ("x",)
+    k: int
+
+    def call(self, x: Expr) -> relax.Call:
+        """The call."""
+        values = tensor_like(x, self.k)
+        return self.emit([values, relax.TensorType(list(values.shape), "int32")], x)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rope(Operator):
     """Rotates the first R features of each head of x `[1, T, H, D]` by cos, sin `[1, T, R]`.
 
@@ -321,6 +348,8 @@ OPERATORS: dict[str, type[Operator]] = {
         Attention,
         RmsNorm,
         AddRmsNorm,
+        LayerNorm,
+        TopK,
         Rope,
         GatedActivation,
         KvWrite,

@@ -205,6 +205,7 @@ def _attention(node: torch.fx.Node, importer: Any) -> relax.Var:  # noqa: ANN401
 def _grouped_linear(node: torch.fx.Node, importer: Any) -> relax.Var:  # noqa: ANN401
     x, weight, bias, expert_ids, transposed = importer.retrieve_args(node)
     op = dialect.GroupedLinear(transposed=transposed)
+    expert_ids = importer.block_builder.emit(relax.op.astype(expert_ids, "int32"))
     return importer.block_builder.emit(op.call(x, weight, bias, expert_ids))
 
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmc.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmc.targets.base import Target
 
 _COMPILE_PACKAGES = ("accelerate", "gguf", "huggingface_hub", "onnx", "torch", "transformers")
 
@@ -15,6 +22,7 @@ class TargetEntry:
     name: str
     code_generator: str  # TVM's global function that builds device code
     device: str  # TVM's name of the device
+    implementation: str  # module:class, imported when the target is asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +38,25 @@ class TargetStatus:
 
 TARGETS: dict[str, TargetEntry] = {
     entry.name: entry
-    for entry in (TargetEntry(name="cpu", code_generator="target.build.llvm", device="cpu"),)
+    for entry in (
+        TargetEntry(
+            name="cpu",
+            code_generator="target.build.llvm",
+            device="cpu",
+            implementation="llmc.targets.cpu.target:CpuTarget",
+        ),
+    )
 }
+
+
+def open_target(spec: str) -> Target:
+    """The target named by `NAME` or `NAME:LEVEL`; raises UsageError naming those that exist."""
+    name, _, level = spec.partition(":")
+    if name not in TARGETS:
+        raise UsageError(f"unknown target {name!r}", hint=f"choose one of {', '.join(TARGETS)}")
+    module, _, attribute = TARGETS[name].implementation.partition(":")
+    target: Target = getattr(importlib.import_module(module), attribute)(level or None)
+    return target
 
 
 def list_targets() -> list[TargetStatus]:

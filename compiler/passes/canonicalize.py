@@ -43,6 +43,8 @@ def _rewrite(call: Expr, scope: Scope) -> Expr | None:
         _matmul,
         _linear_rank,
         _take,
+        _layer_norm,
+        _topk,
     ):
         replaced = rule(call, scope)
         if replaced is not None:
@@ -125,9 +127,17 @@ def _concat(call: Expr, scope: Scope) -> Expr | None:
 
 
 def _cast(call: Expr, scope: Scope) -> Expr | None:
+    """Casts to the own type vanish, and those to a wider integer and back."""
     args = op_args(call, "relax.astype")
-    if args is not None and args[0].ty.dtype == call.ty.dtype:
+    if args is None:
+        return None
+    if args[0].ty.dtype == call.ty.dtype:
         return args[0]
+    inner = op_args(scope.value(args[0]), "relax.astype")
+    if inner is not None:
+        chain = [str(e.ty.dtype) for e in (inner[0], args[0], call)]
+        if chain == ["int32", "int64", "int32"]:
+            return inner[0]
     return None
 
 
@@ -224,15 +234,19 @@ def _linear_rank(call: Expr, scope: Scope) -> Expr | None:
 
 
 def _take(call: Expr, scope: Scope) -> Expr | None:
-    """take(W, ids, axis=0) of a parameter `[V, E]` -> llmc.embedding on ids `[1, T]`."""
+    """take(W, ids, axis=0) of a parameter `[V, E]` -> llmc.embedding on ids `[1, T]`.
+
+    Other look-ups become safe ones: an index out of bounds is clipped instead of read.
+    """
     args = op_args(call, "relax.take")
-    if args is None or call.attrs.axis is None or int(call.attrs.axis) != 0:
+    if args is None or call.attrs.axis is None:
         return None
     weight, ids = args
-    if not is_parameter(scope.value(weight)) or len(weight.ty.shape) != 2:
-        return None
-    if len(ids.ty.shape) != 1:
-        return None
+    table = is_parameter(scope.value(weight)) and len(weight.ty.shape) == 2
+    if not table or int(call.attrs.axis) != 0 or len(ids.ty.shape) != 1:
+        if call.attrs.mode == "clip":
+            return None
+        return relax.op.take(weight, ids, int(call.attrs.axis), mode="clip")
     flat = relax.ShapeExpr([1, ids.ty.shape[0]])
     inner = op_args(scope.value(ids), "relax.reshape")
     if inner is not None and len(inner[0].ty.shape) == 2:
@@ -241,3 +255,29 @@ def _take(call: Expr, scope: Scope) -> Expr | None:
         row = scope.emit(relax.op.reshape(ids, flat))
     rows = scope.emit(dialect.Embedding().call(row, weight))
     return relax.op.reshape(rows, relax.ShapeExpr(list(call.ty.shape)))
+
+
+def _layer_norm(call: Expr, scope: Scope) -> Expr | None:
+    args = op_args(call, "relax.nn.layer_norm")
+    if args is None or [int(a) % len(call.ty.shape) for a in call.attrs.axes] != [
+        len(call.ty.shape) - 1
+    ]:
+        return None
+    return dialect.LayerNorm(eps=float(call.attrs.epsilon)).call(*args)
+
+
+def _topk(item: Expr, scope: Scope) -> Expr | None:
+    """A piece of topk over the last axis -> llmc.top_k, whose indices are int32."""
+    if not isinstance(item, relax.TupleGetItem):
+        return None
+    source = scope.value(item.tuple_value)
+    args = op_args(source, "relax.topk")
+    if args is None or len(args[0].ty.shape) != 2 or not source.attrs.largest:
+        return None
+    if int(source.attrs.axis) % 2 != 1 or source.attrs.ret_type != "both":
+        return None
+    pair = scope.emit(dialect.TopK(k=int(source.attrs.k)).call(args[0]))
+    piece = relax.TupleGetItem(pair, item.index)
+    if item.index == 0:
+        return piece
+    return relax.op.astype(scope.emit(piece), source.attrs.dtype)

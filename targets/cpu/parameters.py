@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmc.errors import UnsupportedError
+from llmc.targets.cpu.kernels.attention_tile import AttentionTuning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class CpuParameters:
 
     linear: LinearParameters
     few: LinearParameters
+    attention: AttentionTuning = field(default_factory=AttentionTuning)
 
 
 PARAMETERS: dict[str, CpuParameters] = {
@@ -67,6 +69,7 @@ PARAMETERS: dict[str, CpuParameters] = {
     ),
     # 16 registers of 8 floats: a panel takes two, 6 x 2 accumulators.
     "avx2": CpuParameters(
+        attention=AttentionTuning(accumulators=12),
         linear=LinearParameters(
             tile_panels=1,
             token_tiles=(6, 2, 1),

@@ -1,0 +1,474 @@
+"""A compile from end to end: a model source becomes an artifact folder, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tvm
+from tvm import relax
+
+import llmc
+from llmc import artifact
+from llmc.compiler import weight_plan
+from llmc.compiler.passes.dispatch import RULE
+from llmc.compiler.passes.lower_attention import Caches, caches_of
+from llmc.compiler.pipeline import (
+    StepBounds,
+    from_trace,
+    graph_phases,
+    lower_memory,
+    lower_to_vm,
+    planned_bytes,
+)
+from llmc.compiler.reference import make_reference
+from llmc.compiler.rewriter import bindings, relax_functions
+from llmc.compiler.schemes import KV_DTYPES, Scheme, scheme_of
+from llmc.compiler.weights import (
+    WEIGHTS_FILE,
+    Argument,
+    arguments,
+    dequantized,
+    write_weights,
+)
+from llmc.errors import CompileError, LlmcError, UsageError
+from llmc.models.source import ModelSource, open_source
+from llmc.models.trace import Trace, trace
+from llmc.targets.base import Target
+from llmc.targets.registry import open_target
+
+_REPORTED = 0.02  # of a phase: smaller steps of progress are not worth an event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseEvent:
+    """Progress of a compile; fraction is set where it is known."""
+
+    name: str
+    status: Literal["start", "progress", "done"]
+    seconds: float
+    detail: str = ""
+    fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileResult:
+    """What was written, and how long each phase took."""
+
+    path: Path
+    manifest: artifact.Manifest
+    phases: list[tuple[str, float]]
+    seconds: float
+
+
+OnPhase = Callable[[PhaseEvent], None]
+
+
+def compile_model(
+    source: str | Path,
+    *,
+    target: str = "cpu",
+    quant: str = "f32",
+    out: Path | str | None = None,
+    name: str | None = None,
+    force: bool = False,
+    dump_ir: Path | str | None = None,
+    max_batch_tokens: int = 512,
+    max_sequences: int = 32,
+    context_length: int | None = None,
+    kv: str | None = None,
+    on_phase: OnPhase | None = None,
+) -> CompileResult:
+    """Compiles `source` (folder, .gguf file, demo:NAME or hub id) into the artifact folder `out`.
+
+    The folder appears only when it is complete. Raises ImportModelError, UnsupportedError, CompileError or
+    UsageError.
+    """
+    timer = _Timer(on_phase)
+    scheme = scheme_of(quant)
+    kv_name = kv or scheme.kv
+    if kv_name not in KV_DTYPES:
+        raise UsageError(f"unknown KV type {kv_name!r}", hint=f"choose one of {', '.join(KV_DTYPES)}")
+    device = open_target(target)
+    with timer.phase("open"):
+        model = open_source(str(source))
+    title = name or model.name
+    where = Path(out) if out is not None else Path("dist") / _folder_name(title, quant, target)
+    with _new_folder(where, force) as folder:
+        bounds = StepBounds(
+            max_tokens=max_batch_tokens,
+            max_sequences=min(max_sequences, max_batch_tokens),
+            max_logits_rows=min(max(max_sequences, 32), max_batch_tokens),
+        )
+        with timer.phase("trace"):
+            traced = trace(model.config)
+        built = _build(model, traced, scheme, KV_DTYPES[kv_name], device, bounds, timer, dump_ir)
+        library = folder / device.library_name
+        with timer.phase("link"):
+            device.link(built.executable, library)
+        with timer.phase("weights") as progress:
+            weights = write_weights(
+                folder / WEIGHTS_FILE, built.arguments, model.tensors, device, progress
+            )
+        with timer.phase("reference"):
+            _write_reference(folder, model, built.arguments, scheme)
+        with timer.phase("package"):
+            _write_tokenizer(folder, model)
+            manifest = _manifest(
+                title, model, traced, scheme, target, device, bounds, built, weights, context_length
+            )
+            manifest = replace(manifest, files=_hashes(folder))
+            (folder / artifact.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return CompileResult(
+        path=where, manifest=manifest, phases=timer.phases, seconds=timer.elapsed()
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Built:
+    """What the compiler proper made."""
+
+    executable: tvm.runtime.Executable
+    arguments: list[Argument]
+    caches: Caches
+    workspace: dict[str, int]  # bytes, by entry point
+    kernels: list[artifact.KernelInfo]
+    vocab_size: int
+
+
+def _build(
+    model: ModelSource,
+    traced: Trace,
+    scheme: Scheme,
+    kv_dtype: str,
+    target: Target,
+    bounds: StepBounds,
+    timer: _Timer,
+    dump_ir: Path | str | None,
+) -> _Built:
+    stored = {name: tensor.stored for name, tensor in model.tensors.items()}
+    dump = _Dump(dump_ir)
+    mod = from_trace(traced)
+    dump.write("trace", mod)
+    with target.tvm_target:
+        with timer.phase("passes") as progress:
+            phases = graph_phases(target, scheme.choose(stored), kv_dtype, bounds)
+            for done, (phase, apply) in enumerate(phases):
+                mod = _guarded(phase, apply, mod)
+                dump.write(phase, mod)
+                progress((done + 1) / len(phases))
+        functions = dict(relax_functions(mod))
+        first = next(iter(functions.values()))
+        plan = weight_plan.weights_of(mod)
+        caches = caches_of(mod)
+        kernels = _kernel_infos(mod)
+        with timer.phase("codegen"):
+            planned = lower_to_vm(mod)
+            workspace = {g.name_hint: planned_bytes(f) for g, f in relax_functions(planned)}
+            dump.write("planned", planned)
+            executable = _codegen(lower_memory(planned), target)
+    return _Built(
+        executable=executable,
+        arguments=arguments(list(first.params), plan),
+        caches=caches,
+        workspace=workspace,
+        kernels=kernels,
+        vocab_size=int(first.ret_ty.shape[1]),
+    )
+
+
+def _guarded(
+    phase: str, apply: Callable[[tvm.IRModule], tvm.IRModule], mod: tvm.IRModule
+) -> tvm.IRModule:
+    """Runs one phase; whatever TVM raises names the phase."""
+    try:
+        return apply(mod)
+    except LlmcError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as exc:
+        raise CompileError(
+            f"phase {phase} failed: {str(exc).strip().splitlines()[-1][:400]}",
+            hint="--dump-ir DIR writes the IR before it",
+        ) from exc
+
+
+def _codegen(mod: tvm.IRModule, target: Target) -> tvm.runtime.Executable:
+    with tvm.transform.PassContext(config=target.pass_config):
+        try:
+            return relax.build(mod, target=target.tvm_target, relax_pipeline=None)
+        except RuntimeError as exc:
+            raise CompileError(
+                f"code generation failed: {str(exc).strip().splitlines()[-1][:400]}"
+            ) from exc
+
+
+def _kernel_infos(mod: tvm.IRModule) -> list[artifact.KernelInfo]:
+    """Every PrimFunc with the rule that made it and how often the entry points call it."""
+    calls: Counter[str] = Counter()
+    for _, func in relax_functions(mod):
+        for binding in bindings(func):
+            value = binding.value
+            if isinstance(value, relax.Call) and value.args:
+                callee = value.args[0]
+                if isinstance(callee, tvm.ir.GlobalVar):
+                    calls[callee.name_hint] += 1
+    return [
+        artifact.KernelInfo(
+            name=g.name_hint, rule=str(f.attrs[RULE]), num_calls=calls[g.name_hint]
+        )
+        for g, f in mod.functions_items()
+        if isinstance(f, tvm.tirx.PrimFunc)
+    ]
+
+
+def _manifest(
+    title: str,
+    model: ModelSource,
+    traced: Trace,
+    scheme: Scheme,
+    target_spec: str,
+    target: Target,
+    bounds: StepBounds,
+    built: _Built,
+    weights: list[artifact.WeightTensor],
+    context_length: int | None,
+) -> artifact.Manifest:
+    caches = [
+        artifact.CacheTensor(
+            name=c.name,
+            layer=c.layer,
+            group=c.group,
+            kind="paged",
+            dtype=c.dtype,
+            page_shape=c.page_shape,
+            page_bytes=int(np.prod(c.page_shape)) * np.dtype(c.dtype).itemsize,
+        )
+        for c in built.caches.tensors
+    ]
+    groups = [
+        artifact.CacheGroup(
+            name="full" if window is None else f"window_{window}",
+            window=window,
+            page_size=target.page_size,
+        )
+        for window in built.caches.windows
+    ]
+    entries = _entry_points(bounds, built)
+    return artifact.Manifest(
+        llmc_version=llmc.__version__,
+        tvm_version=str(tvm.__version__),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=_model_info(title, model, traced, built, context_length),
+        quantization=scheme.name,
+        compute_dtype="float32",
+        activation_dtype="float32",
+        kv_dtype=caches[0].dtype,
+        entry_points=entries,
+        groups=groups,
+        caches=caches,
+        weights=weights,
+        variants=[
+            artifact.Variant(
+                library=target.library_name,
+                device_kind=target.device_kind,
+                target=str(target.tvm_target),
+                features=target.features,
+            )
+        ],
+        memory=artifact.MemoryPlan(
+            weights_bytes=sum(w.num_bytes for w in weights),
+            workspace_bytes=max(e.workspace_bytes for e in entries),
+            logits_bytes=bounds.max_logits_rows * built.vocab_size * 4,
+            kv_bytes_per_token=sum(c.page_bytes for c in caches) // target.page_size,
+        ),
+        kernels=built.kernels,
+        verify=artifact.VerifyTolerance(
+            max_mean_abs=scheme.max_mean_abs, max_abs=scheme.max_abs
+        ),
+    )
+
+
+def _entry_points(bounds: StepBounds, built: _Built) -> list[artifact.EntryPoint]:
+    entries = []
+    for name, workspace in built.workspace.items():
+        suffix = name.removeprefix("step").removeprefix("_")
+        max_tokens = int(suffix) if suffix else bounds.max_tokens
+        entries.append(
+            artifact.EntryPoint(
+                name=name,
+                max_tokens=max_tokens,
+                max_sequences=min(max_tokens, bounds.max_sequences),
+                max_logits_rows=min(max_tokens, bounds.max_logits_rows),
+                workspace_bytes=workspace,
+            )
+        )
+    return sorted(entries, key=lambda e: e.max_tokens)
+
+
+def _model_info(
+    title: str, model: ModelSource, traced: Trace, built: _Built, context_length: int | None
+) -> artifact.ModelInfo:
+    config = model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if context_length is not None and limit is not None and context_length > limit:
+        raise UsageError(
+            f"context of {context_length} tokens exceeds the model's {limit}",
+            hint="positions beyond the trained ones give nonsense",
+        )
+    length = context_length or limit
+    if not isinstance(length, int):
+        raise UsageError(
+            f"{config.model_type} does not state its context length", hint="give --context TOKENS"
+        )
+    return artifact.ModelInfo(
+        name=title,
+        architecture=config.model_type,
+        vocab_size=built.vocab_size,
+        context_length=length,
+        hidden_size=int(config.hidden_size),
+        num_layers=int(config.num_hidden_layers),
+        num_parameters=traced.num_parameters,
+        bos_token_id=model.bos_token_id,
+        stop_token_ids=model.stop_token_ids,
+    )
+
+
+def _write_reference(
+    folder: Path, model: ModelSource, wanted: list[Argument], scheme: Scheme
+) -> None:
+    specs = {s: a.spec for a in wanted for s in a.spec.sources}
+
+    def as_compiled(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        return dequantized(name, specs[name], model.tensors)
+
+    def as_stored(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        return model.tensors[name].read().astype(np.float32)
+
+    exact = scheme.keep or scheme.matrices == "f32"
+    vocab_size = int(model.config.vocab_size)
+    reference = make_reference(model, as_compiled, None if exact else as_stored, vocab_size)
+    (folder / artifact.REFERENCE_FILE).write_text(reference.to_json(), encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path, model: ModelSource) -> None:
+    if model.tokenizer_json is not None:
+        (folder / artifact.TOKENIZER_FILE).write_bytes(model.tokenizer_json)
+    if model.chat_template is not None:
+        template = folder / artifact.CHAT_TEMPLATE_FILE
+        template.write_text(model.chat_template, encoding="utf-8")
+    if model.generation_config is not None:
+        text = json.dumps(model.generation_config, indent=1)
+        (folder / "generation_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): artifact.sha256_of(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != artifact.MANIFEST_FILE
+    }
+
+
+def _folder_name(title: str, quant: str, target: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{title}-{quant}-{target}").lower()
+
+
+@contextmanager
+def _new_folder(where: Path, force: bool) -> Iterator[Path]:
+    """A folder beside `where` that takes its place when all went well, and vanishes otherwise."""
+    if where.exists() and not force:
+        raise UsageError(f"{where} exists", hint="--force overwrites it")
+    if where.exists() and not (where / artifact.MANIFEST_FILE).is_file():
+        raise UsageError(
+            f"{where} is not an artifact: it will not be overwritten", hint="choose another folder"
+        )
+    try:
+        where.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{where.name}-", dir=where.parent))
+    except OSError as exc:
+        raise UsageError(
+            f"{where} cannot be written: {exc.strerror}", hint="choose another folder with -o"
+        ) from exc
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        if where.exists():
+            shutil.rmtree(where)
+        folder.rename(where)
+    except OSError as exc:
+        raise CompileError(f"writing {where} failed: {exc}") from exc
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class _Dump:
+    """Writes `NN-phase.py` files, or nothing where no folder was asked for."""
+
+    def __init__(self, folder: Path | str | None) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._count = 0
+        if self._folder is not None:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as exc:
+                raise UsageError(f"{folder} cannot be written: {exc.strerror}") from exc
+
+    def write(self, phase: str, mod: tvm.IRModule) -> None:
+        if self._folder is not None:
+            path = self._folder / f"{self._count:02d}-{phase}.py"
+            path.write_text(mod.script(), encoding="utf-8")
+        self._count += 1
+
+
+class _Timer:
+    """Times the phases and reports them."""
+
+    def __init__(self, on_phase: OnPhase | None) -> None:
+        self._report = on_phase or (lambda event: None)
+        self._start = time.perf_counter()
+        self.phases: list[tuple[str, float]] = []
+
+    def elapsed(self) -> float:
+        """Seconds since the compile began."""
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Callable[[float], None]]:
+        """Reports start and end of a phase; yields a function that takes the fraction done."""
+        begin = time.perf_counter()
+        reported = 0.0
+        self._report(PhaseEvent(name=name, status="start", seconds=0.0))
+
+        def progress(fraction: float) -> None:
+            nonlocal reported
+            if fraction - reported >= _REPORTED:
+                reported = fraction
+                seconds = time.perf_counter() - begin
+                self._report(
+                    PhaseEvent(name=name, status="progress", seconds=seconds, fraction=fraction)
+                )
+
+        yield progress
+        seconds = time.perf_counter() - begin
+        self.phases.append((name, seconds))
+        self._report(PhaseEvent(name=name, status="done", seconds=seconds, fraction=1.0))
+
+

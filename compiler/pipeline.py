@@ -1,0 +1,192 @@
+"""The phases of a compile, each a short list of passes; DESIGN order, one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import tvm
+from tvm import relax, sym
+
+from llmc.compiler import weight_plan
+from llmc.compiler.passes.canonicalize import canonicalize
+from llmc.compiler.passes.check_packing import check_packing
+from llmc.compiler.passes.dispatch import RULE, dispatch
+from llmc.compiler.passes.fuse_epilogue import fuse_epilogue
+from llmc.compiler.passes.fuse_gated_activation import fuse_gated_activation
+from llmc.compiler.passes.fuse_norm import fuse_norm
+from llmc.compiler.passes.fuse_projections import fuse_projections
+from llmc.compiler.passes.fuse_rope import fuse_rope
+from llmc.compiler.passes.fuse_rope_kv_write import fuse_rope_kv_write
+from llmc.compiler.passes.lower_attention import Page, lower_attention
+from llmc.compiler.passes.quantize import Chooser, quantize
+from llmc.compiler.passes.rewrite_gqa import rewrite_gqa
+from llmc.compiler.passes.specialize import specialize
+from llmc.compiler.rewriter import relax_functions
+from llmc.models.trace import Trace
+from llmc.targets.base import Target
+
+Phase = Callable[[tvm.IRModule], tvm.IRModule]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBounds:
+    """Upper bounds of a step: memory planning reads them."""
+
+    max_tokens: int
+    max_sequences: int
+    max_logits_rows: int
+
+
+def from_trace(trace: Trace) -> tvm.IRModule:
+    """The traced module with its weight plan: each argument is one tensor of the model."""
+    [(name, func)] = list(relax_functions(trace.module))
+    tokens, rows = func.params[0].ty.shape[1], func.params[2].ty.shape[0]
+    letters = {tokens: tvm.tirx.Var("T", "int64"), rows: tvm.tirx.Var("L", "int64")}
+    func = func.without_attr("tir_var_upper_bound").without_attr("tir_var_lower_bound")
+    module = tvm.IRModule({name: func.bind_symbolic_vars(letters)})
+    plan = {
+        name: weight_plan.WeightSpec(sources=[source])
+        for name, source in trace.parameters.items()
+    }
+    return weight_plan.attach(module, plan)
+
+
+def graph_phases(
+    target: Target, choose: Chooser, kv_dtype: str, bounds: StepBounds
+) -> list[tuple[str, Phase]]:
+    """The named phases from the traced function to calls of PrimFuncs."""
+
+    def page(kv_heads: int, head_dim: int, v_head_dim: int, page_size: int) -> Page:
+        return Page(
+            key=target.key_page(kv_heads, head_dim), value=target.value_page(kv_heads, v_head_dim)
+        )
+
+    def lower(mod: tvm.IRModule) -> tvm.IRModule:
+        return lower_attention(
+            mod, page_size=target.page_size, kv_dtype=kv_dtype, page_layout=page
+        )
+
+    def split(mod: tvm.IRModule) -> tvm.IRModule:
+        return specialize(
+            mod,
+            max_tokens=sorted({1, min(target.few_tokens, bounds.max_tokens), bounds.max_tokens}),
+            max_sequences=bounds.max_sequences,
+            max_logits_rows=bounds.max_logits_rows,
+        )
+
+    phases: list[tuple[str, list[Phase]]] = [
+        ("canonicalize", [canonicalize, check_packing]),
+        ("rewrite-gqa", [rewrite_gqa]),
+        ("quantize", [lambda mod: quantize(mod, choose)]),
+        ("fuse-projections", [fuse_projections]),
+        ("recover", [fuse_norm, fuse_rope, canonicalize, fuse_gated_activation]),
+        ("paged-attention", [lower, canonicalize]),
+        (
+            "fuse",
+            [fuse_rope_kv_write, fuse_epilogue, relax.transform.EliminateCommonSubexpr()],
+        ),
+        ("specialize", [split]),
+        ("dispatch", [lambda mod: dispatch(mod, target)]),
+        ("fuse-rest", [_fuse_rest, lambda mod: _schedule(mod, target)]),
+    ]
+    return [(name, _chain(passes)) for name, passes in phases]
+
+
+def _chain(passes: list[Phase]) -> Phase:
+    def run(mod: tvm.IRModule) -> tvm.IRModule:
+        for apply in passes:
+            mod = apply(mod)
+        return mod
+
+    return run
+
+
+def _fuse_rest(mod: tvm.IRModule) -> tvm.IRModule:
+    """What no rule of ours took: TVM's legalization and operator fusion."""
+    names = [name.name_hint for name, _ in relax_functions(mod)]
+    passes = tvm.transform.Sequential(
+        [
+            relax.transform.LegalizeOps(),
+            relax.transform.RewriteDataflowReshape(),
+            relax.transform.ConvertToDataflow(),
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            relax.transform.DeadCodeElimination(names),
+        ]
+    )
+    return passes(mod)
+
+
+def _schedule(mod: tvm.IRModule, target: Target) -> tvm.IRModule:
+    """Schedules the PrimFuncs that TVM made; the first of the target's rules that takes one decides."""
+    out = mod.clone()
+    for name, func in mod.functions_items():
+        if not isinstance(func, tvm.tirx.PrimFunc) or (func.attrs and RULE in func.attrs):
+            continue
+        for rule, schedule in target.schedule_rules:
+            scheduled = schedule(func)
+            if scheduled is not None:
+                out[name] = scheduled.with_attr(RULE, rule)
+                break
+        else:
+            out[name] = func.with_attr(RULE, "unscheduled")
+    return out
+
+
+def lower_to_vm(mod: tvm.IRModule) -> tvm.IRModule:
+    """Static memory planning and the Relax VM's own lowering."""
+    passes = tvm.transform.Sequential(
+        [
+            relax.transform.ToNonDataflow(),
+            relax.transform.RemovePurityChecking(),
+            relax.transform.CallTIRRewrite(),
+            relax.transform.StaticPlanBlockMemory(),
+        ]
+    )
+    return passes(mod)
+
+
+def lower_memory(mod: tvm.IRModule) -> tvm.IRModule:
+    """From planned memory to VM instructions."""
+    passes = tvm.transform.Sequential(
+        [
+            relax.transform.LowerAllocTensor(),
+            relax.transform.KillAfterLastUse(),
+            relax.transform.LowerRuntimeBuiltin(),
+            relax.transform.ComputePrimValue(),
+            relax.transform.VMShapeLower(),
+            relax.transform.AttachGlobalSymbol(),
+        ]
+    )
+    return passes(mod)
+
+
+def planned_bytes(func: relax.Function) -> int:
+    """Bytes of the storages that memory planning gave `func`; dynamic ones count at their bound."""
+    total = 0
+
+    def visit(expr: relax.Expr) -> None:
+        nonlocal total
+        if isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op):
+            if expr.op.name == "relax.memory.alloc_storage":
+                total += int(expr.args[0].values[0])
+            elif expr.op.name == "relax.builtin.alloc_tensor":
+                total += _bounded_bytes(expr, func)
+
+    relax.analysis.post_order_visit(func.body, visit)
+    return total
+
+
+def _bounded_bytes(call: relax.Call, func: relax.Function) -> int:
+    """Bytes of a tensor allocated by itself, its symbolic extents at the function's bounds."""
+    bounds = {str(k): int(v) for k, v in dict(func.attrs["tir_var_upper_bound"]).items()}
+    analyzer = sym.Analyzer()
+    elements = 1
+    for extent in call.args[0].values:
+        for var in tvm.tirx.analysis.undefined_vars(extent):
+            analyzer.bind(var, tvm.tirx.const(bounds[var.name], "int64"))
+        elements *= int(analyzer.simplify(extent))
+    return elements * np.dtype(str(call.args[1].value)).itemsize

@@ -1,0 +1,113 @@
+"""Makes `reference.json`: what transformers itself says, in float32, on the weights that were compiled.
+
+The model runs with the weights of one module at a time in memory, so that its size is no limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Tokenizer
+
+from llmc.models.source import ModelSource
+from llmc.models.trace import build_empty
+from llmc.reference import Reference, ReferencePrompt
+
+PROMPT_TOKENS = 40
+TOP_K = 5
+_TEXTS = (
+    "The quick brown fox jumps over the lazy dog. It was a bright cold day in April, and the clocks "
+    "were striking thirteen. Nobody in the street had noticed anything strange about the weather.",
+    "Water boils at 100 degrees Celsius at sea level, because its vapour pressure then equals that of "
+    "the air around it. On a mountain the pressure is lower, so that the water boils sooner than that.",
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n\n\n"
+    "print([fibonacci(i) for i in range(10)])\n# The sum of the first ten numbers of the series is 88\n",
+    "1, 2, 3, 5, 8, 13, 21, 34. In 1969 two people walked on the Moon; Berlin, Paris and Rome are the "
+    "capitals of Germany, France and Italy. The answer to the question is therefore quite simple:",
+)
+
+Values = Callable[[str], npt.NDArray[np.float32]]
+
+
+def make_reference(
+    source: ModelSource, dequantized: Values, original: Values | None, vocab_size: int
+) -> Reference:
+    """Scores the prompts with the dequantized weights and, where they differ, with the original ones."""
+    ids = _prompts(source, vocab_size)
+    logprobs = _logprobs(source, ids, dequantized)
+    order = np.argsort(-logprobs, axis=-1, kind="stable")[..., :TOP_K]
+    top = np.take_along_axis(logprobs, order, axis=-1)
+    first = None
+    if original is not None:
+        first = np.take_along_axis(_logprobs(source, ids, original), order, axis=-1)
+    positions = list(range(ids.shape[1]))
+    return Reference(
+        made=True,
+        prompts=[
+            ReferencePrompt(
+                token_ids=ids[i].tolist(),
+                positions=positions,
+                top_ids=order[i].tolist(),
+                top_logprobs=_rounded(top[i]),
+                original_top_logprobs=None if first is None else _rounded(first[i]),
+            )
+            for i in range(len(ids))
+        ],
+    )
+
+
+def _rounded(values: npt.NDArray[np.float32]) -> list[list[float]]:
+    return [[round(float(v), 6) for v in row] for row in values]
+
+
+def _prompts(source: ModelSource, vocab_size: int) -> npt.NDArray[np.int64]:
+    """Prompts of equal length `[n, PROMPT_TOKENS]`: texts, or seeded ids where there is no tokenizer."""
+    if source.tokenizer_json is not None:
+        tokenizer = Tokenizer.from_str(source.tokenizer_json.decode("utf-8"))
+        encoded = [tokenizer.encode(text).ids[:PROMPT_TOKENS] for text in _TEXTS]
+        length = min(len(e) for e in encoded)
+        prompts = np.array([e[:length] for e in encoded], np.int64)
+        if length > 1 and prompts.max() < vocab_size:
+            return prompts
+    return np.random.default_rng(0).integers(0, vocab_size, (len(_TEXTS), PROMPT_TOKENS))
+
+
+def _logprobs(
+    source: ModelSource, ids: npt.NDArray[np.int64], values: Values
+) -> npt.NDArray[np.float32]:
+    """Log-probabilities `[n, T, V]` float32 of the reference implementation."""
+    model = build_empty(
+        source.config, attn_implementation="eager", experts_implementation="eager"
+    )
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), name)
+    for module in model.modules():
+        owned = {n: names[id(p)] for n, p in module.named_parameters(recurse=False)}
+        if owned:
+            _load_while_running(module, owned, values)
+    with torch.inference_mode():
+        logits = model(input_ids=torch.from_numpy(ids), use_cache=False).logits
+        return torch.log_softmax(logits.float(), dim=-1).numpy()
+
+
+def _load_while_running(module: torch.nn.Module, owned: dict[str, str], values: Values) -> None:
+    """Gives `module` its parameters for the time of its forward call only."""
+
+    def load(module: torch.nn.Module, _: Sequence[object]) -> None:
+        for leaf, name in owned.items():
+            array = np.ascontiguousarray(values(name))
+            array = array if array.flags.writeable else array.copy()
+            tensor = torch.from_numpy(array)
+            module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+
+    def free(module: torch.nn.Module, _: Sequence[object], __: object) -> None:
+        for leaf in owned:
+            empty = torch.empty_like(module._parameters[leaf], device="meta")
+            module._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
+
+    module.register_forward_pre_hook(load)
+    module.register_forward_hook(free)

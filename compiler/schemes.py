@@ -1,0 +1,87 @@
+"""Quantization schemes: which format each weight gets, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmc.errors import UsageError
+from llmc.formats import FORMATS
+
+KV_DTYPES = {"f32": "float32", "f16": "float16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """A named choice of formats; weightBITSactivationBITS with the group as a suffix.
+
+    matrices is the format of products, vocabulary that of embeddings and output projections, fallback that of
+    matrices whose rows the group does not divide. keep takes each tensor's own format.
+    """
+
+    name: str
+    matrices: str
+    vocabulary: str
+    fallback: str
+    kv: str
+    keep: bool = False
+    max_mean_abs: float  # what verify accepts, mean over positions, in nats
+    max_abs: float  # of any position
+
+    def choose(self, stored: Mapping[str, str]) -> FormatChooser:
+        """The scheme's rule for a model whose tensors are stored as `stored` (name -> format)."""
+        return FormatChooser(scheme=self, stored=stored)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatChooser:
+    """Callable: (sources, input features, is vocabulary) -> name of a format."""
+
+    scheme: Scheme
+    stored: Mapping[str, str]
+
+    def __call__(self, sources: list[str], features: int, is_vocabulary: bool) -> str:
+        """The format for one weight."""
+        if self.scheme.keep:
+            return self._kept(sources)
+        wanted = self.scheme.vocabulary if is_vocabulary else self.scheme.matrices
+        fmt = FORMATS[wanted]
+        if fmt.group and features % fmt.group:
+            return self.scheme.fallback
+        return wanted
+
+    def _kept(self, sources: list[str]) -> str:
+        """The stored format if all sources share it and the kernels know it, else float32."""
+        formats = {self.stored.get(s, "f32") for s in sources}
+        [only] = formats if len(formats) == 1 else {"f32"}
+        return only if only in FORMATS else "f32"
+
+
+def _scheme(name: str, matrices: str, vocabulary: str, **other: object) -> Scheme:
+    defaults: dict[str, object] = {"fallback": "w8", "kv": "f16", "max_mean_abs": 0.02, "max_abs": 0.5}
+    return Scheme(name=name, matrices=matrices, vocabulary=vocabulary, **{**defaults, **other})  # type: ignore[arg-type]
+
+
+SCHEMES: dict[str, Scheme] = {
+    s.name: s
+    for s in (
+        _scheme("f32", "f32", "f32", fallback="f32", kv="f32", max_mean_abs=1e-3, max_abs=1e-2),
+        _scheme("bf16", "bf16", "bf16", fallback="bf16"),
+        _scheme("f16", "f16", "f16", fallback="f16"),
+        _scheme("w8a16", "w8", "w8"),
+        _scheme("w4a16-g32", "w4-g32", "w8"),
+        _scheme("w4a16-g64", "w4-g64", "w8"),
+        _scheme("w4a16-g128", "w4-g128", "w8"),
+        _scheme("keep", "f32", "f32", keep=True),
+    )
+}
+
+
+def scheme_of(name: str) -> Scheme:
+    """The scheme called `name`; raises UsageError naming those that exist."""
+    try:
+        return SCHEMES[name]
+    except KeyError:
+        raise UsageError(
+            f"unknown quantization {name!r}", hint=f"choose one of {', '.join(SCHEMES)}"
+        ) from None

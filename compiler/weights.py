@@ -1,0 +1,224 @@
+"""Runs the weight plan: the model's tensors become the packed arrays of the artifact, one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401 - makes "bfloat16" a NumPy dtype
+import numpy as np
+import numpy.typing as npt
+from tvm import relax
+
+from llmc.artifact import WeightTensor
+from llmc.compiler.quantizer import quantize
+from llmc.compiler.weight_plan import Weights, WeightSpec
+from llmc.errors import ImportModelError
+from llmc.formats import FORMATS, QuantizedMatrix, WeightFormat
+from llmc.models.source import SourceTensor
+from llmc.targets.base import Array, Matrix, Target
+
+WEIGHTS_FILE = "weights-00001.safetensors"
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Argument:
+    """One weight argument of the compiled function, in order."""
+
+    name: str
+    spec: WeightSpec
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the array."""
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+def arguments(params: list[relax.Var], weights: Weights) -> list[Argument]:
+    """The weight arguments among `params`, in order."""
+    return [
+        Argument(
+            name=p.name,
+            spec=weights[p.name],
+            shape=tuple(int(e) for e in p.ty.shape),
+            dtype=str(p.ty.dtype),
+        )
+        for p in params
+        if p.name in weights
+    ]
+
+
+def write_weights(
+    path: Path,
+    wanted: list[Argument],
+    tensors: Mapping[str, SourceTensor],
+    target: Target,
+    on_progress: Callable[[float], None],
+) -> list[WeightTensor]:
+    """Writes all arguments into one safetensors file and describes them for the manifest.
+
+    At most one packed weight is in memory at a time. Large arrays start at multiples of 64 bytes.
+    """
+    # Odd sizes last, so that they move nothing behind them off its alignment.
+    order = sorted(wanted, key=lambda a: a.num_bytes % ALIGNMENT != 0)
+    header: dict[str, object] = {}
+    begin = 0
+    for argument in order:
+        end = begin + argument.num_bytes
+        header[argument.name] = {
+            "dtype": _SAFETENSORS_DTYPES[argument.dtype],
+            "shape": list(argument.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        data_begin = file.tell()
+        done = 0
+        for argument, array in _packed(order, tensors, target):
+            entry = header[argument.name]
+            assert isinstance(entry, dict)
+            file.seek(data_begin + entry["data_offsets"][0])
+            file.write(np.ascontiguousarray(array).data)
+            done += argument.num_bytes
+            on_progress(done / max(begin, 1))
+    return [
+        WeightTensor(
+            name=a.name,
+            file=path.name,
+            dtype=a.dtype,
+            shape=list(a.shape),
+            format=a.spec.format,
+            layout=a.spec.layout,
+            sources=a.spec.sources,
+            num_bytes=a.num_bytes,
+        )
+        for a in wanted
+    ]
+
+
+_SAFETENSORS_DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "int32": "I32",
+    "int8": "I8",
+    "uint8": "U8",
+    "uint16": "U16",
+}
+
+
+def _packed(
+    order: list[Argument], tensors: Mapping[str, SourceTensor], target: Target
+) -> Iterator[tuple[Argument, Array]]:
+    """Every argument with its array; the parts of one weight share one packing."""
+
+    def weight(argument: Argument) -> tuple[list[str], bool]:
+        return argument.spec.sources, argument.spec.part is None
+
+    for _, group in groupby(order, key=weight):
+        parts = list(group)
+        spec = parts[0].spec
+        if spec.part is None:
+            for argument in parts:
+                yield argument, _plain(argument, tensors)
+            continue
+        arrays = pack(spec, tensors, target)
+        for argument in parts:
+            assert argument.spec.part is not None
+            array = arrays[argument.spec.part]
+            assert array.shape == argument.shape, (argument.name, array.shape, argument.shape)
+            yield argument, array
+
+
+def _plain(argument: Argument, tensors: Mapping[str, SourceTensor]) -> Array:
+    """Norm weights, biases, sinks: float32, one after the other."""
+    arrays = [_source(tensors, s).read().astype(np.float32) for s in argument.spec.sources]
+    joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    if joined.shape != argument.shape:
+        raise ImportModelError(
+            f"{argument.spec.sources}: shape {joined.shape}, expected {argument.shape}"
+        )
+    return joined
+
+
+def pack(spec: WeightSpec, tensors: Mapping[str, SourceTensor], target: Target) -> list[Array]:
+    """The packed arrays of one weight."""
+    matrices, stacked = matrices_of(spec, tensors)
+    return target.pack(FORMATS[spec.format], matrices, stacked=stacked)
+
+
+def matrices_of(
+    spec: WeightSpec, tensors: Mapping[str, SourceTensor]
+) -> tuple[list[Matrix], bool]:
+    """(matrices, stacked): the rows of all sources in the spec's format, one matrix an expert if stacked."""
+    fmt = FORMATS[spec.format]
+    sources = [_source(tensors, name) for name in spec.sources]
+    stacked = len(sources[0].shape) == 3
+    if not fmt.is_float and all(s.stored == spec.format for s in sources) and not spec.transposed:
+        kept = [s.read_quantized() for s in sources]
+        exact = [k for k in kept if k is not None]
+        if len(exact) == len(kept):
+            whole = _joined(exact)
+            if not stacked:
+                return [whole], False
+            rows = np.arange(len(whole.codes)).reshape(sources[0].shape[0], -1)
+            return [whole.take_rows(r) for r in rows], True
+    dense = [_dense(s, spec.transposed) for s in sources]
+    joined = dense[0] if len(dense) == 1 else np.concatenate(dense)
+    experts = list(joined) if stacked else [joined]
+    return [e if fmt.is_float else quantize(e, fmt) for e in experts], stacked
+
+
+def dequantized(
+    name: str, spec: WeightSpec, tensors: Mapping[str, SourceTensor]
+) -> npt.NDArray[np.float32]:
+    """One source tensor's values as the kernels see them, in the model's own shape."""
+    single = replace(spec, sources=[name])
+    fmt = FORMATS[spec.format]
+    if spec.part is None:
+        return _source(tensors, name).read().astype(np.float32)
+    matrices, stacked = matrices_of(single, tensors)
+    values = [_values(m, fmt) for m in matrices]
+    whole = np.stack(values) if stacked else values[0]
+    return np.swapaxes(whole, -1, -2) if spec.transposed else whole
+
+
+def _values(matrix: Matrix, fmt: WeightFormat) -> npt.NDArray[np.float32]:
+    if isinstance(matrix, QuantizedMatrix):
+        return matrix.dequantize()
+    return matrix.astype(fmt.float_dtype).astype(np.float32)
+
+
+def _joined(parts: list[QuantizedMatrix]) -> QuantizedMatrix:
+    if len(parts) == 1:
+        return parts[0]
+    mins = [p.mins for p in parts if p.mins is not None]
+    return QuantizedMatrix(
+        format=parts[0].format,
+        codes=np.concatenate([p.codes for p in parts]),
+        scales=np.concatenate([p.scales for p in parts]),
+        mins=np.concatenate(mins) if mins else None,
+    )
+
+
+def _dense(source: SourceTensor, transposed: bool) -> npt.NDArray[np.float32]:
+    values = source.read().astype(np.float32)
+    return np.swapaxes(values, -1, -2) if transposed else values
+
+
+def _source(tensors: Mapping[str, SourceTensor], name: str) -> SourceTensor:
+    try:
+        return tensors[name]
+    except KeyError:
+        raise ImportModelError(
+            f"the checkpoint has no tensor {name}", hint="download the model again"
+        ) from None

@@ -1,0 +1,81 @@
+"""Runs a compiled model's steps through TVM's Relax VM; owns weights and cache tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from llmc.artifact import Manifest
+from llmc.errors import ArtifactError
+from llmc.runtime.devices import DEVICES, choose_variant
+from llmc.runtime.step import Float32, StepInputs
+
+
+def load_executor(
+    directory: Path, manifest: Manifest, *, num_pages: list[int], device: str = "cpu"
+) -> Executor:
+    """Loads the artifact's variant for `device` with pools of `num_pages` pages a group.
+
+    Raises ArtifactError where no variant fits this machine or the library does not load.
+    """
+    variant = choose_variant(manifest, device)
+    DEVICES[device].prepare()
+    return Executor(
+        directory, manifest, variant.library, num_pages, tvm_device=DEVICES[device].tvm_name
+    )
+
+
+class Executor:
+    """Implements StepExecutor."""
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        library: str,
+        num_pages: list[int],
+        *,
+        tvm_device: str,
+    ) -> None:
+        # After the device is prepared: TVM reads its settings when it starts its threads.
+        import tvm
+        from tvm import relax
+
+        from llmc.runtime.weights import load_weights
+
+        self._tvm = tvm
+        device = tvm.device(tvm_device)
+        try:
+            module = tvm.runtime.load_module(str(directory / library))
+            vm = relax.VirtualMachine(module, device)
+            self._entries = [(e.max_tokens, vm[e.name]) for e in manifest.entry_points]
+        except (RuntimeError, AttributeError) as exc:
+            raise ArtifactError(
+                f"{library} does not load: {str(exc)[-300:]}",
+                hint="compile the model again with this version of llmc",
+            ) from exc
+        caches = [
+            tvm.runtime.empty((num_pages[c.group], *c.page_shape), c.dtype, device)
+            for c in manifest.caches
+        ]
+        self._state = [*caches, *load_weights(directory, manifest)]
+
+    def step(self, inputs: StepInputs) -> Float32:
+        """Runs the entry point for this number of tokens; logits `[L, V]` float32."""
+        num_tokens = len(inputs.input_ids)
+        run = next(run for max_tokens, run in self._entries if num_tokens <= max_tokens)
+        tensor, shape = self._tvm.runtime.tensor, self._tvm.runtime.ShapeTuple
+        logits = run(
+            tensor(inputs.input_ids),
+            tensor(inputs.positions),
+            tensor(inputs.q_starts),
+            tensor(inputs.kv_lens),
+            tensor(inputs.block_tables),
+            tensor(inputs.slots),
+            tensor(inputs.state_slots),
+            tensor(inputs.logits_rows),
+            shape([inputs.num_decodes, inputs.max_q_len, inputs.max_kv_len]),
+            *self._state,
+        )
+        return np.from_dlpack(logits)

@@ -1,0 +1,59 @@
+"""Memory-maps an artifact's weights and hands them to TVM without a copy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+
+from llmc.artifact import Manifest, WeightTensor
+from llmc.errors import ArtifactError
+
+ALIGNMENT = 64  # bytes: what kernels assume of every argument
+
+
+def load_weights(directory: Path, manifest: Manifest) -> list[tvm.runtime.Tensor]:
+    """The weights in argument order; raises ArtifactError where file and manifest disagree."""
+    files = {
+        name: _Mapped(directory / name) for name in dict.fromkeys(w.file for w in manifest.weights)
+    }
+    return [_tensor(files[w.file].view(w)) for w in manifest.weights]
+
+
+def _tensor(view: npt.NDArray[np.generic]) -> tvm.runtime.Tensor:
+    # Only small odd-sized tensors lie at other addresses; large ones are aligned when written.
+    if view.ctypes.data % ALIGNMENT:
+        return tvm.runtime.tensor(view)
+    return tvm.runtime.from_dlpack(view)
+
+
+class _Mapped:
+    """One safetensors file; mode "c" (private) because DLPack refuses read-only memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                if size > path.stat().st_size - 8:
+                    raise ArtifactError(f"{path}: header of {size} bytes exceeds the file")
+                self.header = json.loads(file.read(size))
+            self.data = np.memmap(path, np.uint8, "c", offset=8 + size)
+        except (OSError, ValueError) as exc:
+            raise ArtifactError(f"{path}: not readable as weights: {exc}") from exc
+
+    def view(self, weight: WeightTensor) -> npt.NDArray[np.generic]:
+        """The bytes of one tensor as the array the manifest describes."""
+        entry = self.header.get(weight.name)
+        if entry is None or list(entry["shape"]) != weight.shape:
+            raise ArtifactError(f"{self.path}: no tensor {weight.name} of shape {weight.shape}")
+        begin, end = entry["data_offsets"]
+        raw = self.data[begin:end]
+        if raw.nbytes != weight.num_bytes:
+            raise ArtifactError(
+                f"{self.path}: {weight.name} has {raw.nbytes} bytes, expected {weight.num_bytes}"
+            )
+        return raw.view(weight.dtype).reshape(weight.shape)

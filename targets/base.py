@@ -1,0 +1,100 @@
+"""What every target provides: data about the device, rules that choose kernels, and a build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+from tvm import relax
+
+from llmc.dialect import Operator
+from llmc.formats import QuantizedMatrix, WeightFormat
+
+Array = npt.NDArray[np.generic]
+Matrix = Array | QuantizedMatrix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One call of a dialect operator, as a rule sees it.
+
+    types holds the operands' types by name, a weight's being its logical matrix `[M, K]` (`[X, M, K]` for
+    experts); max_tokens is the entry point's bound, tokens is set where T is static.
+    """
+
+    op: Operator
+    types: dict[str, relax.TensorType]
+    max_tokens: int
+    tokens: int | None
+    num_groups: int
+    page_size: int
+
+    def extents(self, name: str) -> list[int]:
+        """The extents of an operand; 0 where symbolic."""
+        shape = self.types[name].shape
+        return [int(e) if isinstance(e, tvm.tirx.IntImm) else 0 for e in shape]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """What a rule chose: a PrimFunc that takes `operands` in this order, then its fresh outputs.
+
+    "weight" among the operands stands for all packed arrays. in_place names, for each output, the operand it
+    overwrites, or None for a fresh tensor.
+    """
+
+    func: tvm.tirx.PrimFunc
+    rule: str
+    operands: tuple[str, ...]
+    in_place: tuple[str | None, ...] = (None,)
+
+
+KernelRule = Callable[[Site], Kernel | None]
+ScheduleRule = Callable[[tvm.tirx.PrimFunc], tvm.tirx.PrimFunc | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedPart:
+    """One array of a packed weight."""
+
+    suffix: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Target(Protocol):
+    """A device to compile for."""
+
+    name: str
+    device_kind: str
+    features: list[str]
+    tvm_target: tvm.target.Target
+    library_name: str
+    layout: str
+    page_size: int
+    few_tokens: int  # largest T of the entry point for small batches
+    pass_config: dict[str, object]
+    kernel_rules: Sequence[tuple[str, KernelRule]]
+    schedule_rules: Sequence[tuple[str, ScheduleRule]]
+
+    def key_page(self, kv_heads: int, head_dim: int) -> list[int]:
+        """Shape of a page of keys."""
+
+    def value_page(self, kv_heads: int, head_dim: int) -> list[int]:
+        """Shape of a page of values."""
+
+    def packed_parts(
+        self, fmt: WeightFormat, shape: Sequence[int]
+    ) -> list[PackedPart]:
+        """The arrays a matrix `[M, K]` or a stack `[X, M, K]` is packed into."""
+
+    def pack(self, fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool) -> list[Array]:
+        """Packs one matrix, or a stack of them, in the order of `packed_parts`."""
+
+    def link(self, executable: tvm.runtime.Executable, path: Path) -> None:
+        """Writes the library that the runtime loads."""

@@ -1,0 +1,212 @@
+"""Which kernel a CPU uses for which operator: the first rule that returns one decides."""
+
+from __future__ import annotations
+
+import tvm
+
+from llmc import dialect
+from llmc.formats import FORMATS
+from llmc.targets.base import Kernel, KernelRule, Site
+from llmc.targets.cpu.kernels.activation import gated_activation
+from llmc.targets.cpu.kernels.attention import paged_attention
+from llmc.targets.cpu.kernels.attention_tile import AttentionTuning
+from llmc.targets.cpu.kernels.embedding import embedding
+from llmc.targets.cpu.kernels.grouped_linear import grouped_linear
+from llmc.targets.cpu.kernels.kv_write import kv_write
+from llmc.targets.cpu.kernels.linear import linear
+from llmc.targets.cpu.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from llmc.targets.cpu.kernels.rope import rope, rope_kv_write
+from llmc.targets.cpu.kernels.top_k import top_k
+from llmc.targets.cpu.parameters import CpuParameters, LinearParameters
+
+
+def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, KernelRule]]:
+    """The rules in the order they are tried, each with the name that `llmc inspect` shows."""
+
+    def gemv(site: Site) -> Kernel | None:
+        return _linear(site, parameters.linear) if site.tokens == 1 else None
+
+    def few(site: Site) -> Kernel | None:
+        return _linear(site, parameters.few) if site.max_tokens <= few_tokens else None
+
+    def gemm(site: Site) -> Kernel | None:
+        return _linear(site, parameters.linear)
+
+    def experts(site: Site) -> Kernel | None:
+        if not isinstance(site.op, dialect.GroupedLinear):
+            return None
+        num_experts, m, k = site.extents("weight")
+        rows = [str(site.types[n].shape[0]) for n in ("x", "expert_ids")]
+        top = site.extents("expert_ids")[1]
+        func = grouped_linear(
+            FORMATS[site.op.format or "f32"],
+            num_experts,
+            m,
+            k,
+            top,
+            per_token_input=rows[0] == rows[1],
+            bias="bias" in site.types,
+            params=parameters.few,
+        )
+        return _kernel(func, site, ("x", "expert_ids", "weight", "bias"))
+
+    def attention(site: Site) -> Kernel | None:
+        return _attention(site, parameters.attention)
+
+    return [
+        ("cpu.gemv", gemv),
+        ("cpu.few", few),
+        ("cpu.gemm", gemm),
+        ("cpu.experts", experts),
+        ("cpu.attention", attention),
+        ("cpu.embedding", _embedding),
+        ("cpu.norm", _norm),
+        ("cpu.rope", _rope),
+        ("cpu.kv_write", _kv_write),
+        ("cpu.gated_activation", _gated_activation),
+        ("cpu.top_k", _top_k),
+    ]
+
+
+def _kernel(
+    func: tvm.tirx.PrimFunc, site: Site, order: tuple[str, ...], in_place: tuple[str | None, ...] = (None,)
+) -> Kernel:
+    """The kernel on those operands of `order` that the call has."""
+    present = tuple(n for n in order if n in site.types)
+    return Kernel(func=func, rule="", operands=present, in_place=in_place)
+
+
+def _linear(site: Site, params: LinearParameters) -> Kernel | None:
+    if not isinstance(site.op, dialect.Linear):
+        return None
+    m, k = site.extents("weight")
+    rows = site.types["x"].shape[1]
+    func = linear(
+        FORMATS[site.op.format or "f32"],
+        m,
+        k,
+        1 if site.tokens == 1 and int(rows) == 1 else None,
+        bias="bias" in site.types,
+        residual="residual" in site.types,
+        params=params,
+    )
+    return _kernel(func, site, ("x", "weight", "bias", "residual"))
+
+
+def _attention(site: Site, tuning: AttentionTuning) -> Kernel | None:
+    op = site.op
+    if not isinstance(op, dialect.PagedAttention):
+        return None
+    _, _, heads, head_dim = site.extents("query")
+    func = paged_attention(
+        num_heads=heads,
+        num_kv_heads=site.extents("k_pages")[1],
+        head_dim=head_dim,
+        v_head_dim=op.v_head_dim,
+        page_size=site.page_size,
+        kv_dtype=str(site.types["k_pages"].dtype),
+        scale=op.scale,
+        window=op.window,
+        softcap=op.softcap,
+        sinks="sinks" in site.types,
+        group=op.group,
+        num_groups=site.num_groups,
+        tokens=site.tokens,
+        tuning=tuning,
+    )
+    return _kernel(func, site, type(op).operands[:-1] + ("sinks",))
+
+
+def _embedding(site: Site) -> Kernel | None:
+    if not isinstance(site.op, dialect.Embedding):
+        return None
+    v, e = site.extents("weight")
+    func = embedding(FORMATS[site.op.format or "f32"], v, e)
+    return _kernel(func, site, ("ids", "weight"))
+
+
+def _norm(site: Site) -> Kernel | None:
+    op = site.op
+    if isinstance(op, dialect.RmsNorm):
+        extents = site.extents("x")
+        func = rms_norm(
+            features=extents[-1],
+            eps=op.eps,
+            weight_offset=op.offset,
+            heads=extents[2] if len(extents) == 4 else None,
+            tokens=site.tokens,
+        )
+        return _kernel(func, site, ("x", "weight"))
+    if isinstance(op, dialect.AddRmsNorm):
+        func = add_rms_norm(
+            features=site.extents("x")[-1],
+            eps=op.eps,
+            weight_offset=op.offset,
+            tokens=site.tokens,
+        )
+        return _kernel(func, site, ("x", "residual", "weight"), (None, None))
+    if isinstance(op, dialect.LayerNorm):
+        func = layer_norm(
+            features=site.extents("x")[-1], eps=op.eps, bias=True, tokens=site.tokens
+        )
+        return _kernel(func, site, ("x", "weight", "bias"))
+    return None
+
+
+def _rope(site: Site) -> Kernel | None:
+    op = site.op
+    if isinstance(op, dialect.Rope):
+        _, _, heads, head_dim = site.extents("x")
+        func = rope(
+            heads=heads, head_dim=head_dim, rotary_dim=op.rotary_dim, tokens=site.tokens
+        )
+        return _kernel(func, site, ("x", "cos", "sin"))
+    if isinstance(op, dialect.RopeKvWrite):
+        func = rope_kv_write(
+            num_heads=op.num_heads,
+            num_kv_heads=op.num_kv_heads,
+            head_dim=op.head_dim,
+            v_head_dim=op.v_head_dim,
+            rotary_dim=op.rotary_dim,
+            interleaved=False,
+            page_size=site.page_size,
+            kv_dtype=str(site.types["k_pages"].dtype),
+            group=op.group,
+            num_groups=site.num_groups,
+            tokens=site.tokens,
+        )
+        return _kernel(func, site, type(op).operands, (None, "k_pages", "v_pages"))
+    return None
+
+
+def _kv_write(site: Site) -> Kernel | None:
+    if not isinstance(site.op, dialect.KvWrite):
+        return None
+    _, _, kv_heads, head_dim = site.extents("key")
+    func = kv_write(
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        v_head_dim=site.extents("value")[3],
+        page_size=site.page_size,
+        kv_dtype=str(site.types["k_pages"].dtype),
+        group=site.op.group,
+        num_groups=site.num_groups,
+        tokens=site.tokens,
+    )
+    return _kernel(func, site, type(site.op).operands, ("k_pages", "v_pages"))
+
+
+def _gated_activation(site: Site) -> Kernel | None:
+    if not isinstance(site.op, dialect.GatedActivation):
+        return None
+    inner = site.extents("x")[-1] // 2
+    return _kernel(
+        gated_activation(inner=inner, kind=site.op.kind, tokens=site.tokens), site, ("x",)
+    )
+
+
+def _top_k(site: Site) -> Kernel | None:
+    if not isinstance(site.op, dialect.TopK):
+        return None
+    func = top_k(columns=site.extents("x")[1], k=site.op.k)
+    return _kernel(func, site, ("x",), (None, None))

@@ -1,0 +1,141 @@
+"""The CPU as a target: instruction-set levels as data, the host's own level by default."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tvm
+
+from llmc.cpu_features import host_features
+from llmc.errors import CompileError, UsageError
+from llmc.formats import WeightFormat
+from llmc.targets.base import Array, KernelRule, Matrix, PackedPart, ScheduleRule
+from llmc.targets.cpu import layout
+from llmc.targets.cpu.parameters import parameters_for
+from llmc.targets.cpu.rules import kernel_rules
+from llmc.targets.cpu.schedule import schedule_elementwise, schedule_reduction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IsaLevel:
+    """One instruction-set level; `features` are checked by the runtime before it loads code."""
+
+    machine: str  # platform.machine() of the CPUs it suits
+    mcpu: str
+    mattr: tuple[str, ...]
+    features: tuple[str, ...]
+
+
+_AVX2 = ("avx2", "bmi1", "bmi2", "f16c", "fma")
+
+# The best level a machine has comes first.
+ISA_LEVELS: dict[str, IsaLevel] = {
+    "avx512": IsaLevel(
+        machine="x86_64",
+        mcpu="x86-64-v4",
+        # LLVM would split 512-bit vectors for the sake of CPUs that lower their clock.
+        mattr=("-prefer-256-bit",),
+        features=(*_AVX2, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"),
+    ),
+    "avx2": IsaLevel(machine="x86_64", mcpu="x86-64-v3", mattr=(), features=_AVX2),
+    "neon": IsaLevel(machine="aarch64", mcpu="generic", mattr=(), features=()),
+}
+_TRIPLES = {
+    ("x86_64", "Linux"): "x86_64-unknown-linux-gnu",
+    ("aarch64", "Linux"): "aarch64-unknown-linux-gnu",
+    ("x86_64", "Darwin"): "x86_64-apple-macos13.0",
+    ("aarch64", "Darwin"): "arm64-apple-macos13.0",
+}
+
+
+class CpuTarget:
+    """Implements llmc.targets.base.Target."""
+
+    name = "cpu"
+    device_kind = "cpu"
+    layout = layout.LAYOUT
+    page_size = 16
+    few_tokens = 8
+
+    def __init__(self, level: str | None = None) -> None:
+        machine = {"arm64": "aarch64", "AMD64": "x86_64"}.get(
+            platform.machine(), platform.machine()
+        )
+        self.isa = _host_level(machine) if level is None else level
+        if self.isa not in ISA_LEVELS:
+            raise UsageError(
+                f"unknown CPU level {level!r}", hint=f"choose one of {', '.join(ISA_LEVELS)}"
+            )
+        isa = ISA_LEVELS[self.isa]
+        if isa.machine != machine:
+            raise UsageError(
+                f"level {self.isa!r} is for {isa.machine}, this machine is {machine}",
+                hint="compile on a machine of that kind",
+            )
+        self.features = list(isa.features)
+        system = platform.system()
+        self.library_name = "model.dylib" if system == "Darwin" else "model.so"
+        description: dict[str, object] = {
+            "kind": "llvm",
+            "mtriple": _TRIPLES[machine, system],
+            "mcpu": isa.mcpu,
+            "opt-level": 3,
+        }
+        if isa.mattr:
+            description["mattr"] = list(isa.mattr)
+        self.tvm_target = tvm.target.Target(description)
+        # TVM's storage rewriting would move the kernels' accumulators out of registers.
+        self.pass_config: dict[str, object] = {"tirx.disable_storage_rewrite": True}
+        self.kernel_rules: Sequence[tuple[str, KernelRule]] = kernel_rules(
+            parameters_for(self.isa), self.few_tokens
+        )
+        self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = (
+            ("cpu.elementwise", schedule_elementwise),
+            ("cpu.reduction", schedule_reduction),
+        )
+
+    def key_page(self, kv_heads: int, head_dim: int) -> list[int]:
+        """`[Kv, D, N]`: tokens across the vector."""
+        return [kv_heads, head_dim, self.page_size]
+
+    def value_page(self, kv_heads: int, head_dim: int) -> list[int]:
+        """`[Kv, N, Dv]`."""
+        return [kv_heads, self.page_size, head_dim]
+
+    def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
+        """The arrays of layout panel16."""
+        *experts, m, k = shape
+        arrays = layout.packed_arrays(fmt, m, k, num_experts=experts[0] if experts else None)
+        return [PackedPart(suffix=a.suffix, shape=a.shape, dtype=a.dtype) for a in arrays]
+
+    def pack(self, fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool) -> list[Array]:
+        """Packs one matrix, or a stack of experts."""
+        return layout.pack(fmt, list(matrices) if stacked else matrices[0])
+
+    def link(self, executable: tvm.runtime.Executable, path: Path) -> None:
+        """Links the object code with the system's C compiler."""
+        if not any(shutil.which(tool) for tool in ("g++", "clang++", "cc")):
+            raise CompileError(
+                "no C++ compiler to link the library with",
+                hint="apt-get install g++ (Debian, Ubuntu) or xcode-select --install (macOS)",
+            )
+        try:
+            executable.export_library(str(path))
+        except RuntimeError as exc:
+            raise CompileError(f"linking {path.name} failed: {str(exc)[-400:]}") from exc
+
+
+def _host_level(machine: str) -> str:
+    """The best level whose features this machine has."""
+    present = host_features()
+    for name, level in ISA_LEVELS.items():
+        if level.machine == machine and present.issuperset(level.features):
+            return name
+    raise UsageError(
+        f"this CPU ({machine}) has none of the levels {', '.join(ISA_LEVELS)}",
+        hint="AVX2 with FMA and F16C is the least an x86 CPU needs",
+    )
