@@ -23,7 +23,7 @@ from llmc.compiler.passes.lower_attention import Page, lower_attention
 from llmc.compiler.passes.quantize import Chooser, quantize
 from llmc.compiler.passes.rewrite_gqa import rewrite_gqa
 from llmc.compiler.passes.specialize import specialize
-from llmc.compiler.rewriter import relax_functions
+from llmc.compiler.rewriter import count_uses, relax_functions, with_params
 from llmc.models.trace import Trace
 from llmc.targets.base import Target
 
@@ -46,11 +46,25 @@ def from_trace(trace: Trace) -> tvm.IRModule:
     letters = {tokens: tvm.tirx.Var("T", "int64"), rows: tvm.tirx.Var("L", "int64")}
     func = func.without_attr("tir_var_upper_bound").without_attr("tir_var_lower_bound")
     module = tvm.IRModule({name: func.bind_symbolic_vars(letters)})
-    plan = {
-        name: weight_plan.WeightSpec(sources=[source])
-        for name, source in trace.parameters.items()
-    }
+    module, plan = _merge_ties(module, trace.parameters)
     return weight_plan.attach(module, plan)
+
+
+def _merge_ties(
+    module: tvm.IRModule, parameters: dict[str, str]
+) -> tuple[tvm.IRModule, weight_plan.Weights]:
+    """Arguments that are one tensor of the model become one; those that nothing reads go."""
+    [(name, func)] = list(relax_functions(module))
+    inputs, params = func.params[:3], func.params[3:]
+    first: dict[str, relax.Var] = {}
+    ties = {p: first.setdefault(parameters[p.name], p) for p in params}
+    tied = {old: new for old, new in ties.items() if not old.same_as(new)}
+    if tied:
+        func = func.bind_params(tied)
+    uses = count_uses(func)
+    kept = [p for p in first.values() if p in uses]
+    plan = {p.name: weight_plan.WeightSpec(sources=[parameters[p.name]]) for p in kept}
+    return tvm.IRModule({name: with_params(func, [*inputs, *kept])}), plan
 
 
 def graph_phases(
