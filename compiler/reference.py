@@ -1,4 +1,4 @@
-"""Makes `reference.json`: what transformers itself says, in float32, on the weights that were compiled.
+"""Makes `reference.json`: what transformers says, in float32, on the compiled weights.
 
 The model runs with the weights of one module at a time in memory, so that its size is no limit.
 """
@@ -19,14 +19,22 @@ from llmc.reference import Reference, ReferencePrompt
 PROMPT_TOKENS = 40
 TOP_K = 5
 _TEXTS = (
-    "The quick brown fox jumps over the lazy dog. It was a bright cold day in April, and the clocks "
-    "were striking thirteen. Nobody in the street had noticed anything strange about the weather.",
-    "Water boils at 100 degrees Celsius at sea level, because its vapour pressure then equals that of "
-    "the air around it. On a mountain the pressure is lower, so that the water boils sooner than that.",
-    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n\n\n"
-    "print([fibonacci(i) for i in range(10)])\n# The sum of the first ten numbers of the series is 88\n",
-    "1, 2, 3, 5, 8, 13, 21, 34. In 1969 two people walked on the Moon; Berlin, Paris and Rome are the "
-    "capitals of Germany, France and Italy. The answer to the question is therefore quite simple:",
+    "The quick brown fox jumps over the lazy dog. It was a bright cold day in April, and "
+    "the clocks were striking thirteen. Nobody in the street had noticed anything strange "
+    "about the weather.",
+    "Water boils at 100 degrees Celsius at sea level, because its vapour pressure then "
+    "equals that of the air around it. On a mountain the pressure is lower, so that the "
+    "water boils sooner than that.",
+    "def fibonacci(n):\n"
+    "    a, b = 0, 1\n"
+    "    for _ in range(n):\n"
+    "        a, b = b, a + b\n"
+    "    return a\n\n\n"
+    "print([fibonacci(i) for i in range(10)])\n"
+    "# The sum of the first ten numbers of the series is 88\n",
+    "1, 2, 3, 5, 8, 13, 21, 34. In 1969 two people walked on the Moon; Berlin, Paris and "
+    "Rome are the capitals of Germany, France and Italy. The answer to the question is "
+    "therefore quite simple:",
 )
 
 Values = Callable[[str], npt.NDArray[np.float32]]
@@ -35,7 +43,7 @@ Values = Callable[[str], npt.NDArray[np.float32]]
 def make_reference(
     source: ModelSource, dequantized: Values, original: Values | None, vocab_size: int
 ) -> Reference:
-    """Scores the prompts with the dequantized weights and, where they differ, with the original ones."""
+    """Scores the prompts with the dequantized weights and, where they differ, the original ones."""
     ids = _prompts(source, vocab_size)
     logprobs = _logprobs(source, ids, dequantized)
     order = np.argsort(-logprobs, axis=-1, kind="stable")[..., :TOP_K]
@@ -64,7 +72,7 @@ def _rounded(values: npt.NDArray[np.float32]) -> list[list[float]]:
 
 
 def _prompts(source: ModelSource, vocab_size: int) -> npt.NDArray[np.int64]:
-    """Prompts of equal length `[n, PROMPT_TOKENS]`: texts, or seeded ids where there is no tokenizer."""
+    """Prompts of equal length `[n, PROMPT_TOKENS]`: texts, or seeded ids without a tokenizer."""
     if source.tokenizer_json is not None:
         tokenizer = Tokenizer.from_str(source.tokenizer_json.decode("utf-8"))
         encoded = [tokenizer.encode(text).ids[:PROMPT_TOKENS] for text in _TEXTS]
@@ -79,9 +87,7 @@ def _logprobs(
     source: ModelSource, ids: npt.NDArray[np.int64], values: Values
 ) -> npt.NDArray[np.float32]:
     """Log-probabilities `[n, T, V]` float32 of the reference implementation."""
-    model = build_empty(
-        source.config, attn_implementation="eager", experts_implementation="eager"
-    )
+    model = build_empty(source.config, attn_implementation="eager", experts_implementation="eager")
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), name)
@@ -91,7 +97,8 @@ def _logprobs(
             _load_while_running(module, owned, values)
     with torch.inference_mode():
         logits = model(input_ids=torch.from_numpy(ids), use_cache=False).logits
-        return torch.log_softmax(logits.float(), dim=-1).numpy()
+        logprobs: npt.NDArray[np.float32] = torch.log_softmax(logits.float(), dim=-1).numpy()
+        return logprobs
 
 
 def _load_while_running(module: torch.nn.Module, owned: dict[str, str], values: Values) -> None:

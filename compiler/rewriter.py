@@ -1,4 +1,4 @@
-"""How passes rewrite Relax functions: a rule per call, applied from the first binding to the last."""
+"""How passes rewrite Relax functions: a rule per call, from the first binding to the last."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Expr: TypeAlias = relax.Expr
 class Scope:
     """What a rule may look up and do while a function is rewritten."""
 
-    def __init__(self, owner: Any, uses: dict[relax.Var, int]) -> None:  # noqa: ANN401 - the mutator
+    def __init__(self, owner: Any, uses: dict[relax.Var, int]) -> None:  # noqa: ANN401
         self._owner = owner
         self._uses = uses
         self.target: relax.Var | None = None  # the variable, as it was, that is being bound
@@ -78,8 +78,8 @@ class _RuleMutator(PyExprMutator):  # type: ignore[misc]
 def apply_rule(mod: tvm.IRModule, rule: Rule) -> tvm.IRModule:
     """Rewrites every Relax function of `mod` and removes what became dead.
 
-    `rule(call, scope)` sees each call and tuple access with its operands already rewritten; it returns the
-    replacement, or None to leave it.
+    `rule(call, scope)` sees each call and tuple access with its operands already rewritten; it
+    returns the replacement, or None to leave it.
     """
     out = mod.clone()
     for name, func in relax_functions(mod):
@@ -147,6 +147,5 @@ def static_shape(expr: Expr) -> list[int | None]:
 def same_shape(a: Expr, b: Expr) -> bool:
     """Whether two tensors provably have one shape."""
     return len(a.ty.shape) == len(b.ty.shape) and all(
-        tvm_ffi.structural_equal(x, y)
-        for x, y in zip(a.ty.shape, b.ty.shape, strict=True)
+        tvm_ffi.structural_equal(x, y) for x, y in zip(a.ty.shape, b.ty.shape, strict=True)
     )

@@ -15,8 +15,9 @@ KV_DTYPES = {"f32": "float32", "f16": "float16"}
 class Scheme:
     """A named choice of formats; weightBITSactivationBITS with the group as a suffix.
 
-    matrices is the format of products, vocabulary that of embeddings and output projections, fallback that of
-    matrices whose rows the group does not divide. keep takes each tensor's own format.
+    matrices is the format of products, vocabulary that of embeddings and output projections,
+    fallback that of matrices whose rows the group does not divide. keep takes each tensor's own
+    format.
     """
 
     name: str
@@ -58,8 +59,14 @@ class FormatChooser:
 
 
 def _scheme(name: str, matrices: str, vocabulary: str, **other: object) -> Scheme:
-    defaults: dict[str, object] = {"fallback": "w8", "kv": "f16", "max_mean_abs": 0.02, "max_abs": 0.5}
-    return Scheme(name=name, matrices=matrices, vocabulary=vocabulary, **{**defaults, **other})  # type: ignore[arg-type]
+    defaults: dict[str, object] = {
+        "fallback": "w8",
+        "kv": "f16",
+        "max_mean_abs": 0.02,
+        "max_abs": 0.5,
+    }
+    chosen = {**defaults, **other}
+    return Scheme(name=name, matrices=matrices, vocabulary=vocabulary, **chosen)  # type: ignore[arg-type]
 
 
 SCHEMES: dict[str, Scheme] = {

@@ -1,8 +1,8 @@
 """The weight plan: which tensors of the model each argument of the compiled function is made from.
 
-Passes change the plan together with the function: they choose formats, concatenate siblings and pack for the
-kernels. It travels as an attribute of the IRModule, so that a pass stays IRModule to IRModule, and is run one
-argument at a time when the artifact is written.
+Passes change the plan together with the function: they choose formats, concatenate siblings and
+pack for the kernels. It travels as an attribute of the IRModule, so that a pass stays IRModule to
+IRModule, and is run one argument at a time when the artifact is written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class WeightSpec:
     """One argument: the rows of its sources, one after the other, in `format`.
 
     transposed: the model stores `[K, M]`; the argument is `[M, K]` (of each expert).
-    part: which array of the packed form this argument is; None before packing and for plain tensors.
+    part: which array of the packed form this argument is; None before packing and if plain.
     """
 
     sources: list[str]

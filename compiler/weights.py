@@ -1,4 +1,4 @@
-"""Runs the weight plan: the model's tensors become the packed arrays of the artifact, one at a time."""
+"""Runs the weight plan: the model's tensors become the artifact's packed arrays, one at a time."""
 
 from __future__ import annotations
 
@@ -156,10 +156,8 @@ def pack(spec: WeightSpec, tensors: Mapping[str, SourceTensor], target: Target) 
     return target.pack(FORMATS[spec.format], matrices, stacked=stacked)
 
 
-def matrices_of(
-    spec: WeightSpec, tensors: Mapping[str, SourceTensor]
-) -> tuple[list[Matrix], bool]:
-    """(matrices, stacked): the rows of all sources in the spec's format, one matrix an expert if stacked."""
+def matrices_of(spec: WeightSpec, tensors: Mapping[str, SourceTensor]) -> tuple[list[Matrix], bool]:
+    """(matrices, stacked): the sources' rows in the spec's format; one an expert if stacked."""
     fmt = FORMATS[spec.format]
     sources = [_source(tensors, name) for name in spec.sources]
     stacked = len(sources[0].shape) == 3

@@ -218,7 +218,10 @@ class LayerNorm(Operator):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopK(Operator):
-    """The k largest entries of each row of x `[T, X]`, descending -> (values `[T, k]`, indices `[T, k]` i32)."""
+    """The k largest entries of each row of x `[T, X]`, descending.
+
+    -> (values `[T, k]`, indices `[T, k]` i32)
+    """
 
     name: ClassVar[str] = "top_k"
     operands: ClassVar[tuple[str, ...]] = ("x",)

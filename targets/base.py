@@ -23,8 +23,9 @@ Matrix = Array | QuantizedMatrix
 class Site:
     """One call of a dialect operator, as a rule sees it.
 
-    types holds the operands' types by name, a weight's being its logical matrix `[M, K]` (`[X, M, K]` for
-    experts); max_tokens is the entry point's bound, tokens is set where T is static.
+    types holds the operands' types by name, a weight's being its logical matrix `[M, K]`
+    (`[X, M, K]` for experts); max_tokens is the entry point's bound, tokens is set where T is
+    static.
     """
 
     op: Operator
@@ -44,8 +45,8 @@ class Site:
 class Kernel:
     """What a rule chose: a PrimFunc that takes `operands` in this order, then its fresh outputs.
 
-    "weight" among the operands stands for all packed arrays. in_place names, for each output, the operand it
-    overwrites, or None for a fresh tensor.
+    "weight" among the operands stands for all packed arrays. in_place names, for each output, the
+    operand it overwrites, or None for a fresh tensor.
     """
 
     func: tvm.tirx.PrimFunc
@@ -88,9 +89,7 @@ class Target(Protocol):
     def value_page(self, kv_heads: int, head_dim: int) -> list[int]:
         """Shape of a page of values."""
 
-    def packed_parts(
-        self, fmt: WeightFormat, shape: Sequence[int]
-    ) -> list[PackedPart]:
+    def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
         """The arrays a matrix `[M, K]` or a stack `[X, M, K]` is packed into."""
 
     def pack(self, fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool) -> list[Array]:

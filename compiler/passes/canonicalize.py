@@ -1,9 +1,11 @@
 """Canonicalize: one spelling for everything that later passes look for.
 
 Stands first. After it:
-* products with a weight parameter are `llmc.linear` on rank-3 tensors `[1, T, K]`, table look-ups of a parameter are
+* products with a weight parameter are `llmc.linear` on rank-3 tensors `[1, T, K]`, table look-ups
+  of a parameter are
   `llmc.embedding`;
-* slices have explicit ends, `split` and full or empty pieces are gone, reshape chains are one reshape;
+* slices have explicit ends, `split` and full or empty pieces are gone, reshape chains are one
+  reshape;
 * factors of one, casts to the own type and `power` by small integers are gone.
 """
 

@@ -1,8 +1,9 @@
 """Proves that packing sequences along T is sound: no operator but attention mixes tokens.
 
-Stands after canonicalize, before T gets any meaning. Every operator that touches a tensor with the axis T must be
-elementwise in it, or one whose treatment of axes is known and leaves T alone. An operator that reduces, shifts,
-scans or convolves along T, and any operator this file does not know, is an UnsupportedError that names it.
+Stands after canonicalize, before T gets any meaning. Every operator that touches a tensor with the
+axis T must be elementwise in it, or one whose treatment of axes is known and leaves T alone. An
+operator that reduces, shifts, scans or convolves along T, and any operator this file does not know,
+is an UnsupportedError that names it.
 """
 
 from __future__ import annotations
@@ -16,20 +17,24 @@ from llmc import dialect
 from llmc.compiler.rewriter import Expr, bindings, relax_functions
 from llmc.errors import UnsupportedError
 
-_ELEMENTWISE = frozenset(
-    f"relax.{name}"
-    for name in """abs add astype bitwise_and bitwise_not bitwise_or ceil clip cos divide equal erf exp
-    expand_dims floor floor_divide floor_mod full full_like greater greater_equal less less_equal log
-    logical_and logical_not logical_or maximum minimum mod multiply negative not_equal ones_like permute_dims
-    power round rsqrt sigmoid sign sin sqrt square subtract tan tanh where zeros_like nn.gelu nn.gelu_tanh
-    nn.leakyrelu nn.relu nn.silu nn.softplus broadcast_to""".split()
-)
-_REDUCTIONS = frozenset(
-    f"relax.{name}" for name in "mean sum max min prod variance std argmax argmin".split()
-)
-_ALONG_ONE_AXIS = frozenset(
-    f"relax.{name}" for name in "nn.softmax nn.log_softmax topk sort argsort concat split cumsum".split()
-)
+_ELEMENTWISE_NAMES = """
+    abs add astype bitwise_and bitwise_not bitwise_or broadcast_to ceil clip cos divide equal
+    erf exp expand_dims floor floor_divide floor_mod full full_like greater greater_equal less
+    less_equal log logical_and logical_not logical_or maximum minimum mod multiply negative
+    not_equal ones_like permute_dims power round rsqrt sigmoid sign sin sqrt square subtract tan
+    tanh where zeros_like nn.gelu nn.gelu_tanh nn.leakyrelu nn.relu nn.silu nn.softplus
+"""
+_REDUCTION_NAMES = "argmax argmin max mean min prod std sum variance"
+_ONE_AXIS_NAMES = "argsort concat cumsum nn.log_softmax nn.softmax sort split topk"
+
+
+def _operators(names: str) -> frozenset[str]:
+    return frozenset(f"relax.{name}" for name in names.split())
+
+
+_ELEMENTWISE = _operators(_ELEMENTWISE_NAMES)
+_REDUCTIONS = _operators(_REDUCTION_NAMES)
+_ALONG_ONE_AXIS = _operators(_ONE_AXIS_NAMES)
 
 
 def check_packing(mod: tvm.IRModule) -> tvm.IRModule:
@@ -47,7 +52,7 @@ def check_packing(mod: tvm.IRModule) -> tvm.IRModule:
 def _check(call: relax.Call, tokens: tvm.ir.Expr, rows: tvm.ir.Expr) -> None:
     name = call.op.name if isinstance(call.op, tvm.ir.Op) else str(call.op)
     operands = [a for a in _tensors(call) if _token_axes(a, tokens)]
-    if not operands or name in _ELEMENTWISE and _keeps_alignment(operands):
+    if not operands or (name in _ELEMENTWISE and _keeps_alignment(operands)):
         return
     for x in operands:
         axes = _token_axes(x, tokens)
@@ -55,7 +60,8 @@ def _check(call: relax.Call, tokens: tvm.ir.Expr, rows: tvm.ir.Expr) -> None:
             raise UnsupportedError(
                 f"operator {name} on {_describe(x)} mixes the tokens of different sequences "
                 "(or is not known not to)",
-                hint="models whose layers look at neighbouring tokens outside attention are not supported",
+                hint="models whose layers look at neighbouring tokens outside attention "
+                "are not supported",
             )
 
 
@@ -129,7 +135,7 @@ def _take(
 def _reshape(
     call: relax.Call, x: Expr, axes: list[int], tokens: tvm.ir.Expr, rows: tvm.ir.Expr
 ) -> bool:
-    """Row-major order keeps tokens apart as long as what stands before T stays one, on both sides."""
+    """Row-major order keeps tokens apart if what stands before T is one, on both sides."""
     out = _token_axes(call, tokens)
     return (
         len(axes) == 1
@@ -154,11 +160,7 @@ def _matmul(
 ) -> bool:
     """T may be a row index, or a batch index, of the left operand only."""
     left, right = call.args
-    return (
-        x.same_as(left)
-        and len(left.ty.shape) - 1 not in axes
-        and not _token_axes(right, tokens)
-    )
+    return x.same_as(left) and len(left.ty.shape) - 1 not in axes and not _token_axes(right, tokens)
 
 
 _SAFE: dict[str, Check] = {

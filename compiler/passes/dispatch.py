@@ -1,8 +1,9 @@
-"""Dispatch: every dialect operator becomes a call of a kernel that one of the target's rules returned.
+"""Dispatch: every dialect operator becomes a call of a kernel that a rule of the target returned.
 
-Stands last of the graph passes. Rules are tried in order and the first kernel wins; an operator that no rule takes
-is an UnsupportedError. Weights become the packed arrays that the kernels read: one argument each, entered into the
-weight plan. Every function has the attribute "llmc.max_tokens", the largest T it serves.
+Stands last of the graph passes. Rules are tried in order and the first kernel wins; an operator
+that no rule takes is an UnsupportedError. Weights become the packed arrays that the kernels read:
+one argument each, entered into the weight plan. Every function has the attribute "llmc.max_tokens",
+the largest T it serves.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tvm import relax
 from llmc import dialect
 from llmc.compiler import weight_plan
 from llmc.compiler.passes.lower_attention import STEP_INPUTS
-from llmc.compiler.rewriter import Expr, Scope, apply_rule, relax_functions, with_params
+from llmc.compiler.rewriter import Expr, Scope, apply_rule, bindings, relax_functions, with_params
 from llmc.errors import UnsupportedError
 from llmc.formats import FORMATS
 from llmc.targets.base import Kernel, Site, Target
@@ -160,17 +161,17 @@ def _packed_params(
 
 
 def _packed_names(mod: tvm.IRModule) -> list[str]:
-    """Names of the parameters that are the weight of a product, in argument order."""
+    """Names of the parameters that are the weight of a product, in the order of their use."""
     names: dict[str, None] = {}
     for _, func in relax_functions(mod):
-        params = {p: None for p in func.params}
-        for block in func.body.blocks:
-            for binding in block.bindings:
-                found = dialect.match_any(binding.value)
-                weight = found.operands.get("weight") if found else None
-                is_product = found is not None and hasattr(found.op, "format")
-                if is_product and weight in params:
-                    names[weight.name] = None
+        params = set(func.params)
+        for binding in bindings(func):
+            found = dialect.match_any(binding.value)
+            if found is None or not hasattr(found.op, "format"):
+                continue
+            weight = found.operands["weight"]
+            if weight in params:
+                names[weight.name] = None
     return list(names)
 
 

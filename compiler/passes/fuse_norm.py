@@ -3,7 +3,8 @@
     y = x · rsqrt(mean(x · x, -1) + eps) · w          -> llmc.rms_norm(x, w), offset 0
     y = x · rsqrt(mean(x · x, -1) + eps) · (w + 1)    -> llmc.rms_norm(x, w), offset 1
 
-Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019. Needs canonicalize (x² as a product).
+Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019. Needs canonicalize (x² as a
+product).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _rewrite(call: Expr, scope: Scope) -> Expr | None:
 
 
 def _emit(op: dialect.RmsNorm, x: Expr, weight: Expr, scope: Scope) -> relax.Call:
-    """The call; a transposition of x's leading axes moves behind it, towards the attention that undoes it."""
+    """The call; a transposition of x's leading axes moves behind it, where attention undoes it."""
     permuted = scope.value(x)
     args = op_args(permuted, "relax.permute_dims")
     if args is not None and permuted.attrs.axes is not None:

@@ -1,8 +1,10 @@
 """Sibling projections of equal format become one product: q, k, v, and gate, up.
 
-    a = linear(x, Wa); b = linear(x, Wb)   ->   ab = linear(x, [Wa; Wb]); a = ab[…, :Ma]; b = ab[…, Ma:]
+    a = linear(x, Wa); b = linear(x, Wb)
+    ->   ab = linear(x, [Wa; Wb]); a = ab[…, :Ma]; b = ab[…, Ma:]
 
-Stands after quantize: siblings of different formats stay apart. The plan concatenates rows (and biases).
+Stands after quantize: siblings of different formats stay apart. The plan concatenates rows (and
+biases).
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ def fuse_projections(mod: tvm.IRModule) -> tvm.IRModule:
 
 
 def _siblings(func: relax.Function) -> list[list[tuple[relax.Var, relax.Var | None]]]:
-    """(weight, bias) of the products that share input, format and having a bias; two or more each."""
+    """(weight, bias) of the products that share input, format and having a bias; two or more."""
     uses, params = count_uses(func), set(func.params)
     groups: dict[tuple[object, ...], list[tuple[relax.Var, relax.Var | None]]] = defaultdict(list)
     for binding in bindings(func):

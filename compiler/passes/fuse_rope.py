@@ -5,9 +5,9 @@ Two spellings are known, both rotating pairs (i, i + R/2) of a head's first R fe
     x · cos + concat(-x[R/2:], x[:R/2]) · sin                        cos, sin [1, 1, T, R]
     concat(x1 · cos - x2 · sin, x2 · cos + x1 · sin)                 cos, sin [1, 1, T, R/2]
 
-x is `[1, H, T, D]`, transposed from `[1, T, H, D]`; the rotation acts on the latter, so that the transposition
-meets the one that attention undoes. A rotation of R < D features followed by concat(rotated, rest) is one
-operator as well. Source: Su et al., RoFormer, 2021.
+x is `[1, H, T, D]`, transposed from `[1, T, H, D]`; the rotation acts on the latter, so that the
+transposition meets the one that attention undoes. A rotation of R < D features followed by
+concat(rotated, rest) is one operator as well. Source: Su et al., RoFormer, 2021.
 """
 
 from __future__ import annotations

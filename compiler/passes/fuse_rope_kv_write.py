@@ -2,8 +2,8 @@
 
     q, k, v = slices of qkv; kv_write(rope(k), v); attention(rope(q))   ->   q = rope_kv_write(qkv)
 
-Needs fuse_projections (or a model that projects q, k, v at once), fuse_rope and lower_attention. Attention whose
-keys are normalized first, or not rotated, keeps the separate operators.
+Needs fuse_projections (or a model that projects q, k, v at once), fuse_rope and lower_attention.
+Attention whose keys are normalized first, or not rotated, keeps the separate operators.
 """
 
 from __future__ import annotations
@@ -52,12 +52,19 @@ def _rewrite(call: Expr, scope: Scope) -> Expr | None:
     pages = [write[1][n] for n in ("slots", "k_pages", "v_pages")]
     fused = scope.emit(op.call(qkv, key[1]["cos"], key[1]["sin"], *pages))
     rotated, k_pages, v_pages = (scope.emit(relax.TupleGetItem(fused, i)) for i in range(3))
-    tables = [operands[n] for n in ("q_starts", "kv_lens", "block_tables")]
-    return attention.call(rotated, *tables, k_pages, v_pages, operands.get("sinks"))
+    return attention.call(
+        rotated,
+        operands["q_starts"],
+        operands["kv_lens"],
+        operands["block_tables"],
+        k_pages,
+        v_pages,
+        operands.get("sinks"),
+    )
 
 
 def _common_source(scope: Scope, query: Expr, key: Expr, value: Expr) -> Expr | None:
-    """The tensor `[1, T, ·]` whose features are exactly query, key and value in this order, or None."""
+    """The tensor `[1, T, ·]` whose features are query, key and value, in this order, or None."""
     source, end = None, 0
     for part in (query, key, value):
         reshaped = op_args(scope.value(part), "relax.reshape")

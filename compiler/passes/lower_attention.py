@@ -1,10 +1,11 @@
 """Paged attention: the function gets the step's signature, each attention reads and writes pages.
 
-    attention(q, k, v)  ->  pages = kv_write(k, v, slots, pages); paged_attention(q, block_tables, pages…)
+    attention(q, k, v)
+    ->   pages = kv_write(k, v, slots, pages); paged_attention(q, block_tables, pages…)
 
-Layers that see the same past share a cache group (one block table). The pages are arguments, written in place and
-threaded through, so that no pass drops the write; the last contents are returned by nobody because every write has
-a reader. docs/shapes.md has the signature.
+Layers that see the same past share a cache group (one block table). The pages are arguments,
+written in place and threaded through, so that no pass drops the write; the last contents are
+returned by nobody because every write has a reader. docs/shapes.md has the signature.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def caches_of(mod: tvm.IRModule) -> Caches:
 def lower_attention(
     mod: tvm.IRModule, *, page_size: int, kv_dtype: str, page_layout: PageLayout
 ) -> tvm.IRModule:
-    """Lowers every attention of the traced function; raises UnsupportedError for what has no paged form."""
+    """Lowers every attention of the function; UnsupportedError for what has no paged form."""
     [(name, func)] = list(relax_functions(mod))
     ids, positions, rows, *weights = func.params
     layers = _layers(func)

@@ -1,8 +1,8 @@
 """Chooses a weight format for every product: the scheme's rules, as data, applied to the function.
 
-A format is an attribute of `llmc.linear`, `llmc.embedding` and `llmc.grouped_linear` and an entry of the weight
-plan; no number changes here. Transposed weights become `[M, K]` arguments (the plan transposes when it runs). A
-router's small product stays float32: its choice is discrete.
+A format is an attribute of `llmc.linear`, `llmc.embedding` and `llmc.grouped_linear` and an entry
+of the weight plan; no number changes here. Transposed weights become `[M, K]` arguments (the plan
+transposes when it runs). A router's small product stays float32: its choice is discrete.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ def quantize(mod: tvm.IRModule, choose: Chooser) -> tvm.IRModule:
         if transposed:
             shape[-2:] = [shape[-1], shape[-2]]
         chosen = "f32" if param in routers else choose(spec.sources, int(shape[-1]), param in heads)
-        weights[param.name] = WeightSpec(
-            sources=spec.sources, format=chosen, transposed=transposed
-        )
+        weights[param.name] = WeightSpec(sources=spec.sources, format=chosen, transposed=transposed)
         arguments[param] = relax.Var(param.name, relax.TensorType(shape, param.ty.dtype))
 
     def rewrite(call: Expr, scope: Scope) -> Expr | None:

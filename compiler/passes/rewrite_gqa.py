@@ -1,9 +1,10 @@
 """Grouped-query attention: keys and values repeated for each query head are not materialized.
 
-    attention(q, repeat(k), repeat(v)) -> attention(q, k, v)            H / Kv query heads share one key head
-    nn.attention(q, k, v, causal)      -> llmc.attention(...)           as plain torch programs and ONNX give it
+    attention(q, repeat(k), repeat(v)) -> attention(q, k, v)     H / Kv query heads share a key head
+    nn.attention(q, k, v, causal)      -> llmc.attention(...)    plain torch programs, ONNX
 
-`repeat` is what models write as expand_dims + broadcast_to + reshape, or as repeat along the head axis.
+`repeat` is what models write as expand_dims + broadcast_to + reshape, or as repeat along the head
+axis.
 Source: Ainslie et al., GQA, 2023.
 """
 
@@ -17,7 +18,7 @@ from llmc.compiler.rewriter import Expr, Scope, apply_rule, op_args, static_shap
 
 
 def rewrite_gqa(mod: tvm.IRModule) -> tvm.IRModule:
-    """Turns causal `nn.attention` into `llmc.attention`, then removes repeated heads before either."""
+    """Turns causal `nn.attention` into `llmc.attention`; removes repeated heads before either."""
     layers = iter(range(1 << 30))
 
     def recover(call: Expr, scope: Scope) -> Expr | None:
@@ -27,7 +28,7 @@ def rewrite_gqa(mod: tvm.IRModule) -> tvm.IRModule:
 
 
 def _recover(call: Expr, scope: Scope, layers: object) -> Expr | None:
-    """relax.nn.attention on `[1, T, H, D]` with a causal mask; attention with a bias stays as it is."""
+    """relax.nn.attention on `[1, T, H, D]` with a causal mask; attention with a bias is left."""
     args = op_args(call, "relax.nn.attention")
     if args is None or call.attrs.causal_mask != "TopLeft":
         return None
@@ -65,7 +66,7 @@ def _unrepeated(expr: Expr, scope: Scope) -> tuple[Expr, int] | None:
     spread = op_args(scope.value(reshaped[0]), "relax.broadcast_to") if reshaped else None
     expanded = scope.value(spread[0]) if spread else None
     inner = op_args(expanded, "relax.expand_dims") if expanded is not None else None
-    if inner is None or [int(a) for a in expanded.attrs.axis] != [2]:
+    if inner is None or expanded is None or [int(a) for a in expanded.attrs.axis] != [2]:
         return None
     x = inner[0]
     before, after = static_shape(x), static_shape(expr)

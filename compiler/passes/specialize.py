@@ -1,4 +1,4 @@
-"""One function for each range of T: entry points with the same signature that the runtime chooses from by T.
+"""One function for each range of T: entry points of one signature that the runtime chooses from.
 
     step   ->   step_1 (T = L = 1, static), step_8 (T ≤ 8), step (T ≤ the compile parameter)
 
@@ -23,7 +23,7 @@ def entry_name(max_tokens: int, is_last: bool) -> str:
 def specialize(
     mod: tvm.IRModule, *, max_tokens: list[int], max_sequences: int, max_logits_rows: int
 ) -> tvm.IRModule:
-    """A copy of the function for each of `max_tokens` (ascending), with its bounds as attributes."""
+    """A copy of the function for each of `max_tokens` (ascending), its bounds as attributes."""
     [(_, func)] = list(relax_functions(mod))
     tokens = func.params[STEP_INPUTS.index("input_ids")].ty.shape[0]
     rows = func.params[STEP_INPUTS.index("logits_rows")].ty.shape[0]
@@ -31,10 +31,7 @@ def specialize(
     out: dict[str, relax.Function] = {}
     for bound in max_tokens:
         last = bound == max_tokens[-1]
-        if bound == 1:
-            made = func.bind_symbolic_vars({tokens: 1, rows: 1})
-        else:
-            made = func
+        made = func.bind_symbolic_vars({tokens: 1, rows: 1}) if bound == 1 else func
         made = relax.utils.copy_with_new_vars(made)
         name = entry_name(bound, last)
         bounds = {

@@ -69,7 +69,10 @@ def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, 
 
 
 def _kernel(
-    func: tvm.tirx.PrimFunc, site: Site, order: tuple[str, ...], in_place: tuple[str | None, ...] = (None,)
+    func: tvm.tirx.PrimFunc,
+    site: Site,
+    order: tuple[str, ...],
+    in_place: tuple[str | None, ...] = (None,),
 ) -> Kernel:
     """The kernel on those operands of `order` that the call has."""
     present = tuple(n for n in order if n in site.types)
@@ -114,7 +117,7 @@ def _attention(site: Site, tuning: AttentionTuning) -> Kernel | None:
         tokens=site.tokens,
         tuning=tuning,
     )
-    return _kernel(func, site, type(op).operands[:-1] + ("sinks",))
+    return _kernel(func, site, (*type(op).operands[:-1], "sinks"))
 
 
 def _embedding(site: Site) -> Kernel | None:
@@ -146,9 +149,7 @@ def _norm(site: Site) -> Kernel | None:
         )
         return _kernel(func, site, ("x", "residual", "weight"), (None, None))
     if isinstance(op, dialect.LayerNorm):
-        func = layer_norm(
-            features=site.extents("x")[-1], eps=op.eps, bias=True, tokens=site.tokens
-        )
+        func = layer_norm(features=site.extents("x")[-1], eps=op.eps, bias=True, tokens=site.tokens)
         return _kernel(func, site, ("x", "weight", "bias"))
     return None
 
@@ -157,9 +158,7 @@ def _rope(site: Site) -> Kernel | None:
     op = site.op
     if isinstance(op, dialect.Rope):
         _, _, heads, head_dim = site.extents("x")
-        func = rope(
-            heads=heads, head_dim=head_dim, rotary_dim=op.rotary_dim, tokens=site.tokens
-        )
+        func = rope(heads=heads, head_dim=head_dim, rotary_dim=op.rotary_dim, tokens=site.tokens)
         return _kernel(func, site, ("x", "cos", "sin"))
     if isinstance(op, dialect.RopeKvWrite):
         func = rope_kv_write(

@@ -9,7 +9,8 @@ from tvm.script import tirx as T
 def top_k(*, columns: int, k: int) -> tvm.tirx.PrimFunc:
     """values `[T, k]` f32 and indices `[T, k]` i32 of x `[T, columns]` f32, descending.
 
-    Equal entries come in the order of their columns. Work is columns · k a row: rows are router scores.
+    Equal entries come in the order of their columns. Work is columns · k a row: rows are
+    router scores.
     """
     lowest = T.float32(-3.4028234663852886e38)
 
