@@ -93,14 +93,16 @@ def compile_model(
 ) -> CompileResult:
     """Compiles `source` (folder, .gguf file, demo:NAME or hub id) into the artifact folder `out`.
 
-    The folder appears only when it is complete. Raises ImportModelError, UnsupportedError, CompileError or
-    UsageError.
+    The folder appears only when it is complete. Raises ImportModelError, UnsupportedError,
+    CompileError or UsageError.
     """
     timer = _Timer(on_phase)
     scheme = scheme_of(quant)
     kv_name = kv or scheme.kv
     if kv_name not in KV_DTYPES:
-        raise UsageError(f"unknown KV type {kv_name!r}", hint=f"choose one of {', '.join(KV_DTYPES)}")
+        raise UsageError(
+            f"unknown KV type {kv_name!r}", hint=f"choose one of {', '.join(KV_DTYPES)}"
+        )
     device = open_target(target)
     with timer.phase("open"):
         model = open_source(str(source))
@@ -225,9 +227,7 @@ def _kernel_infos(mod: tvm.IRModule) -> list[artifact.KernelInfo]:
                 if isinstance(callee, tvm.ir.GlobalVar):
                     calls[callee.name_hint] += 1
     return [
-        artifact.KernelInfo(
-            name=g.name_hint, rule=str(f.attrs[RULE]), num_calls=calls[g.name_hint]
-        )
+        artifact.KernelInfo(name=g.name_hint, rule=str(f.attrs[RULE]), num_calls=calls[g.name_hint])
         for g, f in mod.functions_items()
         if isinstance(f, tvm.tirx.PrimFunc)
     ]
@@ -294,9 +294,7 @@ def _manifest(
             kv_bytes_per_token=sum(c.page_bytes for c in caches) // target.page_size,
         ),
         kernels=built.kernels,
-        verify=artifact.VerifyTolerance(
-            max_mean_abs=scheme.max_mean_abs, max_abs=scheme.max_abs
-        ),
+        verify=artifact.VerifyTolerance(max_mean_abs=scheme.max_mean_abs, max_abs=scheme.max_abs),
     )
 
 
@@ -470,5 +468,3 @@ class _Timer:
         seconds = time.perf_counter() - begin
         self.phases.append((name, seconds))
         self._report(PhaseEvent(name=name, status="done", seconds=seconds, fraction=1.0))
-
-

@@ -78,9 +78,7 @@ def graph_phases(
         )
 
     def lower(mod: tvm.IRModule) -> tvm.IRModule:
-        return lower_attention(
-            mod, page_size=target.page_size, kv_dtype=kv_dtype, page_layout=page
-        )
+        return lower_attention(mod, page_size=target.page_size, kv_dtype=kv_dtype, page_layout=page)
 
     def split(mod: tvm.IRModule) -> tvm.IRModule:
         return specialize(
@@ -135,7 +133,7 @@ def _fuse_rest(mod: tvm.IRModule) -> tvm.IRModule:
 
 
 def _schedule(mod: tvm.IRModule, target: Target) -> tvm.IRModule:
-    """Schedules the PrimFuncs that TVM made; the first of the target's rules that takes one decides."""
+    """Schedules the PrimFuncs that TVM made; the first rule of the target that takes one decides."""
     out = mod.clone()
     for name, func in mod.functions_items():
         if not isinstance(func, tvm.tirx.PrimFunc) or (func.attrs and RULE in func.attrs):
