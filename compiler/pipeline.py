@@ -133,7 +133,7 @@ def _fuse_rest(mod: tvm.IRModule) -> tvm.IRModule:
 
 
 def _schedule(mod: tvm.IRModule, target: Target) -> tvm.IRModule:
-    """Schedules the PrimFuncs that TVM made; the first rule of the target that takes one decides."""
+    """Schedules the PrimFuncs that TVM made; the first rule of the target to take one decides."""
     out = mod.clone()
     for name, func in mod.functions_items():
         if not isinstance(func, tvm.tirx.PrimFunc) or (func.attrs and RULE in func.attrs):
