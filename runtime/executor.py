@@ -8,8 +8,10 @@ import numpy as np
 
 from llmc.artifact import Manifest
 from llmc.errors import ArtifactError
+from llmc.runtime import tvm_runtime
 from llmc.runtime.devices import DEVICES, choose_variant
 from llmc.runtime.step import Float32, StepInputs
+from llmc.runtime.weights import load_weights
 
 
 def load_executor(
@@ -38,34 +40,28 @@ class Executor:
         *,
         tvm_device: str,
     ) -> None:
-        # After the device is prepared: TVM reads its settings when it starts its threads.
-        import tvm
-        from tvm import relax
-
-        from llmc.runtime.weights import load_weights
-
-        self._tvm = tvm
-        device = tvm.device(tvm_device)
+        ffi = tvm_runtime.tvm_ffi()
+        device = ffi.device(tvm_device, 0)
         try:
-            module = tvm.runtime.load_module(str(directory / library))
-            vm = relax.VirtualMachine(module, device)
+            vm = tvm_runtime.load_vm(directory / library, device)
             self._entries = [(e.max_tokens, vm[e.name]) for e in manifest.entry_points]
-        except (RuntimeError, AttributeError) as exc:
+        except (RuntimeError, AttributeError, OSError) as exc:
             raise ArtifactError(
                 f"{library} does not load: {str(exc)[-300:]}",
                 hint="compile the model again with this version of llmc",
             ) from exc
         caches = [
-            tvm.runtime.empty((num_pages[c.group], *c.page_shape), c.dtype, device)
+            tvm_runtime.empty((num_pages[c.group], *c.page_shape), c.dtype, device)
             for c in manifest.caches
         ]
+        self._shape = ffi.Shape
         self._state = [*caches, *load_weights(directory, manifest)]
 
     def step(self, inputs: StepInputs) -> Float32:
         """Runs the entry point for this number of tokens; logits `[L, V]` float32."""
         num_tokens = len(inputs.input_ids)
         run = next(run for max_tokens, run in self._entries if num_tokens <= max_tokens)
-        tensor, shape = self._tvm.runtime.tensor, self._tvm.runtime.ShapeTuple
+        tensor = tvm_runtime.from_numpy
         logits = run(
             tensor(inputs.input_ids),
             tensor(inputs.positions),
@@ -75,7 +71,7 @@ class Executor:
             tensor(inputs.slots),
             tensor(inputs.state_slots),
             tensor(inputs.logits_rows),
-            shape([inputs.num_decodes, inputs.max_q_len, inputs.max_kv_len]),
+            self._shape([inputs.num_decodes, inputs.max_q_len, inputs.max_kv_len]),
             *self._state,
         )
         return np.from_dlpack(logits)

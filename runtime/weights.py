@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tvm
 
 from llmc.artifact import Manifest, WeightTensor
 from llmc.errors import ArtifactError
+from llmc.runtime.tvm_runtime import from_numpy
 
-ALIGNMENT = 64  # bytes: what kernels assume of every argument
 
 
-def load_weights(directory: Path, manifest: Manifest) -> list[tvm.runtime.Tensor]:
+def load_weights(directory: Path, manifest: Manifest) -> list[Any]:
     """The weights in argument order; raises ArtifactError where file and manifest disagree."""
     files = {
         name: _Mapped(directory / name) for name in dict.fromkeys(w.file for w in manifest.weights)
     }
-    return [_tensor(files[w.file].view(w)) for w in manifest.weights]
-
-
-def _tensor(view: npt.NDArray[np.generic]) -> tvm.runtime.Tensor:
-    # Only small odd-sized tensors lie at other addresses; large ones are aligned when written.
-    if view.ctypes.data % ALIGNMENT:
-        return tvm.runtime.tensor(view)
-    return tvm.runtime.from_dlpack(view)
+    # Large tensors lie aligned in the file and are not copied; small odd-sized ones may be.
+    return [from_numpy(files[w.file].view(w)) for w in manifest.weights]
 
 
 class _Mapped:

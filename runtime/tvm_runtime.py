@@ -1,0 +1,84 @@
+"""The part of TVM that runs artifacts: its runtime libraries through tvm_ffi, without `import tvm`.
+
+The whole Python package with its 250 MB compiler library takes two seconds to import; a server needs neither.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmc.errors import ArtifactError
+
+ALIGNMENT = 64  # bytes: what kernels assume of every argument
+_LIBRARIES = ("tvm_runtime", "tvm_runtime_extra")  # the Relax VM lives in the second
+_POOLED_ALLOCATOR = 2  # tvm.relax.VirtualMachine.POOLED_ALLOCATOR
+
+
+@cache
+def tvm_ffi() -> Any:  # noqa: ANN401 - a module without type information
+    """The module tvm_ffi, with TVM's runtime libraries loaded.
+
+    tvm_ffi imports torch where it is installed, for the sake of a conflict on Windows: a second that the engine
+    does not have, so torch is hidden from it unless it is loaded already.
+    """
+    hidden = "torch" not in sys.modules and sys.platform != "win32"
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        import tvm_ffi as module
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    folder = _library_folder()
+    suffix = ".dylib" if sys.platform == "darwin" else ".so"
+    for name in _LIBRARIES:
+        ctypes.CDLL(str(folder / f"lib{name}{suffix}"), ctypes.RTLD_GLOBAL)
+    return module
+
+
+def _library_folder() -> Path:
+    spec = importlib.util.find_spec("tvm")
+    if spec is None or not spec.submodule_search_locations:
+        raise ArtifactError("TVM is not installed", hint="pip install llmc")
+    return Path(spec.submodule_search_locations[0]) / "lib"
+
+
+def load_vm(library: Path, device: Any) -> Any:  # noqa: ANN401
+    """The Relax VM of a compiled library, ready on `device` (CPU tensors included)."""
+    module = tvm_ffi().load_module(str(library))
+    vm = module["vm_load_executable"]()
+    settings = [device.dlpack_device_type(), device.index, _POOLED_ALLOCATOR]
+    cpu = tvm_ffi().device("cpu", 0)
+    if settings[0] != cpu.dlpack_device_type():
+        settings += [cpu.dlpack_device_type(), 0, _POOLED_ALLOCATOR]
+    vm["vm_initialization"](*settings)
+    return vm
+
+
+def empty(shape: tuple[int, ...], dtype: str, device: Any) -> Any:  # noqa: ANN401
+    """An uninitialized tensor on `device`; its pages are touched only when they are written."""
+    allocate = tvm_ffi().get_global_func("runtime.TVMTensorAllocWithScope")
+    return allocate(tvm_ffi().Shape(shape), tvm_ffi().dtype(dtype), device, None)
+
+
+def from_numpy(array: npt.NDArray[Any]) -> Any:  # noqa: ANN401
+    """A CPU tensor over the array's memory, or over a copy where that is not aligned."""
+    if array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous:
+        array = _aligned_copy(array)
+    return tvm_ffi().from_dlpack(array)
+
+
+def _aligned_copy(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    raw = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    begin = -raw.ctypes.data % ALIGNMENT
+    copy = raw[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
