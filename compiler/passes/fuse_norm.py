@@ -13,7 +13,7 @@ import tvm
 from tvm import relax
 
 from llmc import dialect
-from llmc.compiler.rewriter import Expr, Scope, apply_rule, op_args, scalar
+from llmc.compiler.rewriter import Expr, Scope, apply_rule, op_args, scalar, static_shape
 
 
 def fuse_norm(mod: tvm.IRModule) -> tvm.IRModule:
@@ -31,7 +31,8 @@ def _rewrite(call: Expr, scope: Scope) -> Expr | None:
             continue
         x, eps = found
         plain, offset = _weight(weight, scope)
-        if len(plain.ty.shape) == 1:
+        # Kernels take rows `[1, T, E]` or heads `[1, T, H, D]`, and a factor for each feature.
+        if len(x.ty.shape) in (3, 4) and static_shape(plain) == [static_shape(x)[-1]]:
             return _emit(dialect.RmsNorm(eps=eps, offset=offset), x, plain, scope)
     return None
 
