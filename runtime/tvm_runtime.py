@@ -1,6 +1,7 @@
 """The part of TVM that runs artifacts: its runtime libraries through tvm_ffi, without `import tvm`.
 
-The whole Python package with its 250 MB compiler library takes two seconds to import; a server needs neither.
+The whole Python package with its 250 MB compiler library takes two seconds to import; a server
+needs neither.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ _POOLED_ALLOCATOR = 2  # tvm.relax.VirtualMachine.POOLED_ALLOCATOR
 def tvm_ffi() -> Any:  # noqa: ANN401 - a module without type information
     """The module tvm_ffi, with TVM's runtime libraries loaded.
 
-    tvm_ffi imports torch where it is installed, for the sake of a conflict on Windows: a second that the engine
-    does not have, so torch is hidden from it unless it is loaded already.
+    tvm_ffi imports torch where it is installed, for the sake of a conflict on Windows: a second
+    that the engine does not have, so torch is hidden from it unless it is loaded already.
     """
     hidden = "torch" not in sys.modules and sys.platform != "win32"
     if hidden:

@@ -14,7 +14,6 @@ from llmc.errors import ArtifactError
 from llmc.runtime.tvm_runtime import from_numpy
 
 
-
 def load_weights(directory: Path, manifest: Manifest) -> list[Any]:
     """The weights in argument order; raises ArtifactError where file and manifest disagree."""
     files = {

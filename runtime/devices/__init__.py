@@ -27,8 +27,8 @@ DEVICES: dict[str, Device] = {
 def choose_variant(manifest: Manifest, kind: str) -> Variant:
     """The first variant for `kind` whose features this machine has.
 
-    Raises UsageError for an unknown kind and ArtifactError, with what is missing, where none fits: code for a
-    missing feature would kill the process at its first instruction.
+    Raises UsageError for an unknown kind and ArtifactError, with what is missing, where none fits:
+    code for a missing feature would kill the process at its first instruction.
     """
     if kind not in DEVICES:
         raise UsageError(f"unknown device {kind!r}", hint=f"known: {', '.join(DEVICES)}")

@@ -1,4 +1,4 @@
-"""Small random models of ten architectures: compiled logits against transformers, eager, float32."""
+"""Small random models of ten architectures: compiled logits against transformers' in float32."""
 
 from pathlib import Path
 
