@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 
+from llmc.models.parameters import empty_model
 from llmc.models.source import ModelSource
-from llmc.models.trace import build_empty
 from llmc.reference import Reference, ReferencePrompt
 
 PROMPT_TOKENS = 40
@@ -87,7 +87,9 @@ def _logprobs(
     source: ModelSource, ids: npt.NDArray[np.int64], values: Values
 ) -> npt.NDArray[np.float32]:
     """Log-probabilities `[n, T, V]` float32 of the reference implementation."""
-    model = build_empty(source.config, attn_implementation="eager", experts_implementation="eager")
+    model = empty_model(
+        source.config, attn_implementation="eager", experts_implementation="eager"
+    ).model
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), name)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -64,15 +67,17 @@ def config_from_dict(fields: Mapping[str, Any], where: str) -> PreTrainedConfig:
         ) from exc
 
 
-def empty_model(config: PreTrainedConfig) -> EmptyModel:
-    """Builds the causal language model of `config` without memory for its weights.
+def empty_model(config: PreTrainedConfig, **implementations: str) -> EmptyModel:
+    """Builds the causal language model of `config` in float32 without memory for its weights.
 
-    Raises UnsupportedError where transformers has no such model, ImportModelError where the config
+    Parameters are on the meta device, buffers hold their values (rotary frequencies are computed
+    when a model is built). `implementations` go to transformers (`attn_implementation=…`). Raises
+    UnsupportedError where transformers has no such model, ImportModelError where the config
     contradicts itself.
     """
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        with _LargeOnMeta(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **implementations)
     except ValueError as exc:
         if "Unrecognized configuration class" not in str(exc):
             raise _unbuildable(config, exc) from exc
@@ -82,6 +87,8 @@ def empty_model(config: PreTrainedConfig) -> EmptyModel:
         ) from exc
     except (TypeError, RuntimeError, AttributeError, KeyError, ZeroDivisionError) as exc:
         raise _unbuildable(config, exc) from exc
+    model.tie_weights()
+    model.eval()
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -101,6 +108,31 @@ def empty_model(config: PreTrainedConfig) -> EmptyModel:
                 name=name, shape=tuple(buffer.shape), aliases=(name,), required=False
             )
     return EmptyModel(model=model, tensors=expected)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Sends large new tensors to the meta device: only parameters are large.
+
+    init_empty_weights moves parameters there once they exist, too late for a stack of experts.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever func returns
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES and kwargs.get("device") is None:
+            size = args[0] if args and isinstance(args[0], tuple | list) else args
+            if all(isinstance(n, int) for n in size) and math.prod(size) >= _LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand)
+_LARGE = 1 << 20  # elements
 
 
 def _unbuildable(config: PreTrainedConfig, exc: Exception) -> ImportModelError:

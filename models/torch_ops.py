@@ -97,11 +97,15 @@ def _attention_function(
     """What transformers' attention layers call under `attn_implementation="llmc"`."""
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedError(
-            f"{type(module).__name__} attends to later tokens: only decoders can be compiled"
+            f"{type(module).__name__} attends to later tokens",
+            hint="only decoders, whose tokens see those before them, can be compiled",
         )
     layer = getattr(module, "layer_idx", None)
     if layer is None:
-        raise UnsupportedError(f"{type(module).__name__} does not say which layer it is")
+        raise UnsupportedError(
+            f"{type(module).__name__} does not say which layer it is",
+            hint="its attention needs the attribute layer_idx that transformers' decoders have",
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attention(
         query, key, value, s_aux, layer, float(scale), sliding_window or 0, softcap or 0.0

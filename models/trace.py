@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 import tvm
-from accelerate import init_empty_weights
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from llmc import dialect
 from llmc.errors import UnsupportedError
 from llmc.models import torch_ops
+from llmc.models.parameters import empty_model
 
 # Operators that stay whole because a Relax operator of the same meaning exists.
 _KEPT_WHOLE = (
@@ -60,7 +60,7 @@ def trace(config: PreTrainedConfig) -> Trace:
     """
     torch_ops.register()
     with _quiet():
-        model = _build_empty(config)
+        model = _fake_model(config)
         program = _export(model, config)
         importer = _Importer()
         try:
@@ -89,30 +89,13 @@ def trace(config: PreTrainedConfig) -> Trace:
     )
 
 
-def build_empty(config: PreTrainedConfig, **implementations: str) -> torch.nn.Module:
-    """The model of `config` for evaluation, parameters on the meta device, buffers real."""
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=False, **implementations
-            )
-    except (ValueError, KeyError, AttributeError, ImportError, TypeError) as exc:
-        raise UnsupportedError(
-            f"{config.model_type}: transformers cannot build this as a causal language model: "
-            f"{_first_line(exc)}",
-            hint="only decoders that AutoModelForCausalLM knows can be compiled",
-        ) from exc
-    model.tie_weights()
-    return model.eval()  # type: ignore[no-any-return]
-
-
-def _build_empty(config: PreTrainedConfig) -> torch.nn.Module:
+def _fake_model(config: PreTrainedConfig) -> torch.nn.Module:
     """The model with fake CPU parameters, which torch.export wants instead of meta ones."""
-    model = build_empty(
+    model: torch.nn.Module = empty_model(
         config,
         attn_implementation=torch_ops.IMPLEMENTATION,
         experts_implementation=torch_ops.IMPLEMENTATION,
-    )
+    ).model
     replaced: dict[int, torch.nn.Parameter] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
