@@ -110,7 +110,7 @@ def empty_model(config: PreTrainedConfig, **implementations: str) -> EmptyModel:
     return EmptyModel(model=model, tensors=expected)
 
 
-class _LargeOnMeta(TorchFunctionMode):
+class _LargeOnMeta(TorchFunctionMode):  # type: ignore[misc] # torch is untyped
     """Sends large new tensors to the meta device: only parameters are large.
 
     init_empty_weights moves parameters there once they exist, too late for a stack of experts.
