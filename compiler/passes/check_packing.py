@@ -9,6 +9,7 @@ is an UnsupportedError that names it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import tvm
 from tvm import relax
@@ -35,6 +36,9 @@ def _operators(names: str) -> frozenset[str]:
 _ELEMENTWISE = _operators(_ELEMENTWISE_NAMES)
 _REDUCTIONS = _operators(_REDUCTION_NAMES)
 _ALONG_ONE_AXIS = _operators(_ONE_AXIS_NAMES)
+# Make a tensor [.., T, ..] from nothing that has T, every token's part alike. arange does not: it
+# counts along the packed axis, across sequences.
+_CONSTANTS = _operators("broadcast_to full ones zeros")
 
 
 def check_packing(mod: tvm.IRModule) -> tvm.IRModule:
@@ -42,38 +46,53 @@ def check_packing(mod: tvm.IRModule) -> tvm.IRModule:
     for _, func in relax_functions(mod):
         tokens = func.params[0].ty.shape[-1]
         rows = func.params[2].ty.shape[0]
-        for binding in bindings(func):
-            value = binding.value
-            if isinstance(value, relax.Call) and dialect.operator_name(value) is None:
-                _check(value, tokens, rows)
+        values = {b.var: b.value for b in bindings(func)}
+        for value in values.values():
+            if isinstance(value, relax.Call):
+                for axis in (tokens, rows):
+                    _check(value, axis, rows, values)
     return mod
 
 
-def _check(call: relax.Call, tokens: tvm.ir.Expr, rows: tvm.ir.Expr) -> None:
+def _check(
+    call: relax.Call, tokens: tvm.ir.Expr, rows: tvm.ir.Expr, values: dict[relax.Var, Expr]
+) -> None:
+    """Checks one call for one of the two axes of tokens: T itself, or the rows L taken from it."""
+    found = dialect.match_any(call)
+    if found is not None:
+        x = found.operands.get("x")
+        if x is not None and _depends_on(x.ty.shape[-1], tokens):
+            _raise(f"llmc.{found.op.name}", x)
+        return
     name = call.op.name if isinstance(call.op, tvm.ir.Op) else str(call.op)
-    operands = [a for a in _tensors(call) if _token_axes(a, tokens)]
+    operands = [a for a in _tensors(call, values) if _token_axes(a, tokens)]
+    if not operands and name not in _CONSTANTS and _token_axes(call, tokens):
+        _raise(name, call)
     if not operands or (name in _ELEMENTWISE and _keeps_alignment(operands)):
         return
     for x in operands:
         axes = _token_axes(x, tokens)
         if not _SAFE.get(name, _refuse)(call, x, axes, tokens, rows):
-            raise UnsupportedError(
-                f"operator {name} on {_describe(x)} mixes the tokens of different sequences "
-                "(or is not known not to)",
-                hint="models whose layers look at neighbouring tokens outside attention "
-                "are not supported",
-            )
+            _raise(name, x)
 
 
-def _tensors(call: relax.Call) -> list[Expr]:
+def _raise(name: str, x: Expr) -> NoReturn:
+    raise UnsupportedError(
+        f"operator {name} on {_describe(x)} mixes the tokens of different sequences "
+        "(or is not known not to)",
+        hint="models whose layers look at neighbouring tokens outside attention are not supported",
+    )
+
+
+def _tensors(call: relax.Call, values: dict[relax.Var, Expr]) -> list[Expr]:
     """The tensor operands of a call, those in tuples included."""
     found: list[Expr] = []
     for argument in call.args:
-        ty = getattr(argument, "ty", None)
-        if isinstance(ty, relax.TensorType):
+        value = values.get(argument, argument) if isinstance(argument, relax.Var) else argument
+        if isinstance(value, relax.Tuple):
+            found += [f for f in value.fields if isinstance(f.ty, relax.TensorType)]
+        elif isinstance(getattr(argument, "ty", None), relax.TensorType):
             found.append(argument)
-        elif isinstance(argument, relax.Tuple):
-            found += [f for f in argument.fields if isinstance(f.ty, relax.TensorType)]
     return found
 
 
@@ -82,6 +101,9 @@ def _depends_on(extent: tvm.ir.Expr, var: tvm.ir.Expr) -> bool:
 
 
 def _token_axes(x: Expr, tokens: tvm.ir.Expr) -> list[int]:
+    """The axes whose extent depends on `tokens`; none for what is not a tensor."""
+    if not isinstance(x.ty, relax.TensorType):
+        return []
     return [i for i, extent in enumerate(x.ty.shape) if _depends_on(extent, tokens)]
 
 
@@ -177,4 +199,9 @@ _SAFE: dict[str, Check] = {
 
 
 def _describe(x: Expr) -> str:
-    return f"a tensor {tuple(str(e) for e in x.ty.shape)}"
+    """The tensor as a message shows it, such as [1, T, 64]."""
+    extents = [
+        str(int(e)) if isinstance(e, tvm.tirx.IntImm) else getattr(e, "name", str(e))
+        for e in x.ty.shape
+    ]
+    return f"a tensor [{', '.join(extents)}]"
