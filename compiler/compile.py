@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +20,8 @@ from tvm import relax
 import llmc
 from llmc import artifact
 from llmc.compiler import weight_plan
+from llmc.compiler.interrupt import interruptible
+from llmc.compiler.new_folder import new_folder
 from llmc.compiler.passes.dispatch import RULE
 from llmc.compiler.passes.lower_attention import Caches, caches_of
 from llmc.compiler.pipeline import (
@@ -107,8 +106,9 @@ def compile_model(
     with timer.phase("open"):
         model = open_source(str(source))
     title = name or model.name
+    length = _context_length(model, context_length)
     where = Path(out) if out is not None else Path("dist") / _folder_name(title, quant, target)
-    with _new_folder(where, force) as folder:
+    with interruptible(), new_folder(where, force=force) as folder:
         bounds = StepBounds(
             max_tokens=max_batch_tokens,
             max_sequences=min(max_sequences, max_batch_tokens),
@@ -129,7 +129,7 @@ def compile_model(
         with timer.phase("package"):
             _write_tokenizer(folder, model)
             manifest = _manifest(
-                title, model, traced, scheme, target, device, bounds, built, weights, context_length
+                title, model, traced, scheme, device, bounds, built, weights, length
             )
             manifest = replace(manifest, files=_hashes(folder))
             (folder / artifact.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
@@ -177,10 +177,10 @@ def _build(
         caches = caches_of(mod)
         kernels = _kernel_infos(mod)
         with timer.phase("codegen"):
-            planned = lower_to_vm(mod)
+            planned = _guarded("plan", lower_to_vm, mod)
             workspace = {g.name_hint: planned_bytes(f) for g, f in relax_functions(planned)}
             dump.write("planned", planned)
-            executable = _codegen(lower_memory(planned), target)
+            executable = _codegen(_guarded("lower", lower_memory, planned), target)
     return _Built(
         executable=executable,
         arguments=arguments(list(first.params), plan),
@@ -201,7 +201,7 @@ def _guarded(
         raise
     except (RuntimeError, TypeError, ValueError) as exc:
         raise CompileError(
-            f"phase {phase} failed: {str(exc).strip().splitlines()[-1][:400]}",
+            f"phase {phase} failed: {_first_line(exc)}",
             hint="--dump-ir DIR writes the IR before it",
         ) from exc
 
@@ -212,8 +212,14 @@ def _codegen(mod: tvm.IRModule, target: Target) -> tvm.runtime.Executable:
             return relax.build(mod, target=target.tvm_target, relax_pipeline=None)
         except RuntimeError as exc:
             raise CompileError(
-                f"code generation failed: {str(exc).strip().splitlines()[-1][:400]}"
+                f"code generation failed: {_first_line(exc)}",
+                hint="--dump-ir DIR writes the IR before it",
             ) from exc
+
+
+def _first_line(exc: Exception) -> str:
+    """What TVM says before it prints the whole module."""
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:400]
 
 
 def _kernel_infos(mod: tvm.IRModule) -> list[artifact.KernelInfo]:
@@ -238,12 +244,11 @@ def _manifest(
     model: ModelSource,
     traced: Trace,
     scheme: Scheme,
-    target_spec: str,
     target: Target,
     bounds: StepBounds,
     built: _Built,
     weights: list[artifact.WeightTensor],
-    context_length: int | None,
+    context_length: int,
 ) -> artifact.Manifest:
     caches = [
         artifact.CacheTensor(
@@ -315,26 +320,32 @@ def _entry_points(bounds: StepBounds, built: _Built) -> list[artifact.EntryPoint
     return sorted(entries, key=lambda e: e.max_tokens)
 
 
-def _model_info(
-    title: str, model: ModelSource, traced: Trace, built: _Built, context_length: int | None
-) -> artifact.ModelInfo:
-    config = model.config
-    limit = getattr(config, "max_position_embeddings", None)
-    if context_length is not None and limit is not None and context_length > limit:
+def _context_length(model: ModelSource, wanted: int | None) -> int:
+    """Tokens of one sequence: those asked for, or the model's own limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if wanted is not None and limit is not None and wanted > limit:
         raise UsageError(
-            f"context of {context_length} tokens exceeds the model's {limit}",
+            f"context of {wanted} tokens exceeds the model's {limit}",
             hint="positions beyond the trained ones give nonsense",
         )
-    length = context_length or limit
+    length = wanted or limit
     if not isinstance(length, int):
         raise UsageError(
-            f"{config.model_type} does not state its context length", hint="give --context TOKENS"
+            f"{model.config.model_type} does not state its context length",
+            hint="give --context TOKENS",
         )
+    return length
+
+
+def _model_info(
+    title: str, model: ModelSource, traced: Trace, built: _Built, context_length: int
+) -> artifact.ModelInfo:
+    config = model.config
     return artifact.ModelInfo(
         name=title,
         architecture=config.model_type,
         vocab_size=built.vocab_size,
-        context_length=length,
+        context_length=context_length,
         hidden_size=int(config.hidden_size),
         num_layers=int(config.num_hidden_layers),
         num_parameters=traced.num_parameters,
@@ -381,40 +392,6 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def _folder_name(title: str, quant: str, target: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{title}-{quant}-{target}").lower()
-
-
-@contextmanager
-def _new_folder(where: Path, force: bool) -> Iterator[Path]:
-    """A folder beside `where` that takes its place when all went well, and vanishes otherwise."""
-    if where.exists() and not force:
-        raise UsageError(f"{where} exists", hint="--force overwrites it")
-    if where.exists() and not (where / artifact.MANIFEST_FILE).is_file():
-        raise UsageError(
-            f"{where} is not an artifact: it will not be overwritten", hint="choose another folder"
-        )
-    try:
-        where.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{where.name}-", dir=where.parent))
-    except OSError as exc:
-        raise UsageError(
-            f"{where} cannot be written: {exc.strerror}", hint="choose another folder with -o"
-        ) from exc
-    try:
-        yield folder
-        folder.chmod(0o777 & ~_umask())
-        if where.exists():
-            shutil.rmtree(where)
-        folder.rename(where)
-    except OSError as exc:
-        raise CompileError(f"writing {where} failed: {exc}") from exc
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class _Dump:

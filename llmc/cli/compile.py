@@ -24,7 +24,11 @@ _COMPILE_EXTRA = ("accelerate", "gguf", "huggingface_hub", "onnx", "torch", "tra
 @click.command("compile")
 @click.argument("source")
 @click.option("--target", default="cpu", help="Device to compile for; `llmc targets` lists them.")
-@click.option("--quant", default="f32", help="Weight format: f32, w8a16, w4a16-g32, gguf, …")
+@click.option(
+    "--quant",
+    default="f32",
+    help="Weight format: f32, f16, w8a16, w4a16-g32, … or keep, the source's own.",
+)
 @click.option(
     "-o",
     "--out",

@@ -85,8 +85,9 @@ def invoke(arguments: Sequence[str]) -> int:
     except Exception as exc:
         if os.environ.get("LLMC_DEBUG") == "1":
             raise
+        first = (str(exc).strip().splitlines() or [""])[0]  # TVM prints whole modules
         _explain(
-            f"{type(exc).__name__}: {exc}",
+            f"{type(exc).__name__}: {first[:400]}",
             "this is a bug in llmc; LLMC_DEBUG=1 shows where it happened",
         )
         return EXIT_BUG

