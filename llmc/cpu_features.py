@@ -27,9 +27,7 @@ def host_features() -> frozenset[str]:
 def _macos_features() -> frozenset[str]:
     names = []
     for key in ("machdep.cpu.features", "machdep.cpu.leaf7_features"):
-        result = subprocess.run(
-            ["sysctl", "-n", key], capture_output=True, text=True, check=False
-        )
+        result = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, check=False)
         names += result.stdout.lower().split()
     return frozenset(n.replace("avx1.0", "avx") for n in names)
 
