@@ -11,6 +11,9 @@ Stands first. After it:
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import tvm
 from tvm import relax
 
@@ -68,8 +71,8 @@ def _split_piece(item: Expr, scope: Scope) -> Expr | None:
         return None
     sections = source.attrs.indices_or_sections
     if isinstance(sections, tvm.tirx.IntImm | int):
-        width = extent // int(sections)
-        cuts = list(range(0, extent + 1, width))
+        width = -(-extent // int(sections))  # the last piece is the smaller one
+        cuts = [min(i * width, extent) for i in range(int(sections) + 1)]
     else:
         cuts = [0, *(int(c) for c in sections), extent]
     return slice_axis(x, axis, cuts[item.index], cuts[item.index + 1])
@@ -91,10 +94,11 @@ def slice_bounds(expr: Expr) -> tuple[Expr, int, int, int] | None:
         return None
     axis = int(axes[0]) % len(x.ty.shape)
     extent = static_shape(x)[axis]
-    if extent is None:
+    if extent is None or not all(isinstance(v[0], tvm.tirx.IntImm) for v in (begins, ends)):
         return None
-    begin, end = (int(v) + (extent if int(v) < 0 else 0) for v in (begins[0], ends[0]))
-    return x, axis, begin, min(end, extent)
+    given = (int(v[0]) for v in (begins, ends))
+    begin, end = (min(max(v + extent if v < 0 else v, 0), extent) for v in given)
+    return x, axis, begin, max(begin, end)
 
 
 def _slice(call: Expr, scope: Scope) -> Expr | None:
@@ -108,7 +112,7 @@ def _slice(call: Expr, scope: Scope) -> Expr | None:
     inner = slice_bounds(scope.value(x))
     if inner is not None and inner[1] == axis:
         return slice_axis(inner[0], axis, inner[2] + begin, inner[2] + end)
-    if int(call.args[3][0]) != end:
+    if (int(call.args[2][0]), int(call.args[3][0])) != (begin, end):
         return slice_axis(x, axis, begin, end)
     return None
 
@@ -121,11 +125,13 @@ def _concat(call: Expr, scope: Scope) -> Expr | None:
     pieces = scope.value(args[0])
     if not isinstance(pieces, relax.Tuple):
         return None
-    kept = [p for p in pieces.fields if 0 not in static_shape(p)]
-    if len(kept) == len(pieces.fields):
-        return None
     axis = call.attrs.axis
-    return kept[0] if len(kept) == 1 else relax.op.concat(kept, int(axis))
+    kept = [p for p in pieces.fields if 0 not in static_shape(p)]
+    if axis is None or not kept:
+        return None
+    if len(kept) == 1:
+        return kept[0]
+    return None if len(kept) == len(pieces.fields) else relax.op.concat(kept, int(axis))
 
 
 def _cast(call: Expr, scope: Scope) -> Expr | None:
@@ -183,7 +189,7 @@ def _multiply_by_one(call: Expr, scope: Scope) -> Expr | None:
 def _power(call: Expr, scope: Scope) -> Expr | None:
     """power(x, 2) and power(x, 3) become products: pow is a library call an element."""
     args = op_args(call, "relax.power")
-    if args is None:
+    if args is None or not same_shape(args[0], call):
         return None
     exponent = scalar(args[1])
     if exponent == 2.0:
@@ -202,12 +208,17 @@ def _matmul(call: Expr, scope: Scope) -> Expr | None:
     transposed = True
     source = scope.value(weight)
     inner = op_args(source, "relax.permute_dims")
-    if inner is not None and len(inner[0].ty.shape) == 2:
+    if inner is not None and _swaps_two_axes(source):
         weight, transposed = inner[0], False
         source = scope.value(weight)
     if not is_parameter(source) or len(weight.ty.shape) != 2:
         return None
     return dialect.Linear(transposed=transposed).call(x, weight)
+
+
+def _swaps_two_axes(permutation: relax.Call) -> bool:
+    axes = permutation.attrs.axes
+    return len(permutation.ty.shape) == 2 and (axes is None or [int(a) % 2 for a in axes] == [1, 0])
 
 
 def is_parameter(value: Expr) -> bool:
@@ -216,22 +227,17 @@ def is_parameter(value: Expr) -> bool:
 
 
 def _linear_rank(call: Expr, scope: Scope) -> Expr | None:
-    """linear on `[T, K]` -> reshape(linear(reshape(x, [1, T, K])))."""
+    """linear on `[T, K]` or `[1, T, H, K]` -> reshape(linear(reshape(x, [1, rows, K])))."""
     found = dialect.Linear.match(call)
-    if found is None or len(found[1]["x"].ty.shape) != 2:
+    if found is None or "residual" in found[1]:
         return None
     op, operands = found
-    tokens, features = operands["x"].ty.shape
-    x = scope.value(operands["x"])
-    inner = op_args(x, "relax.reshape")
-    wanted = relax.ShapeExpr([1, tokens, features])
-    if inner is not None and len(inner[0].ty.shape) == 3:
-        x3 = inner[0]
-    else:
-        x3 = scope.emit(relax.op.reshape(operands["x"], wanted))
-    if len(x3.ty.shape) != 3 or static_shape(x3)[0] != 1:
-        x3 = scope.emit(relax.op.reshape(operands["x"], wanted))
-    product = scope.emit(op.call(x3, operands["weight"], operands.get("bias")))
+    *lead, features = operands["x"].ty.shape
+    if len(lead) == 2:
+        return None
+    rows = functools.reduce(operator.mul, lead, tvm.tirx.const(1, "int64"))
+    x = scope.emit(relax.op.reshape(operands["x"], relax.ShapeExpr([1, rows, features])))
+    product = scope.emit(op.call(x, operands["weight"], operands.get("bias")))
     return relax.op.reshape(product, relax.ShapeExpr(list(call.ty.shape)))
 
 
@@ -245,16 +251,14 @@ def _take(call: Expr, scope: Scope) -> Expr | None:
         return None
     weight, ids = args
     table = is_parameter(scope.value(weight)) and len(weight.ty.shape) == 2
-    if not table or int(call.attrs.axis) != 0 or len(ids.ty.shape) != 1:
+    ids_shape = static_shape(ids)
+    if table and int(call.attrs.axis) == 0 and len(ids_shape) == 2 and ids_shape[0] == 1:
+        return dialect.Embedding().call(ids, weight)
+    if not table or int(call.attrs.axis) != 0 or len(ids_shape) != 1:
         if call.attrs.mode == "clip":
             return None
         return relax.op.take(weight, ids, int(call.attrs.axis), mode="clip")
-    flat = relax.ShapeExpr([1, ids.ty.shape[0]])
-    inner = op_args(scope.value(ids), "relax.reshape")
-    if inner is not None and len(inner[0].ty.shape) == 2:
-        row = inner[0]
-    else:
-        row = scope.emit(relax.op.reshape(ids, flat))
+    row = scope.emit(relax.op.reshape(ids, relax.ShapeExpr([1, ids.ty.shape[0]])))
     rows = scope.emit(dialect.Embedding().call(row, weight))
     return relax.op.reshape(rows, relax.ShapeExpr(list(call.ty.shape)))
 
@@ -264,6 +268,8 @@ def _layer_norm(call: Expr, scope: Scope) -> Expr | None:
     if args is None or [int(a) % len(call.ty.shape) for a in call.attrs.axes] != [
         len(call.ty.shape) - 1
     ]:
+        return None
+    if len(call.ty.shape) != 3:  # what kernels take: rows `[1, T, E]`
         return None
     return dialect.LayerNorm(eps=float(call.attrs.epsilon)).call(*args)
 

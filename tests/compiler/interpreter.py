@@ -68,10 +68,10 @@ def _evaluate(expr: relax.Expr, env: dict, extents: dict) -> object:
 
 
 def _extent(value: tvm.ir.Expr, extents: dict) -> int:
-    bound = tvm.tirx.stmt_functor.substitute(
-        value, {v: tvm.tirx.const(e, "int64") for v, e in extents.items()}
-    )
-    return int(tvm.sym.Analyzer().simplify(bound))
+    analyzer = tvm.sym.Analyzer()
+    for var, extent in extents.items():
+        analyzer.bind(var, tvm.tirx.const(extent, "int64"))
+    return int(analyzer.simplify(value))
 
 
 def _axes(attrs: object) -> tuple[int, ...] | None:
