@@ -89,8 +89,8 @@ def graph_phases(
         )
 
     phases: list[tuple[str, list[Phase]]] = [
-        ("canonicalize", [canonicalize, check_packing]),
-        ("rewrite-gqa", [rewrite_gqa]),
+        ("canonicalize", [canonicalize]),
+        ("rewrite-gqa", [rewrite_gqa, check_packing]),
         ("quantize", [lambda mod: quantize(mod, choose)]),
         ("fuse-projections", [fuse_projections]),
         ("recover", [fuse_norm, fuse_rope, canonicalize, fuse_gated_activation]),
@@ -121,8 +121,8 @@ def _fuse_rest(mod: tvm.IRModule) -> tvm.IRModule:
     passes = tvm.transform.Sequential(
         [
             relax.transform.LegalizeOps(),
-            relax.transform.RewriteDataflowReshape(),
             relax.transform.ConvertToDataflow(),
+            relax.transform.RewriteDataflowReshape(),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
