@@ -146,6 +146,10 @@ def static_shape(expr: Expr) -> list[int | None]:
 
 def same_shape(a: Expr, b: Expr) -> bool:
     """Whether two tensors provably have one shape."""
-    return len(a.ty.shape) == len(b.ty.shape) and all(
-        tvm_ffi.structural_equal(x, y) for x, y in zip(a.ty.shape, b.ty.shape, strict=True)
-    )
+    rank = len(a.ty.shape)
+    return rank == len(b.ty.shape) and all(same_extent(a, b, axis) for axis in range(rank))
+
+
+def same_extent(a: Expr, b: Expr, axis: int) -> bool:
+    """Whether two tensors are provably equally long along `axis`."""
+    return bool(tvm_ffi.structural_equal(a.ty.shape[axis], b.ty.shape[axis]))

@@ -1,6 +1,6 @@
 """Proves that packing sequences along T is sound: no operator but attention mixes tokens.
 
-Stands after canonicalize, before T gets any meaning. Every operator that touches a tensor with the
+Stands after rewrite_gqa, before T gets any meaning. Every operator that touches a tensor with the
 axis T must be elementwise in it, or one whose treatment of axes is known and leaves T alone. An
 operator that reduces, shifts, scans or convolves along T, and any operator this file does not know,
 is an UnsupportedError that names it.

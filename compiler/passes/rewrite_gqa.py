@@ -10,16 +10,21 @@ Source: Ainslie et al., GQA, 2023.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import tvm
 from tvm import relax
 
 from llmc import dialect
-from llmc.compiler.rewriter import Expr, Scope, apply_rule, op_args, static_shape
+from llmc.compiler.rewriter import Expr, Scope, apply_rule, op_args, same_extent, static_shape
+
+_HEADS_FIRST = [0, 2, 1, 3]
 
 
 def rewrite_gqa(mod: tvm.IRModule) -> tvm.IRModule:
     """Turns causal `nn.attention` into `llmc.attention`; removes repeated heads before either."""
-    layers = iter(range(1 << 30))
+    layers = itertools.count()
 
     def recover(call: Expr, scope: Scope) -> Expr | None:
         return _recover(call, scope, layers)
@@ -27,22 +32,30 @@ def rewrite_gqa(mod: tvm.IRModule) -> tvm.IRModule:
     return apply_rule(apply_rule(mod, recover), _rewrite)
 
 
-def _recover(call: Expr, scope: Scope, layers: object) -> Expr | None:
-    """relax.nn.attention on `[1, T, H, D]` with a causal mask; attention with a bias is left."""
+def _recover(call: Expr, scope: Scope, layers: Iterator[int]) -> Expr | None:
+    """relax.nn.attention on `[1, T, H, D]` with a causal mask; bias or window: left alone."""
     args = op_args(call, "relax.nn.attention")
-    if args is None or call.attrs.causal_mask != "TopLeft":
+    if args is None or call.attrs.causal_mask != "TopLeft" or call.attrs.window_size is not None:
         return None
-    heads_first = [scope.emit(relax.op.permute_dims(x, [0, 2, 1, 3])) for x in args[:3]]
-    head_dim = static_shape(args[0])[3]
+    query, key, _ = args
+    if static_shape(query)[0] != 1 or not same_extent(query, key, 1):
+        return None
+    head_dim = static_shape(query)[3]
     scale = call.attrs.scale
-    if scale is None:
-        if head_dim is None:
-            return None
-        value = head_dim**-0.5
-    else:
-        value = float(scale)
-    op = dialect.Attention(layer=next(layers), scale=value)  # type: ignore[call-overload]
-    return op.call(*heads_first)
+    if scale is None and head_dim is None:
+        return None
+    value = float(scale) if scale is not None else float(head_dim or 0) ** -0.5
+    op = dialect.Attention(layer=next(layers), scale=value)
+    return op.call(*(_heads_first(x, scope) for x in args))
+
+
+def _heads_first(x: Expr, scope: Scope) -> Expr:
+    """`[1, T, H, D]` -> `[1, H, T, D]`, or what was transposed to give x."""
+    value = scope.value(x)
+    inner = op_args(value, "relax.permute_dims")
+    if inner is not None and [int(a) for a in value.attrs.axes or ()] == _HEADS_FIRST:
+        return inner[0]
+    return scope.emit(relax.op.permute_dims(x, _HEADS_FIRST))
 
 
 def _rewrite(call: Expr, scope: Scope) -> Expr | None:
@@ -73,4 +86,6 @@ def _unrepeated(expr: Expr, scope: Scope) -> tuple[Expr, int] | None:
     wide = static_shape(scope.value(reshaped[0])) if reshaped else []
     if len(before) != 4 or len(after) != 4 or before[1] is None or wide[2] is None:
         return None
-    return (x, wide[2]) if after[1] == before[1] * wide[2] and before[3] == after[3] else None
+    heads = after[1] == before[1] * wide[2]
+    whole = heads and same_extent(x, expr, 2) and same_extent(x, expr, 3)
+    return (x, wide[2]) if whole else None
