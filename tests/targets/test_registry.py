@@ -28,7 +28,12 @@ def test_a_machine_without_the_compile_extra_can_still_run(monkeypatch: pytest.M
 
 
 def test_a_tvm_without_the_parts_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    foreign = registry.TargetEntry(name="x", code_generator="target.build.no_such", device="opencl")
+    foreign = registry.TargetEntry(
+        name="x",
+        code_generator="target.build.no_such",
+        device="opencl",
+        implementation="nowhere:Nothing",
+    )
     monkeypatch.setattr(registry, "TARGETS", {"x": foreign})
     (status,) = registry.list_targets()
     assert not status.can_build
