@@ -7,7 +7,7 @@
 
 PYTHON = python3
 PIP_ARGS =
-PROMPT = What is the capital of France, and what is it known for?
+PROMPT = Explain in two sentences how a compiler differs from an interpreter.
 PYTEST_ARGS =
 
 BIN = .venv/bin
