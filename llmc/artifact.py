@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmc.errors import ArtifactError
-from llmc.strict_json import decode, load_object
+from llmc.strict_json import decode, load_object, read_text
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "llmc.json"
@@ -183,22 +183,26 @@ class Manifest:
             raise ArtifactError(
                 f"{directory}: {what}", hint="give a folder that `llmc compile` wrote"
             )
-        return cls.from_json(path.read_text(encoding="utf-8"))
+        return cls.from_json(read_text(path))
 
     def check_files(self, directory: Path) -> None:
         """Checks every file's SHA-256; raises ArtifactError naming the first that differs."""
-        for name, expected in self.files.items():
-            path = directory / name
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ArtifactError(f"{MANIFEST_FILE}: file name {name!r} leaves the artifact")
-            if not path.is_file():
-                raise ArtifactError(f"{path}: missing", hint="copy the whole artifact folder again")
-            actual = sha256_of(path)
-            if actual != expected:
-                raise ArtifactError(
-                    f"{path}: SHA-256 is {actual[:16]}…, the manifest says {expected[:16]}…",
-                    hint="the file is damaged: copy or compile the artifact again",
-                )
+        for name in self.files:
+            self.check_file(directory, name)
+
+    def check_file(self, directory: Path, name: str) -> None:
+        """Checks the SHA-256 of one of `files`; raises ArtifactError where it differs."""
+        path = directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArtifactError(f"{MANIFEST_FILE}: file name {name!r} leaves the artifact")
+        if not path.is_file():
+            raise ArtifactError(f"{path}: missing", hint="copy the whole artifact folder again")
+        actual, expected = sha256_of(path), self.files[name]
+        if actual != expected:
+            raise ArtifactError(
+                f"{path}: SHA-256 is {actual[:16]}…, the manifest says {expected[:16]}…",
+                hint="the file is damaged: copy or compile the artifact again",
+            )
 
 
 def sha256_of(path: Path) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llmc.artifact import REFERENCE_FILE
 from llmc.errors import ArtifactError
-from llmc.strict_json import decode, load_object
+from llmc.strict_json import decode, load_object, read_text
 
 REFERENCE_SCHEMA_VERSION = 1
 
@@ -61,7 +61,7 @@ class Reference:
         path = directory / REFERENCE_FILE
         if not path.is_file():
             return cls(made=False, reason=f"the artifact has no {REFERENCE_FILE}")
-        return cls.from_json(path.read_text(encoding="utf-8"))
+        return cls.from_json(read_text(path))
 
 
 def _check_prompt(prompt: ReferencePrompt, where: str) -> None:

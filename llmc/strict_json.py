@@ -6,9 +6,21 @@ import dataclasses
 import json
 import types
 import typing
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llmc.errors import ArtifactError
+
+
+def read_text(path: Path) -> str:
+    """The file's text; raises ArtifactError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        raise ArtifactError(
+            f"{path}: not UTF-8 at byte {exc.start}",
+            hint="the file is damaged: copy or compile the artifact again",
+        ) from exc
 
 
 def load_object(text: str, *, file: str, schema_version: int) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.artifact import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, Manifest
-from llmc.errors import ArtifactError, UsageError
+from llmc.errors import UsageError
 from llmc.runtime.chat_template import ChatTemplate
 from llmc.runtime.memory import available_host_bytes, plan_num_pages
 from llmc.runtime.step import StepExecutor
 from llmc.runtime.tokenizer import Tokenizer
+from llmc.strict_json import read_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,10 +90,7 @@ def load_model(
 
 
 def _load_template(path: Path, manifest: Manifest, tokenizer: Tokenizer | None) -> ChatTemplate:
-    try:
-        source = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as exc:
-        raise ArtifactError(f"{path}: not UTF-8", hint="compile the model again") from exc
+    source = read_text(path)
     special_tokens = {"bos_token": "", "eos_token": ""}
     if tokenizer is not None:
         if manifest.model.bos_token_id is not None:

@@ -41,7 +41,13 @@ def prompt_ids(
     if array.size == 0:
         raise RequestError("prompt: got no tokens, expected at least one", param="prompt")
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise RequestError("prompt: expected text or a list of token ids", param="prompt")
+        items = array.ravel().tolist()
+        odd = next((i for i in items if not isinstance(i, int) or abs(i) >= 1 << 63), ids)
+        raise RequestError(
+            f"prompt: {str(odd)[:60]!r}, expected text or a list of token ids from 0 to "
+            f"{vocab_size - 1}",
+            param="prompt",
+        )
     wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
     if wrong.size:
         raise RequestError(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llmc.artifact import EntryPoint, Manifest, VerifyTolerance
+from llmc.artifact import REFERENCE_FILE, EntryPoint, Manifest, VerifyTolerance
 from llmc.errors import ArtifactError, VerifyError
 from llmc.reference import Reference, ReferencePrompt
 
@@ -94,6 +94,8 @@ def verify(
     the artifact or its reference is damaged; wrong numbers are reported, not raised.
     """
     manifest = engine.manifest if engine else Manifest.load(directory)
+    if REFERENCE_FILE in manifest.files:
+        manifest.check_file(directory, REFERENCE_FILE)
     reference = Reference.load(directory)
     if not reference.made:
         return VerifyReport(
