@@ -19,10 +19,13 @@ from llmc.compiler.rewriter import (
     Scope,
     apply_rule,
     bindings,
+    count_uses,
+    op_args,
     relax_functions,
     with_params,
 )
 from llmc.compiler.weight_plan import WeightSpec
+from llmc.errors import UnsupportedError
 
 # (sources, input features, is an embedding or the output projection) -> format name
 Chooser = Callable[[list[str], int, bool], str]
@@ -65,17 +68,27 @@ def quantize(mod: tvm.IRModule, choose: Chooser) -> tvm.IRModule:
 
 
 def _weight_params(func: relax.Function) -> dict[relax.Var, bool]:
-    """Parameters that are the weight of a product -> whether it is stored transposed."""
-    params = set(func.params)
-    found: dict[relax.Var, bool] = {}
+    """Parameters that are the weight of a product -> whether it is stored transposed.
+
+    Raises UnsupportedError where one is read in another way too: it exists in packed form only.
+    """
+    params, uses = set(func.params), count_uses(func)
+    found: dict[relax.Var, list[bool]] = {}
     for binding in bindings(func):
         match = dialect.match_any(binding.value)
         if match is None or not isinstance(match.op, _PRODUCTS):
             continue
         weight = match.operands["weight"]
         if weight in params:
-            found[weight] = getattr(match.op, "transposed", False)
-    return found
+            found.setdefault(weight, []).append(getattr(match.op, "transposed", False))
+    for weight, transposed in found.items():
+        if len(transposed) != uses[weight] or len(set(transposed)) > 1:
+            raise UnsupportedError(
+                f"weight {weight.name} is read by products and in {uses[weight] - len(transposed)} "
+                f"other ways, {sum(transposed)} of {len(transposed)} products transposed",
+                hint="a weight is packed once, for products of one orientation",
+            )
+    return {weight: transposed[0] for weight, transposed in found.items()}
 
 
 def _vocabulary_weights(func: relax.Function) -> set[relax.Var]:
@@ -98,11 +111,7 @@ def _routers(func: relax.Function) -> set[relax.Var]:
     """Weights of the products whose result decides on experts: those that topk sees."""
     definitions = {b.var: b.value for b in bindings(func)}
     found: set[relax.Var] = set()
-    pending = [
-        v
-        for v in definitions.values()
-        if isinstance(v, relax.Call) and isinstance(v.op, tvm.ir.Op) and v.op.name == "relax.topk"
-    ]
+    pending = [v for v in definitions.values() if _chooses(v)]
     seen: set[int] = set()
     while pending:
         value = pending.pop()
@@ -110,10 +119,26 @@ def _routers(func: relax.Function) -> set[relax.Var]:
             continue
         seen.add(id(value))
         match = dialect.match_any(value)
-        if match is not None:
-            if isinstance(match.op, dialect.Linear):
-                found.add(match.operands["weight"])
+        if match is not None and isinstance(match.op, dialect.Linear):
+            found.add(match.operands["weight"])
             continue
-        if isinstance(value, relax.Call):
-            pending += [definitions[a] for a in value.args if a in definitions]
+        if match is not None and not isinstance(match.op, dialect.TopK):
+            continue  # what a router reads is not a router
+        pending += [definitions[v] for v in _operands(value) if v in definitions]
     return found
+
+
+def _chooses(value: Expr) -> bool:
+    return op_args(value, "relax.topk") is not None or dialect.TopK.match(value) is not None
+
+
+def _operands(value: Expr) -> list[relax.Var]:
+    """The variables that `value` reads."""
+    read: list[relax.Var] = []
+
+    def visit(expr: Expr) -> None:
+        if isinstance(expr, relax.Var):
+            read.append(expr)
+
+    relax.analysis.post_order_visit(value, visit)
+    return read

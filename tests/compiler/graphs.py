@@ -33,7 +33,7 @@ def graph(body: Callable[..., relax.Expr], **params: list) -> tvm.IRModule:
     A parameter is a shape (float32), or a pair of shape and dtype.
     """
     types = {n: p if isinstance(p, tuple) else (p, "float32") for n, p in params.items()}
-    types = {n: t for n, t in INPUTS.items() if n not in types} | types
+    types = INPUTS | types  # the inputs first, in their order
     variables = {n: relax.Var(n, relax.TensorType(s, d)) for n, (s, d) in types.items()}
     builder = relax.BlockBuilder()
     with builder.function("main", list(variables.values())):
