@@ -17,7 +17,7 @@ from llmc.artifact import WeightTensor
 from llmc.compiler.quantizer import quantize
 from llmc.compiler.weight_plan import Weights, WeightSpec
 from llmc.errors import ImportModelError
-from llmc.formats import FORMATS, QuantizedMatrix, WeightFormat
+from llmc.formats import FORMATS, QuantizedMatrix, WeightFormat, concatenate
 from llmc.models.source import SourceTensor
 from llmc.targets.base import Array, Matrix, Target
 
@@ -165,7 +165,7 @@ def matrices_of(spec: WeightSpec, tensors: Mapping[str, SourceTensor]) -> tuple[
         kept = [s.read_quantized() for s in sources]
         exact = [k for k in kept if k is not None]
         if len(exact) == len(kept):
-            whole = _joined(exact)
+            whole = concatenate(exact)
             if not stacked:
                 return [whole], False
             rows = np.arange(len(whole.codes)).reshape(sources[0].shape[0], -1)
@@ -194,18 +194,6 @@ def _values(matrix: Matrix, fmt: WeightFormat) -> npt.NDArray[np.float32]:
     if isinstance(matrix, QuantizedMatrix):
         return matrix.dequantize()
     return matrix.astype(fmt.float_dtype).astype(np.float32)
-
-
-def _joined(parts: list[QuantizedMatrix]) -> QuantizedMatrix:
-    if len(parts) == 1:
-        return parts[0]
-    mins = [p.mins for p in parts if p.mins is not None]
-    return QuantizedMatrix(
-        format=parts[0].format,
-        codes=np.concatenate([p.codes for p in parts]),
-        scales=np.concatenate([p.scales for p in parts]),
-        mins=np.concatenate(mins) if mins else None,
-    )
 
 
 def _dense(source: SourceTensor, transposed: bool) -> npt.NDArray[np.float32]:

@@ -118,3 +118,16 @@ class QuantizedMatrix:
             scales=self.scales[rows],
             mins=None if self.mins is None else self.mins[rows],
         )
+
+
+def concatenate(parts: list[QuantizedMatrix]) -> QuantizedMatrix:
+    """The rows of matrices of one format, one matrix after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    mins = [part.mins for part in parts if part.mins is not None]
+    return QuantizedMatrix(
+        format=parts[0].format,
+        codes=np.concatenate([part.codes for part in parts]),
+        scales=np.concatenate([part.scales for part in parts]),
+        mins=np.concatenate(mins) if mins else None,
+    )

@@ -20,7 +20,7 @@ from transformers.integrations.gguf import GGUF_ARCHS, get_gguf_conversion_mappi
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from llmc.errors import ImportModelError, UnsupportedError
-from llmc.formats import QuantizedMatrix
+from llmc.formats import QuantizedMatrix, concatenate
 from llmc.models.conversions import Recipe, recipes
 from llmc.models.gguf_blocks import take_apart, to_dense
 from llmc.models.gguf_config import ROPE_TENSORS
@@ -121,7 +121,7 @@ class GgufWeights:
         order = self.orders[pattern, shape]
         if order is None:
             return None
-        matrix = _stack(parts)
+        matrix = concatenate(parts)
         if np.array_equal(order, np.arange(len(order))):
             return matrix
         return matrix.take_rows(order)
@@ -217,18 +217,6 @@ def _for_all_experts(
 
 def _cut(shape: tuple[int, ...], probed: int) -> tuple[int, ...]:
     return (probed, *shape[1:]) if len(shape) == 3 else shape
-
-
-def _stack(parts: list[QuantizedMatrix]) -> QuantizedMatrix:
-    if len(parts) == 1:
-        return parts[0]
-    mins = [part.mins for part in parts if part.mins is not None]
-    return QuantizedMatrix(
-        format=parts[0].format,
-        codes=np.concatenate([part.codes for part in parts]),
-        scales=np.concatenate([part.scales for part in parts]),
-        mins=np.concatenate(mins) if mins else None,
-    )
 
 
 def _converted(file: GgufFile, model: EmptyModel) -> dict[str, Assembly]:
