@@ -1,6 +1,7 @@
 # make demo   compile a small model once and ask it something; the second time it only answers
 # make test   the quick tests           make test-all   the slow ones too
-# make lint   style, types, imports     make clean      what was built, not the environment
+# make lint   style, types, imports, and whether docs/cli.md is what the commands say
+# make clean  removes what was built, not the environment
 #
 # Overridable: PYTHON (3.11 or newer), PIP_ARGS (options of pip install, e.g. a CPU-only index for
 # torch), PROMPT (what the demo asks), PYTEST_ARGS.
@@ -31,6 +32,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m llmc.cli.manual .venv/cli.md && diff -u docs/cli.md .venv/cli.md
 
 clean:
 	rm -rf build llmc.egg-info $(DEMO) $(DEMO).verified
