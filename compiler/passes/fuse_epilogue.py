@@ -28,10 +28,12 @@ def fuse_epilogue(mod: tvm.IRModule) -> tvm.IRModule:
     mod = apply_rule(mod, _into_product)
     [(_, func)] = list(relax_functions(mod))
     # Which sums are normalized: known before the additions are rewritten.
+    # A weight that is computed may not exist yet where the sum is.
+    params = set(func.params)
     norms = {
         found[1]["x"]: found
         for found in (dialect.RmsNorm.match(b.value) for b in bindings(func))
-        if found is not None
+        if found is not None and found[1]["weight"] in params
     }
 
     def into_norm(call: Expr, scope: Scope) -> Expr | None:

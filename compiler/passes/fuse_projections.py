@@ -46,7 +46,7 @@ def fuse_projections(mod: tvm.IRModule) -> tvm.IRModule:
     """Fuses every family of sibling products of `mod`."""
     [(name, func)] = list(relax_functions(mod))
     weights = weight_plan.weights_of(mod)
-    families = [_family(members, weights) for members in _siblings(func)]
+    families = [_family(members, weights) for members in _siblings(func, weights)]
     by_weight = {w: family for family in families for w in family.weights}
     if not families:
         return mod
@@ -77,7 +77,9 @@ def fuse_projections(mod: tvm.IRModule) -> tvm.IRModule:
     return weight_plan.attach(rewritten, weights)
 
 
-def _siblings(func: relax.Function) -> list[list[tuple[relax.Var, relax.Var | None]]]:
+def _siblings(
+    func: relax.Function, weights: weight_plan.Weights
+) -> list[list[tuple[relax.Var, relax.Var | None]]]:
     """(weight, bias) of the products that share input, format and having a bias; two or more."""
     uses, params = count_uses(func), set(func.params)
     groups: dict[tuple[object, ...], list[tuple[relax.Var, relax.Var | None]]] = defaultdict(list)
@@ -92,7 +94,8 @@ def _siblings(func: relax.Function) -> list[list[tuple[relax.Var, relax.Var | No
             continue
         if bias is not None and (bias not in params or uses[bias] != 1):
             continue
-        groups[operands["x"], op.format, bias is None].append((weight, bias))
+        transposed = weights[weight.name].transposed  # how the model stores it
+        groups[operands["x"], op.format, transposed, bias is None].append((weight, bias))
     return [members for members in groups.values() if len(members) > 1]
 
 
@@ -103,8 +106,6 @@ def _family(
     matrices = [w for w, _ in members]
     biases = [b for _, b in members if b is not None]
     first = weights[matrices[0].name]
-    if any(weights[w.name].transposed != first.transposed for w in matrices):
-        raise AssertionError("siblings differ in transposition")
     rows = sum(int(w.ty.shape[0]) for w in matrices)
 
     def fused(parts: list[relax.Var], shape: list[int]) -> relax.Var:

@@ -17,7 +17,7 @@ from tvm import relax
 
 from llmc import dialect
 from llmc.compiler.passes.canonicalize import slice_bounds
-from llmc.compiler.rewriter import Expr, Scope, apply_rule, op_args, static_shape
+from llmc.compiler.rewriter import Expr, Scope, apply_rule, op_args, same_extent, static_shape
 
 _HEADS_FIRST = [0, 2, 1, 3]
 
@@ -34,7 +34,7 @@ def _rewrite(call: Expr, scope: Scope) -> Expr | None:
         if found is None:
             continue
         x, cos, sin = found
-        if len(x.ty.shape) != 4 or not _per_token(cos) or not _per_token(sin):
+        if len(x.ty.shape) != 4 or not _per_token(cos, x) or not _per_token(sin, x):
             continue
         return _emit(scope, x, _flat(scope, cos), _flat(scope, sin))
     return None
@@ -145,10 +145,12 @@ def _emit(scope: Scope, x: Expr, cos: Expr, sin: Expr) -> relax.Call:
     return relax.op.permute_dims(rotated, _HEADS_FIRST)
 
 
-def _per_token(table: Expr) -> bool:
-    """Whether a cos or sin table is `[1, 1, T, R]`."""
+def _per_token(table: Expr, x: Expr) -> bool:
+    """Whether a cos or sin table is `[1, 1, T, R]` for x `[1, H, T, R]`, nothing broadcast."""
     shape = static_shape(table)
-    return len(shape) == 4 and shape[:2] == [1, 1] and shape[3] is not None
+    if len(shape) != 4 or shape[:2] != [1, 1] or shape[3] is None:
+        return False
+    return same_extent(table, x, 2) and same_extent(table, x, 3)
 
 
 def _flat(scope: Scope, table: Expr) -> Expr:
