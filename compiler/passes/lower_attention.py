@@ -30,6 +30,7 @@ from llmc.compiler.rewriter import (
 from llmc.errors import UnsupportedError
 
 _CACHES = "llmc.caches"
+_STEP = "step"  # name of the lowered function
 STEP_INPUTS = (
     "input_ids",
     "positions",
@@ -130,7 +131,7 @@ def lower_attention(
     lowered = apply_rule(wide, rewrite)[name]
     host = relax.Var("host", relax.ShapeType([tvm.tirx.Var(n, "int64") for n in _HOST]))
     caches = Caches(windows=windows, tensors=tensors)
-    out = tvm.IRModule({name: _finish(lowered, ids, positions, rows, step, host, flat, weights)})
+    out = tvm.IRModule({_STEP: _finish(lowered, ids, positions, rows, step, host, flat, weights)})
     out = out.with_attrs(mod.attrs) if mod.attrs else out
     return out.with_attr(_CACHES, json.dumps(asdict(caches)))
 
@@ -218,4 +219,4 @@ def _finish(
     body = relax.SeqExpr([first, *func.body.blocks, last], flat)
     params = [*(step[n] for n in STEP_INPUTS), host, *pages, *weights]
     function = relax.Function(params, body, flat.ty, is_pure=True)
-    return function.with_attr("global_symbol", "step")
+    return function.with_attr("global_symbol", _STEP)
