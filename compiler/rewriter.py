@@ -136,7 +136,7 @@ def scalar(expr: Expr) -> float | None:
     if not isinstance(expr, tvm.ir.GenericConst):
         return None
     array = expr.value.numpy()
-    return float(array) if array.size == 1 else None
+    return float(array.item()) if array.size == 1 else None
 
 
 def static_shape(expr: Expr) -> list[int | None]:
