@@ -7,12 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from random_models import TINY, save_random_model
+from random_models import DEMO, TINY, save_random_model
 
 import llmc
 from llmc.cli.main import invoke
-
-DEMO = "demo:smollm2"
 
 Llmc = Callable[..., tuple[int, str, str]]
 

@@ -1,4 +1,4 @@
-"""Model folders with random weights, small enough to compile in seconds."""
+"""The models that the tests compile: the demo, and random weights that compile in seconds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+DEMO = "demo:smollm2"
 
 # Llama's layers, with a vocabulary and a width that compile in seconds.
 TINY = {
