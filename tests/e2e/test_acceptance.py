@@ -67,7 +67,7 @@ def test_kept_blocks_give_the_reference_s_answers(demo_keep: Path) -> None:
 
 @pytest.mark.slow
 def test_float32_gives_the_tokens_and_logits_of_transformers(
-    demo_f32: Path, reference: DemoReference, record_property
+    demo_f32: Path, reference: DemoReference, record_testsuite_property
 ) -> None:
     engine = Engine(demo_f32)
     prompts = [prompt["ids"] for prompt in GREEDY]
@@ -87,7 +87,7 @@ def test_float32_gives_the_tokens_and_logits_of_transformers(
         assert (ours.argmax(axis=1) == theirs.argmax(axis=1))[certain].all()
         num_compared += int(certain.sum())
         largest = max(largest, float(np.abs(ours - theirs).max()))
-    record_property("max_abs_logit", largest)
+    record_testsuite_property("demo_f32_max_abs_logit", largest)
     assert num_compared > 0.99 * sum(len(p) + MAX_TOKENS for p in prompts)
 
 
@@ -104,7 +104,7 @@ def test_a_text_is_as_likely_as_under_transformers(
     artifact: str,
     max_mean: float,
     max_ratio: float,
-    record_property,
+    record_testsuite_property,
 ) -> None:
     engine = Engine(request.getfixturevalue(artifact))
     differences, ours_nll, theirs_nll = [], [], []
@@ -117,9 +117,9 @@ def test_a_text_is_as_likely_as_under_transformers(
         theirs_nll.append(-theirs[rows[:-1], following])
     mean = float(np.mean(differences))
     ratio = float(np.exp(np.mean(ours_nll) - np.mean(theirs_nll)))
-    record_property("mean_abs", mean)
-    record_property("max_abs", float(np.max(differences)))
-    record_property("perplexity_ratio", ratio)
+    record_testsuite_property(f"{artifact}_mean_abs", mean)
+    record_testsuite_property(f"{artifact}_max_abs", float(np.max(differences)))
+    record_testsuite_property(f"{artifact}_perplexity_ratio", ratio)
     assert mean <= max_mean
     assert abs(ratio - 1) <= max_ratio
 
