@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,9 @@ def llmc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     install_fake_executor(monkeypatch)
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        code = invoke([str(argument) for argument in arguments])
+        command = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["llmc", *command])
+        code = invoke(command)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

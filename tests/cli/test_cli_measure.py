@@ -61,7 +61,7 @@ def test_bench_prints_a_table_on_stdout_and_the_setting_on_stderr(llmc, artifact
     assert code == 0
     assert "decode tokens/s" in out
     assert "n = 1" in err
-    assert err.startswith("$ llmc ")
+    assert err.startswith("$ llmc bench ")
 
 
 @pytest.mark.parametrize(
