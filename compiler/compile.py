@@ -106,7 +106,7 @@ def compile_model(
     with timer.phase("open"):
         model = open_source(str(source))
     title = name or model.name
-    length = _context_length(model, context_length)
+    _check_context(model, context_length)
     where = Path(out) if out is not None else Path("dist") / _folder_name(title, quant, target)
     with interruptible(), new_folder(where, force=force) as folder:
         bounds = StepBounds(
@@ -116,6 +116,7 @@ def compile_model(
         )
         with timer.phase("trace"):
             traced = trace(model.config)
+        length = _context_length(model, context_length)
         built = _build(model, traced, scheme, KV_DTYPES[kv_name], device, bounds, timer, dump_ir)
         library = folder / device.library_name
         with timer.phase("link"):
@@ -320,15 +321,18 @@ def _entry_points(bounds: StepBounds, built: _Built) -> list[artifact.EntryPoint
     return sorted(entries, key=lambda e: e.max_tokens)
 
 
-def _context_length(model: ModelSource, wanted: int | None) -> int:
-    """Tokens of one sequence: those asked for, or the model's own limit."""
+def _check_context(model: ModelSource, wanted: int | None) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if wanted is not None and limit is not None and wanted > limit:
         raise UsageError(
             f"context of {wanted} tokens exceeds the model's {limit}",
             hint="positions beyond the trained ones give nonsense",
         )
-    length = wanted or limit
+
+
+def _context_length(model: ModelSource, wanted: int | None) -> int:
+    """Tokens of one sequence: those asked for, or the model's own limit."""
+    length = wanted or getattr(model.config, "max_position_embeddings", None)
     if not isinstance(length, int):
         raise UsageError(
             f"{model.config.model_type} does not state its context length",

@@ -86,6 +86,12 @@ def empty_model(config: PreTrainedConfig, **implementations: str) -> EmptyModel:
             hint="only models that generate text token by token can be compiled",
         ) from exc
     except (TypeError, RuntimeError, AttributeError, KeyError, ZeroDivisionError) as exc:
+        if isinstance(exc, KeyError) and exc.args[0] in implementations.values():
+            raise UnsupportedError(
+                f"{config.model_type}: its attention is chosen from a list of its own, which does "
+                f"not have {exc.args[0]!r}",
+                hint="models with built-in attention or recurrent state are not supported yet",
+            ) from exc
         raise _unbuildable(config, exc) from exc
     model.tie_weights()
     model.eval()

@@ -154,16 +154,42 @@ def _export(model: torch.nn.Module, config: PreTrainedConfig) -> ExportedProgram
     except UnsupportedError:
         raise
     except Exception as exc:  # torch.export raises many types, all meaning "not traceable"
+        foreign = _foreign_layers(model)
         raise UnsupportedError(
-            f"{config.model_type}: torch.export cannot trace this model: {_first_line(exc)}",
-            hint="the model branches on its data, or does not accept packed positions",
+            f"{config.model_type}: torch.export cannot trace {foreign or 'this model'}: "
+            f"{_first_line(exc)}",
+            hint=_FOREIGN_HINT
+            if foreign
+            else "the model branches on its data, or does not accept packed positions",
         ) from exc
     if not any(n.target is torch.ops.llmc.attention.default for n in program.graph.nodes):
         raise UnsupportedError(
-            f"{config.model_type}: its attention does not use transformers' attention interface",
-            hint="models with built-in attention or recurrent state are not supported yet",
+            f"{config.model_type}: {_foreign_layers(model) or 'its attention'} does not use "
+            "transformers' attention interface",
+            hint=_FOREIGN_HINT,
         )
     return program
+
+
+_FOREIGN_HINT = "models with built-in attention or recurrent state are not supported yet"
+
+
+def _foreign_layers(model: torch.nn.Module) -> str:
+    """Classes of layers that are no attention of transformers' interface, joined; often none.
+
+    What keeps state for a layer knows the layer's number, and what uses the interface says whether
+    it is causal.
+    """
+
+    def numbered(module: torch.nn.Module) -> bool:
+        return any(isinstance(getattr(module, n, None), int) for n in ("layer_idx", "layer_id"))
+
+    innermost = [
+        m
+        for m in model.modules()
+        if numbered(m) and sum(numbered(inner) for inner in m.modules()) == 1
+    ]
+    return ", ".join(sorted({type(m).__name__ for m in innermost if not hasattr(m, "is_causal")}))
 
 
 class _Importer(ExportedProgramImporter):  # type: ignore[misc]
