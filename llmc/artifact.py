@@ -20,6 +20,8 @@ MANIFEST_FILE = "llmc.json"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 REFERENCE_FILE = "reference.json"
+# What weights and cache tensors are made of; bfloat16 and packed codes are stored as integers.
+TENSOR_DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "uint16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +174,14 @@ class Manifest:
         manifest: Manifest = decode(cls, data, file=MANIFEST_FILE)
         if not manifest.entry_points:
             raise ArtifactError(f"{MANIFEST_FILE}: entry_points is empty")
+        dtypes = {t.name: t.dtype for t in manifest.weights}
+        dtypes |= {t.name: t.dtype for t in manifest.caches}
+        for name, dtype in dtypes.items():
+            if dtype not in TENSOR_DTYPES:
+                raise ArtifactError(
+                    f"{MANIFEST_FILE}: {name} has dtype {dtype!r}, expected one of "
+                    f"{', '.join(TENSOR_DTYPES)}"
+                )
         return manifest
 
     @classmethod

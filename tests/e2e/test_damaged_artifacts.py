@@ -157,6 +157,12 @@ def test_weights_that_the_manifest_does_not_describe_are_refused(
     assert "no tensor" in refused(RUN, copied)
 
 
+@pytest.mark.parametrize("part", ["weights", "caches"])
+def test_a_type_that_does_not_exist_is_named(refused: Refused, copied: Path, part: str) -> None:
+    edit_manifest(copied, lambda m: m[part][0].update(dtype="float31"))
+    assert "'float31', expected one of float32, " in refused(RUN, copied)
+
+
 def test_a_folder_that_is_no_artifact_is_refused(refused: Refused, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     assert f"{tmp_path}: no such folder\nhint: " in refused(RUN, tmp_path)
