@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import ClassVar
@@ -76,6 +78,16 @@ def test_bench_prints_a_table_on_stdout_and_the_setting_on_stderr(llmc, artifact
 def test_bench_refuses_what_the_artifact_cannot_take(llmc, artifact: Path, options) -> None:
     code, out, _ = llmc("bench", artifact, *options)
     assert (code, out) == (2, "")
+
+
+def test_peak_memory_is_this_process_s_and_not_its_parent_s() -> None:
+    held = np.ones(400 << 20, np.uint8)
+    code = "from llmc.cli.benchmark import peak_memory_mib; print(peak_memory_mib())"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert held.any()
+    assert 10 < float(result.stdout) < 300
 
 
 def test_bench_times_steps_and_not_itself(llmc, artifact: Path, monkeypatch) -> None:

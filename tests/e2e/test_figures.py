@@ -50,7 +50,7 @@ def test_bench_measures_speeds_of_the_right_size(run_llmc, demo_keep: Path) -> N
         assert result["prefill_tokens_per_s"]["median"] > result["decode_tokens_per_s"]["median"]
         assert 0 < result["memory_bandwidth_share"]["median"] < 1.5
         assert result["ttft_ms"]["median"] > result["inter_token_ms"]["median"]
-        assert 90 < result["peak_memory_mib"] < 4096
+        assert result["peak_memory_mib"] > 90
     assert 1e9 < report["read_bandwidth_bytes_per_s"] < 2e12
 
 
