@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import tvm
@@ -24,6 +20,7 @@ from llmc.compiler.interrupt import interruptible
 from llmc.compiler.new_folder import new_folder
 from llmc.compiler.passes.dispatch import RULE
 from llmc.compiler.passes.lower_attention import Caches, caches_of
+from llmc.compiler.phases import Dump, OnPhase, Timer, failing_as
 from llmc.compiler.pipeline import (
     StepBounds,
     from_trace,
@@ -40,26 +37,14 @@ from llmc.compiler.weights import (
     Argument,
     arguments,
     dequantized,
+    stored_formats,
     write_weights,
 )
-from llmc.errors import CompileError, LlmcError, UsageError
+from llmc.errors import ImportModelError, UsageError
 from llmc.models.source import ModelSource, open_source
 from llmc.models.trace import Trace, trace
 from llmc.targets.base import Target
 from llmc.targets.registry import open_target
-
-_REPORTED = 0.02  # of a phase: smaller steps of progress are not worth an event
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseEvent:
-    """Progress of a compile; fraction is set where it is known."""
-
-    name: str
-    status: Literal["start", "progress", "done"]
-    seconds: float
-    detail: str = ""
-    fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +55,6 @@ class CompileResult:
     manifest: artifact.Manifest
     phases: list[tuple[str, float]]
     seconds: float
-
-
-OnPhase = Callable[[PhaseEvent], None]
 
 
 def compile_model(
@@ -95,7 +77,7 @@ def compile_model(
     The folder appears only when it is complete. Raises ImportModelError, UnsupportedError,
     CompileError or UsageError.
     """
-    timer = _Timer(on_phase)
+    timer = Timer(on_phase)
     scheme = scheme_of(quant)
     kv_name = kv or scheme.kv
     if kv_name not in KV_DTYPES:
@@ -104,7 +86,7 @@ def compile_model(
         )
     device = open_target(target)
     with timer.phase("open"):
-        model = open_source(str(source))
+        model = _open(str(source))
     title = name or model.name
     _check_context(model, context_length)
     where = Path(out) if out is not None else Path("dist") / _folder_name(title, quant, target)
@@ -158,69 +140,44 @@ def _build(
     kv_dtype: str,
     target: Target,
     bounds: StepBounds,
-    timer: _Timer,
+    timer: Timer,
     dump_ir: Path | str | None,
 ) -> _Built:
-    stored = {name: tensor.stored for name, tensor in model.tensors.items()}
-    dump = _Dump(dump_ir)
-    mod = from_trace(traced)
+    dump = Dump(dump_ir)
+    with failing_as("import"):
+        mod = from_trace(traced)
     dump.write("trace", mod)
     with target.tvm_target:
         with timer.phase("passes") as progress:
+            # Other schemes choose without it, and finding out reads a layer's weights.
+            stored = stored_formats(model.tensors) if scheme.keep else {}
             phases = graph_phases(target, scheme.choose(stored), kv_dtype, bounds)
             for done, (phase, apply) in enumerate(phases):
-                mod = _guarded(phase, apply, mod)
+                with failing_as(phase):
+                    mod = apply(mod)
                 dump.write(phase, mod)
                 progress((done + 1) / len(phases))
-        functions = dict(relax_functions(mod))
-        first = next(iter(functions.values()))
-        plan = weight_plan.weights_of(mod)
-        caches = caches_of(mod)
-        kernels = _kernel_infos(mod)
+            _, first = next(iter(relax_functions(mod)))
+            wanted = arguments(list(first.params), weight_plan.weights_of(mod))
+            caches = caches_of(mod)
+            kernels = _kernel_infos(mod)
         with timer.phase("codegen"):
-            planned = _guarded("plan", lower_to_vm, mod)
-            workspace = {g.name_hint: planned_bytes(f) for g, f in relax_functions(planned)}
+            with failing_as("plan"):
+                planned = lower_to_vm(mod)
+                workspace = {g.name_hint: planned_bytes(f) for g, f in relax_functions(planned)}
             dump.write("planned", planned)
-            executable = _codegen(_guarded("lower", lower_memory, planned), target)
+            with failing_as("lower"):
+                lowered = lower_memory(planned)
+            with tvm.transform.PassContext(config=target.pass_config):
+                executable = relax.build(lowered, target=target.tvm_target, relax_pipeline=None)
     return _Built(
         executable=executable,
-        arguments=arguments(list(first.params), plan),
+        arguments=wanted,
         caches=caches,
         workspace=workspace,
         kernels=kernels,
         vocab_size=int(first.ret_ty.shape[1]),
     )
-
-
-def _guarded(
-    phase: str, apply: Callable[[tvm.IRModule], tvm.IRModule], mod: tvm.IRModule
-) -> tvm.IRModule:
-    """Runs one phase; whatever TVM raises names the phase."""
-    try:
-        return apply(mod)
-    except LlmcError:
-        raise
-    except (RuntimeError, TypeError, ValueError) as exc:
-        raise CompileError(
-            f"phase {phase} failed: {_first_line(exc)}",
-            hint="--dump-ir DIR writes the IR before it",
-        ) from exc
-
-
-def _codegen(mod: tvm.IRModule, target: Target) -> tvm.runtime.Executable:
-    with tvm.transform.PassContext(config=target.pass_config):
-        try:
-            return relax.build(mod, target=target.tvm_target, relax_pipeline=None)
-        except RuntimeError as exc:
-            raise CompileError(
-                f"code generation failed: {_first_line(exc)}",
-                hint="--dump-ir DIR writes the IR before it",
-            ) from exc
-
-
-def _first_line(exc: Exception) -> str:
-    """What TVM says before it prints the whole module."""
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:400]
 
 
 def _kernel_infos(mod: tvm.IRModule) -> list[artifact.KernelInfo]:
@@ -321,6 +278,16 @@ def _entry_points(bounds: StepBounds, built: _Built) -> list[artifact.EntryPoint
     return sorted(entries, key=lambda e: e.max_tokens)
 
 
+def _open(source: str) -> ModelSource:
+    try:
+        return open_source(source)
+    except OSError as exc:
+        raise ImportModelError(
+            f"{exc.filename or source} cannot be read: {exc.strerror or exc}",
+            hint="check the file and its permissions",
+        ) from exc
+
+
 def _check_context(model: ModelSource, wanted: int | None) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if wanted is not None and limit is not None and wanted > limit:
@@ -396,56 +363,3 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def _folder_name(title: str, quant: str, target: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{title}-{quant}-{target}").lower()
-
-
-class _Dump:
-    """Writes `NN-phase.py` files, or nothing where no folder was asked for."""
-
-    def __init__(self, folder: Path | str | None) -> None:
-        self._folder = None if folder is None else Path(folder)
-        self._count = 0
-        if self._folder is not None:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-            except OSError as exc:
-                raise UsageError(f"{folder} cannot be written: {exc.strerror}") from exc
-
-    def write(self, phase: str, mod: tvm.IRModule) -> None:
-        if self._folder is not None:
-            path = self._folder / f"{self._count:02d}-{phase}.py"
-            path.write_text(mod.script(), encoding="utf-8")
-        self._count += 1
-
-
-class _Timer:
-    """Times the phases and reports them."""
-
-    def __init__(self, on_phase: OnPhase | None) -> None:
-        self._report = on_phase or (lambda event: None)
-        self._start = time.perf_counter()
-        self.phases: list[tuple[str, float]] = []
-
-    def elapsed(self) -> float:
-        """Seconds since the compile began."""
-        return time.perf_counter() - self._start
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[Callable[[float], None]]:
-        """Reports start and end of a phase; yields a function that takes the fraction done."""
-        begin = time.perf_counter()
-        reported = 0.0
-        self._report(PhaseEvent(name=name, status="start", seconds=0.0))
-
-        def progress(fraction: float) -> None:
-            nonlocal reported
-            if fraction - reported >= _REPORTED:
-                reported = fraction
-                seconds = time.perf_counter() - begin
-                self._report(
-                    PhaseEvent(name=name, status="progress", seconds=seconds, fraction=fraction)
-                )
-
-        yield progress
-        seconds = time.perf_counter() - begin
-        self.phases.append((name, seconds))
-        self._report(PhaseEvent(name=name, status="done", seconds=seconds, fraction=1.0))

@@ -1,38 +1,52 @@
-"""Ctrl-C while TVM runs: its callbacks turn a KeyboardInterrupt into an error without a message."""
+"""Ctrl-C and SIGTERM while TVM runs: what was begun is cleaned up, then the process ends.
+
+TVM's callbacks turn an exception of a signal handler into an error without a message, so what
+follows a signal is raised anew as the signal's own exception.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+EXIT_TERMINATED = 128 + signal.SIGTERM  # as shells have it
+
+# Signal -> the handler a program has that does nothing about it, and what is raised instead.
+_SIGNALS: dict[signal.Signals, tuple[object, Callable[[], BaseException]]] = {
+    signal.SIGINT: (signal.default_int_handler, KeyboardInterrupt),
+    signal.SIGTERM: (signal.SIG_DFL, lambda: SystemExit(EXIT_TERMINATED)),
+}
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raises KeyboardInterrupt in place of any error that follows a SIGINT.
+    """Raises KeyboardInterrupt in place of any error that follows a SIGINT, and SystemExit with
+    code 143 in place of SIGTERM's sudden end and any error that follows it.
 
-    Does nothing outside the main thread, and where the program handles SIGINT by itself.
+    Does nothing outside the main thread, and for a signal that the program handles by itself.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or handler is not signal.default_int_handler:
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    interrupted = False
+    received: list[signal.Signals] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        signal.default_int_handler(number, frame)
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        raise _SIGNALS[received[-1]][1]()
 
-    signal.signal(signal.SIGINT, note)
+    usual = {s: signal.getsignal(s) for s, (default, _) in _SIGNALS.items()}
+    ours = [s for s, (default, _) in _SIGNALS.items() if usual[s] is default]
+    for number in ours:
+        signal.signal(number, on_signal)
     try:
         yield
     except Exception as exc:
-        if interrupted:
-            raise KeyboardInterrupt from exc
+        if received:
+            raise _SIGNALS[received[0]][1]() from exc
         raise
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number in ours:
+            signal.signal(number, usual[number])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -174,6 +175,28 @@ def matrices_of(spec: WeightSpec, tensors: Mapping[str, SourceTensor]) -> tuple[
     joined = dense[0] if len(dense) == 1 else np.concatenate(dense)
     experts = list(joined) if stacked else [joined]
     return [e if fmt.is_float else quantize(e, fmt) for e in experts], stacked
+
+
+def stored_formats(tensors: Mapping[str, SourceTensor]) -> dict[str, str]:
+    """Name -> the format that each tensor can have without being quantized again.
+
+    That is its stored one, or "f32" where its blocks cannot be read in the model's order: some
+    converters transpose what the model reads, so that the file's groups lie along the wrong axis.
+    Only reading a tensor's blocks shows it, so one is read for all that differ in their numbers
+    alone (layers, experts): they come out of the file in the same way.
+    """
+    kept: dict[tuple[str, tuple[int, ...], str], bool] = {}
+    formats: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        fmt = FORMATS.get(tensor.stored)
+        if fmt is None or fmt.is_float:
+            formats[name] = tensor.stored
+            continue
+        kind = (re.sub(r"\d+", "#", name), tensor.shape, tensor.stored)
+        if kind not in kept:
+            kept[kind] = tensor.read_quantized() is not None
+        formats[name] = tensor.stored if kept[kind] else "f32"
+    return formats
 
 
 def dequantized(

@@ -16,7 +16,8 @@ from llmc.errors import UsageError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from llmc.compiler.compile import CompileResult, PhaseEvent
+    from llmc.compiler.compile import CompileResult
+    from llmc.compiler.phases import PhaseEvent
 
 _COMPILE_EXTRA = ("accelerate", "gguf", "huggingface_hub", "onnx", "torch", "transformers")
 

@@ -18,10 +18,11 @@ from llmc.cli.run import run
 from llmc.cli.serve import serve
 from llmc.cli.targets import targets
 from llmc.cli.verify import verify_command
-from llmc.errors import LlmcError
+from llmc.errors import CompileError, LlmcError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+EXIT_TERMINATED = 143  # 128 + SIGTERM
 EXIT_BUG = 70  # EX_SOFTWARE
 
 
@@ -38,7 +39,7 @@ def cli() -> None:
 
     Results go to stdout, everything else to stderr. Exit codes: 0 done, 2 wrong usage, 3 unreadable
     model, 4 unsupported model, 5 failed compilation, 6 damaged artifact, 7 failed verification,
-    8 not enough memory, 9 malformed request, 70 a bug in llmc, 130 interrupted.
+    8 not enough memory, 9 malformed request, 70 a bug in llmc, 130 interrupted, 143 terminated.
     """
 
 
@@ -71,6 +72,8 @@ def invoke(arguments: Sequence[str]) -> int:
         exc.show()
         return exc.exit_code
     except LlmcError as exc:
+        if isinstance(exc, CompileError) and exc.__cause__ is not None and _debugging():
+            raise
         _explain(exc.message, exc.hint)
         return exc.exit_code
     except (KeyboardInterrupt, click.Abort):
@@ -79,11 +82,14 @@ def invoke(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # of the flush above
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except SystemExit:
+    except SystemExit as exc:
+        if exc.code == EXIT_TERMINATED:  # a SIGTERM that was cleaned up after
+            click.echo("terminated", err=True)
+            return EXIT_TERMINATED
         # click's only exit in this mode: the pipe's reader has left, and there is nobody to tell.
         return EXIT_BROKEN_PIPE
     except Exception as exc:
-        if os.environ.get("LLMC_DEBUG") == "1":
+        if _debugging():
             raise
         first = (str(exc).strip().splitlines() or [""])[0]  # TVM prints whole modules
         _explain(
@@ -92,6 +98,10 @@ def invoke(arguments: Sequence[str]) -> int:
         )
         return EXIT_BUG
     return code if isinstance(code, int) else 0
+
+
+def _debugging() -> bool:
+    return os.environ.get("LLMC_DEBUG") == "1"
 
 
 def _explain(message: str, hint: str | None) -> None:

@@ -14,7 +14,7 @@ import pytest
 from llmc import __version__
 from llmc.cli import main
 from llmc.cli.manual import manual
-from llmc.errors import CapacityError, LlmcError, UnsupportedError, VerifyError
+from llmc.errors import CapacityError, CompileError, LlmcError, UnsupportedError, VerifyError
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,6 +94,22 @@ def test_an_interrupt_is_exit_code_130(llmc, monkeypatch: pytest.MonkeyPatch) ->
     _add_command(monkeypatch, KeyboardInterrupt())
     code, out, _ = llmc("fail")
     assert (code, out) == (130, "")
+
+
+def test_a_termination_is_exit_code_143(llmc, monkeypatch: pytest.MonkeyPatch) -> None:
+    _add_command(monkeypatch, SystemExit(143))
+    assert llmc("fail") == (143, "", "terminated\n")
+
+
+def test_a_failed_phase_shows_its_cause_when_asked(llmc, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = CompileError("phase fuse failed")
+    error.__cause__ = KeyError("lv3")
+    _add_command(monkeypatch, error)
+    assert llmc("fail") == (5, "", "error: phase fuse failed\n")
+    monkeypatch.setenv("LLMC_DEBUG", "1")
+    with pytest.raises(CompileError) as found:
+        llmc("fail")
+    assert found.value.__cause__ is error.__cause__
 
 
 def _add_command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

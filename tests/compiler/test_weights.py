@@ -6,7 +6,14 @@ from safetensors.numpy import load_file
 
 from llmc.compiler.quantizer import quantize
 from llmc.compiler.weight_plan import WeightSpec
-from llmc.compiler.weights import ALIGNMENT, Argument, dequantized, matrices_of, write_weights
+from llmc.compiler.weights import (
+    ALIGNMENT,
+    Argument,
+    dequantized,
+    matrices_of,
+    stored_formats,
+    write_weights,
+)
 from llmc.errors import ImportModelError
 from llmc.formats import FORMATS, QuantizedMatrix
 from llmc.models.source import SourceTensor
@@ -97,6 +104,32 @@ def test_codes_of_another_format_are_quantized_from_their_values():
     given = tensors(a=source("a", values, "q4_1", codes))
     [matrix], _ = matrices_of(packed(["a"], "w8"), given)
     np.testing.assert_array_equal(matrix.codes, quantize(values, FORMATS["w8"]).codes)
+
+
+def test_blocks_that_cannot_be_kept_are_known_from_one_layer():
+    codes, values = q4_1(4)
+    asked = []
+
+    def block_source(name, kept):
+        def load_quantized():
+            asked.append(name)
+            return kept
+
+        return replace(source(name, values, "q4_1"), load_quantized=load_quantized)
+
+    given = tensors(
+        **{f"h.{i}.up.weight": block_source(f"h.{i}.up.weight", codes) for i in range(3)},
+        **{f"h.{i}.qkv.weight": block_source(f"h.{i}.qkv.weight", None) for i in range(3)},
+        embed=source("embed", values, "f16"),
+        merged=source("merged", values, "q4_1+q8_0"),
+    )
+    assert stored_formats(given) == {
+        **{f"h.{i}.up.weight": "q4_1" for i in range(3)},
+        **{f"h.{i}.qkv.weight": "f32" for i in range(3)},
+        "embed": "f16",
+        "merged": "q4_1+q8_0",
+    }
+    assert asked == ["h.0.up.weight", "h.0.qkv.weight"]
 
 
 @pytest.mark.parametrize("transposed", [False, True])

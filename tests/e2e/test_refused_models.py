@@ -188,6 +188,19 @@ def test_layers_that_mix_neighbouring_tokens_are_refused_by_operator(
     assert "conv" in refuse(folder, code=4).lower()
 
 
+def test_a_file_that_may_not_be_read_is_named(
+    refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is made here, because tests may run as a user who may read everything."""
+
+    def deny(source: str) -> None:
+        raise PermissionError(13, "Permission denied", source)
+
+    monkeypatch.setattr("llmc.compiler.compile.open_source", deny)
+    message = refuse(tmp_path / "model.gguf", code=3)
+    assert message.startswith(f"{tmp_path / 'model.gguf'} cannot be read: Permission denied\n")
+
+
 def test_a_failing_pass_is_named_without_the_module_it_prints(
     refuse, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,11 +280,20 @@ def test_an_artifact_is_overwritten_only_by_force(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["trace", "passes", "codegen"])
-def test_an_interrupted_compile_leaves_nothing(
-    tiny_model: Path, tmp_path: Path, phase: str
+@pytest.mark.parametrize(
+    ("phase", "number", "code", "said"),
+    [
+        ("trace", signal.SIGINT, 130, "interrupted"),
+        ("passes", signal.SIGINT, 130, "interrupted"),
+        ("codegen", signal.SIGINT, 130, "interrupted"),
+        ("trace", signal.SIGTERM, 143, "terminated"),
+        ("codegen", signal.SIGTERM, 143, "terminated"),
+    ],
+)
+def test_a_compile_that_is_stopped_leaves_nothing(
+    tiny_model: Path, tmp_path: Path, phase: str, number: int, code: int, said: str
 ) -> None:
-    """SIGINT in the middle of `phase`: in Python, in TVM's callbacks and in LLVM."""
+    """A signal in the middle of `phase`: in Python, in TVM's callbacks and in LLVM."""
     before = {"trace": "open", "passes": "trace", "codegen": "passes"}[phase]
     command = [sys.executable, "-m", "llmc.cli.main", "compile", tiny_model, "-o", tmp_path / "art"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -280,11 +302,11 @@ def test_an_interrupted_compile_leaves_nothing(
             seen.append(line)
             if line.split()[0] == before:
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         seen += process.stderr
-        code = process.wait(60)
+        found = process.wait(60)
     err = "".join(seen)
-    assert code == 130, err
-    assert "interrupted" in err
+    assert found == code, err
+    assert said in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
