@@ -115,7 +115,8 @@ def compile_model(
                 title, model, traced, scheme, device, bounds, built, weights, length
             )
             manifest = replace(manifest, files=_hashes(folder))
-            (folder / artifact.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+            # As bytes: no platform's line ends may get into what is compared byte by byte.
+            (folder / artifact.MANIFEST_FILE).write_bytes(manifest.to_json().encode())
     return CompileResult(
         path=where, manifest=manifest, phases=timer.phases, seconds=timer.elapsed()
     )
@@ -350,7 +351,7 @@ def _write_tokenizer(folder: Path, model: ModelSource) -> None:
         template.write_text(model.chat_template, encoding="utf-8")
     if model.generation_config is not None:
         text = json.dumps(model.generation_config, indent=1)
-        (folder / "generation_config.json").write_text(text + "\n", encoding="utf-8")
+        (folder / artifact.GENERATION_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _hashes(folder: Path) -> dict[str, str]:

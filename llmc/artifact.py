@@ -1,7 +1,8 @@
 """The manifest of an artifact folder (`llmc.json`): the only thing compiler and runtime share.
 
 docs/artifact.md describes the folder. Reading is strict: an unknown or missing field, a wrong type
-or a newer schema is an ArtifactError that names the field.
+or a newer schema is an ArtifactError that names the field; so is any byte that was changed since the
+file was written.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llmc.errors import ArtifactError
 from llmc.strict_json import decode, load_object, read_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "llmc.json"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_CONFIG_FILE = "generation_config.json"
 REFERENCE_FILE = "reference.json"
 # What weights and cache tensors are made of; bfloat16 and packed codes are stored as integers.
 TENSOR_DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "uint16")
@@ -164,14 +167,29 @@ class Manifest:
         return self.entry_points[-1].max_logits_rows
 
     def to_json(self) -> str:
-        """The manifest as indented JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        """The file's text: indented JSON, its last field the SHA-256 of all others."""
+        return _sealed(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Parses and checks `text`; raises ArtifactError naming the first field that is wrong."""
+        """Parses and checks `text`; raises ArtifactError naming the first field that is wrong, or
+        where the text is not, byte for byte, what `to_json` wrote.
+        """
         data = load_object(text, file=MANIFEST_FILE, schema_version=SCHEMA_VERSION)
+        if _SEAL not in data:
+            raise ArtifactError(f"{MANIFEST_FILE}: missing field {_SEAL!r}")
+        stated = data.pop(_SEAL)
+        # Fields first: where one is wrong, its name says more than a hash.
         manifest: Manifest = decode(cls, data, file=MANIFEST_FILE)
+        if text != _sealed(data):
+            digest = _digest(data)
+            how = "its fields are right, but written differently"
+            if stated != digest:
+                how = f"the SHA-256 of its fields is {digest[:16]}…, it says {str(stated)[:16]}…"
+            raise ArtifactError(
+                f"{MANIFEST_FILE} was changed: {how}",
+                hint="the file is damaged: copy or compile the artifact again",
+            )
         if not manifest.entry_points:
             raise ArtifactError(f"{MANIFEST_FILE}: entry_points is empty")
         dtypes = {t.name: t.dtype for t in manifest.weights}
@@ -213,6 +231,19 @@ class Manifest:
                 f"{path}: SHA-256 is {actual[:16]}…, the manifest says {expected[:16]}…",
                 hint="the file is damaged: copy or compile the artifact again",
             )
+
+
+_SEAL = "sha256"
+
+
+def _sealed(fields: dict[str, Any]) -> str:
+    """The text of a manifest with these fields; there is one text only for the same fields."""
+    return json.dumps({**fields, _SEAL: _digest(fields)}, indent=1) + "\n"
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -13,9 +13,9 @@ from llmc.errors import ArtifactError
 
 
 def read_text(path: Path) -> str:
-    """The file's text; raises ArtifactError where it is not UTF-8."""
+    """The file's text, line ends as they are; raises ArtifactError where it is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode()
     except UnicodeDecodeError as exc:
         raise ArtifactError(
             f"{path}: not UTF-8 at byte {exc.start}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -47,9 +48,13 @@ def rewrite(path: Path, content: bytes) -> None:
 
 
 def edit_manifest(folder: Path, edit: Callable[[dict], None]) -> None:
+    """Changes fields and their hash with them: no accident, but another file."""
     manifest = json.loads((folder / "llmc.json").read_text())
+    del manifest["sha256"]
     edit(manifest)
-    rewrite(folder / "llmc.json", json.dumps(manifest).encode())
+    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    manifest["sha256"] = hashlib.sha256(canonical.encode()).hexdigest()
+    rewrite(folder / "llmc.json", (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=["run", "verify"])
@@ -106,12 +111,29 @@ def test_a_missing_file_is_named(refused: Refused, copied: Path, command: tuple[
         (lambda raw: raw[:300] + b"\xff\xfe" + raw[300:], "llmc.json: not UTF-8 at byte 300"),
         (lambda raw: b"[]", "schema_version"),
         (
-            lambda raw: raw.replace(b'"schema_version": 1', b'"schema_version": 2', 1),
-            "has schema 2, this llmc reads schema 1\nhint: upgrade llmc",
+            lambda raw: raw.replace(b'"schema_version": 2', b'"schema_version": 3', 1),
+            "has schema 3, this llmc reads schema 2\nhint: upgrade llmc",
+        ),
+        (
+            lambda raw: raw.replace(b'"schema_version": 2', b'"schema_version": 1', 1),
+            "has schema 1, this llmc reads schema 2\nhint: compile the model again",
+        ),
+        (
+            lambda raw: raw.replace(b'"max_abs": 0.5', b'"max_abs": 9.5', 1),
+            "llmc.json was changed: the SHA-256 of its fields is ",
         ),
         (lambda raw: raw.replace(b'"ranks"', b'"rank"', 1), "unknown field 'rank'"),
     ],
-    ids=["truncated", "empty", "not UTF-8", "a list", "newer", "unknown field"],
+    ids=[
+        "truncated",
+        "empty",
+        "not UTF-8",
+        "a list",
+        "newer",
+        "older",
+        "tolerance",
+        "unknown field",
+    ],
 )
 def test_a_damaged_or_newer_manifest_is_refused(
     refused: Refused, copied: Path, damage, expected: str, command: tuple[str, ...]
@@ -140,8 +162,6 @@ def test_an_artifact_for_another_device_is_refused(refused: Refused, copied: Pat
 
 def test_a_library_that_is_none_is_refused(refused: Refused, copied: Path) -> None:
     """Rightly hashed, so that only loading it can tell."""
-    import hashlib
-
     rewrite(copied / "model.so", b"\x7fELF" + bytes(100))
     digest = hashlib.sha256((copied / "model.so").read_bytes()).hexdigest()
     edit_manifest(copied, lambda m: m["files"].update({"model.so": digest}))
