@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from llmc.artifact import Manifest
 from llmc.errors import ArtifactError
 from llmc.runtime import tvm_runtime
 from llmc.runtime.devices import DEVICES, choose_variant
+from llmc.runtime.devices.cpu import num_threads
 from llmc.runtime.step import Float32, StepInputs
 from llmc.runtime.weights import load_weights
 
@@ -43,7 +45,7 @@ class Executor:
         ffi = tvm_runtime.tvm_ffi()
         device = ffi.device(tvm_device, 0)
         try:
-            vm = tvm_runtime.load_vm(directory / library, device)
+            vm = tvm_runtime.load_vm(directory / library, device, num_threads=num_threads())
             self._entries = [(e.max_tokens, vm[e.name]) for e in manifest.entry_points]
         except (RuntimeError, AttributeError, OSError) as exc:
             raise ArtifactError(
@@ -54,8 +56,11 @@ class Executor:
             tvm_runtime.empty((num_pages[c.group], *c.page_shape), c.dtype, device)
             for c in manifest.caches
         ]
+        self._vm = vm
         self._shape = ffi.Shape
-        self._state = [*caches, *load_weights(directory, manifest)]
+        self.caches = caches
+        self.weights = load_weights(directory, manifest)
+        self._state = [*caches, *self.weights]
 
     def step(self, inputs: StepInputs) -> Float32:
         """Runs the entry point for this number of tokens; logits `[L, V]` float32."""
@@ -76,3 +81,11 @@ class Executor:
         )
         result: Float32 = np.asarray(np.from_dlpack(logits), np.float32)  # a view
         return result
+
+    def instrument(self, callback: Callable[..., int] | None) -> None:
+        """Has `callback(function, name, before, result, *arguments)` called before and after every
+        call that a step makes, kernels and the VM's own (`vm.builtin.…`); None ends it.
+
+        It returns 0; an exception in it ends the step with that exception.
+        """
+        self._vm["set_instrument"](callback)

@@ -20,6 +20,7 @@ from llmc.errors import ArtifactError
 
 ALIGNMENT = 64  # bytes: what kernels assume of every argument
 _LIBRARIES = ("tvm_runtime", "tvm_runtime_extra")  # the Relax VM lives in the second
+_SET_THREADS = "llmc_set_threads"  # of a CPU library's thread pool
 _POOLED_ALLOCATOR = 2  # tvm.relax.VirtualMachine.POOLED_ALLOCATOR
 
 
@@ -52,9 +53,14 @@ def _library_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "lib"
 
 
-def load_vm(library: Path, device: Any) -> Any:  # noqa: ANN401
-    """The Relax VM of a compiled library, ready on `device` (CPU tensors included)."""
+def load_vm(library: Path, device: Any, *, num_threads: int) -> Any:  # noqa: ANN401
+    """The Relax VM of a compiled library, ready on `device` (CPU tensors included).
+
+    Loops on the CPU run on `num_threads` threads of the library's own pool, where it has one.
+    """
     module = tvm_ffi().load_module(str(library))
+    if module.implements_function(_SET_THREADS, query_imports=True):
+        module.get_function(_SET_THREADS, query_imports=True)(num_threads)
     vm = module["vm_load_executable"]()
     settings = [device.dlpack_device_type(), device.index, _POOLED_ALLOCATOR]
     cpu = tvm_ffi().device("cpu", 0)

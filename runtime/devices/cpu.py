@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 
 from llmc.cpu_features import host_features, num_cores
+from llmc.errors import UsageError
+
+MAX_THREADS = 1024  # what the libraries' thread pool has room for
+_NUM_THREADS = "LLMC_NUM_THREADS"
 
 
 def features() -> frozenset[str]:
@@ -13,5 +18,24 @@ def features() -> frozenset[str]:
 
 
 def prepare() -> None:
-    """One thread a core: TVM itself halves the count wherever it suspects hyper-threading."""
-    os.environ.setdefault("TVM_NUM_THREADS", str(num_cores()))
+    """Sets the threads of TVM's own pool, which libraries without one of theirs fall back on.
+
+    Raises UsageError as `num_threads` does: before anything is loaded.
+    """
+    os.environ.setdefault("TVM_NUM_THREADS", str(num_threads()))
+
+
+def num_threads() -> int:
+    """Threads a step runs on: $LLMC_NUM_THREADS, or one for each core this process may use.
+
+    Raises UsageError where the variable is not a number from 1 to MAX_THREADS.
+    """
+    text = os.environ.get(_NUM_THREADS, "").strip()
+    if not text:
+        return min(num_cores(), MAX_THREADS)
+    if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= MAX_THREADS:
+        raise UsageError(
+            f"{_NUM_THREADS} is {text[:40]!r}, not a number from 1 to {MAX_THREADS}",
+            hint=f"unset it to use all {num_cores()} cores",
+        )
+    return int(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,11 @@ from pathlib import Path
 import tvm
 
 from llmc.cpu_features import host_features
-from llmc.errors import CompileError, UsageError
+from llmc.errors import UsageError
 from llmc.formats import WeightFormat
 from llmc.targets.base import Array, KernelRule, Matrix, PackedPart, ScheduleRule
 from llmc.targets.cpu import layout
+from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.parameters import parameters_for
 from llmc.targets.cpu.rules import kernel_rules
 from llmc.targets.cpu.schedule import schedule_elementwise, schedule_reduction
@@ -62,26 +62,19 @@ class CpuTarget:
     few_tokens = 8
 
     def __init__(self, level: str | None = None) -> None:
-        machine = {"arm64": "aarch64", "AMD64": "x86_64"}.get(
-            platform.machine(), platform.machine()
-        )
+        machine = host_machine()
         self.isa = _host_level(machine) if level is None else level
         if self.isa not in ISA_LEVELS:
             raise UsageError(
                 f"unknown CPU level {level!r}", hint=f"choose one of {', '.join(ISA_LEVELS)}"
             )
         isa = ISA_LEVELS[self.isa]
-        if isa.machine != machine:
-            raise UsageError(
-                f"level {self.isa!r} is for {isa.machine}, this machine is {machine}",
-                hint="compile on a machine of that kind",
-            )
         self.features = list(isa.features)
-        system = platform.system()
-        self.library_name = "model.dylib" if system == "Darwin" else "model.so"
+        self.platform = Platform(machine=isa.machine, system=platform.system())
+        self.library_name = "model.dylib" if self.platform.system == "Darwin" else "model.so"
         description: dict[str, object] = {
             "kind": "llvm",
-            "mtriple": _TRIPLES[machine, system],
+            "mtriple": _TRIPLES[self.platform.machine, self.platform.system],
             "mcpu": isa.mcpu,
             "opt-level": 3,
         }
@@ -117,16 +110,8 @@ class CpuTarget:
         return layout.pack(fmt, list(matrices) if stacked else matrices[0])
 
     def link(self, executable: tvm.runtime.Executable, path: Path) -> None:
-        """Links the object code with the system's C compiler."""
-        if not any(shutil.which(tool) for tool in ("g++", "clang++", "cc")):
-            raise CompileError(
-                "no C++ compiler to link the library with",
-                hint="apt-get install g++ (Debian, Ubuntu) or xcode-select --install (macOS)",
-            )
-        try:
-            executable.export_library(str(path))
-        except RuntimeError as exc:
-            raise CompileError(f"linking {path.name} failed: {str(exc)[-400:]}") from exc
+        """Links the object code with the thread pool; raises CompileError."""
+        link(executable, path, self.platform)
 
 
 def _host_level(machine: str) -> str:

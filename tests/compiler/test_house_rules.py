@@ -106,9 +106,14 @@ def test_words_and_citations_are_not_model_names(line):
 CALLBACKS = re.compile(
     r"\b(?:call_packed|call_cpacked|tvm_call_packed\w*|call_extern|call_pure_extern)\b"
 )
-# The C library's memory and math, which every process has.
+# The C library's memory, math and threads, which every process has.
 C_LIBRARY = """
-    memcpy memmove memset
+    memcpy memmove memset snprintf
+    clock_gettime sched_yield sigfillset
+    pthread_attr_destroy pthread_attr_init pthread_attr_setstacksize pthread_cond_broadcast
+    pthread_cond_wait pthread_create pthread_getspecific pthread_join pthread_key_create
+    pthread_key_delete pthread_mutex_lock pthread_mutex_trylock pthread_mutex_unlock pthread_self
+    pthread_setname_np pthread_setspecific pthread_sigmask
     acos asin atan atan2 ceil cos cosh erf exp exp2 fabs floor fma fmod log log1p log2 nearbyint pow
     round sin sinh sqrt tan tanh trunc
 """

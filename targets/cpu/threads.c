@@ -1,0 +1,305 @@
+/* The thread pool of a compiled CPU library; linked into it, so it needs nothing where it runs.
+ *
+ * A parallel loop of a kernel is a call of TVMBackendParallelLaunch(lambda, closure, 0) through a
+ * pointer in the library, which TVM sets when it loads the library and set_threads() below sets
+ * again. The lambda computes its share of the loop from (task, num_task), so the pool is free to
+ * ask for more tasks than it has threads and to hand them out one at a time: a slow or interrupted
+ * core takes fewer, and a thread that does not come in time is not waited for.
+ *
+ * One launch at a time. Its life, in the two counters of the pool:
+ *
+ *     unclaimed     0 -> n        the launching thread, after it wrote the job
+ *     unclaimed     k -> k - 1    whoever takes task n - k
+ *     unfinished    n -> 0        every thread subtracts what it did when it finds nothing to take
+ *
+ * A task that is claimed and not finished keeps the job from being replaced, so the job is read
+ * after a claim only. A claim succeeds for the launch of that moment, whichever it is: a thread that
+ * slept through several launches does no harm.
+ */
+#define _GNU_SOURCE /* pthread_setname_np */
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <tvm/ffi/c_api.h>
+
+enum {
+  TASKS_PER_THREAD = 4, /* more balance better, fewer cost less: each claim moves a cache line */
+  WORKER_SPIN_US = 100, /* how long an idle worker looks for work before it sleeps */
+  LAUNCH_SPIN_US = 20,  /* how long a launch waits for the last tasks before it yields its core */
+  PAUSES_PER_LOOK = 16, /* pauses between two looks at the clock */
+  MAX_THREADS = 1024,
+  STACK_BYTES = 8 << 20, /* the main thread's usual size: kernels keep their tiles on the stack */
+  CACHE_LINE = 128,      /* two lines on x86, which fetches them in pairs; one on Apple's cores */
+};
+
+static const int STOP = -1; /* of unclaimed: workers return */
+
+/* tvm/runtime/c_backend_api.h, which needs C++ */
+typedef struct {
+  void *sync_handle;
+  int32_t num_task;
+} TVMParallelGroupEnv;
+typedef int (*FTVMParallelLambda)(int task_id, TVMParallelGroupEnv *env, void *closure);
+
+/* Weak: a library without a parallel loop has no such pointer. */
+extern __attribute__((weak)) int (*__TVMBackendParallelLaunch)(FTVMParallelLambda, void *, int);
+
+#define EXPORT __attribute__((visibility("default")))
+
+static struct {
+  _Alignas(CACHE_LINE) atomic_int unclaimed; /* beside the job, which a claim reads next */
+  FTVMParallelLambda lambda;
+  void *closure;
+  TVMParallelGroupEnv env;
+
+  _Alignas(CACHE_LINE) atomic_int unfinished;
+  atomic_int failure; /* what the first task that failed returned */
+  TVMFFIObjectHandle error; /* and its error, taken from its thread */
+
+  _Alignas(CACHE_LINE) atomic_bool asleep; /* a worker may be waiting for `wake` */
+  int num_threads;                         /* the launching one included; guarded by launching */
+  int num_workers;                         /* that run; guarded by launching */
+  pthread_t workers[MAX_THREADS];
+} pool = {.num_threads = 1};
+
+static pthread_mutex_t launching = PTHREAD_MUTEX_INITIALIZER; /* held for a whole launch */
+static pthread_mutex_t sleeping = PTHREAD_MUTEX_INITIALIZER;  /* guards the wait for `wake` */
+static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
+/* Not null on a thread that runs tasks: what it launches is run serially. No _Thread_local, whose
+ * first use on a thread may take the loader's lock, which leave() is called under. */
+static pthread_key_t inside_task;
+
+static void pause_briefly(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("isb"); /* yield is no pause on cores without hardware threads */
+#endif
+}
+
+static int64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
+/* Whether `counter` became zero (or something else than zero) within `us` microseconds. */
+static bool spin_until(atomic_int *counter, bool zero, int us) {
+  int64_t deadline = 0;
+  do {
+    for (int i = 0; i < PAUSES_PER_LOOK; ++i) {
+      if ((atomic_load_explicit(counter, memory_order_acquire) == 0) == zero) return true;
+      pause_briefly();
+    }
+    if (deadline == 0) deadline = now_ns() + us * INT64_C(1000);
+  } while (now_ns() < deadline);
+  return false;
+}
+
+/* Keeps the first failure; an error object lives in the thread that raised it, so it is moved. */
+static void keep_failure(int code) {
+  int none = 0;
+  if (atomic_compare_exchange_strong(&pool.failure, &none, code)) {
+    TVMFFIErrorMoveFromRaised(&pool.error);
+  }
+}
+
+/* Takes tasks of the present launch until none is left. */
+static void run_tasks(void) {
+  int done = 0;
+  int left = atomic_load_explicit(&pool.unclaimed, memory_order_relaxed);
+  while (left > 0) {
+    if (!atomic_compare_exchange_weak_explicit(&pool.unclaimed, &left, left - 1,
+                                               memory_order_acquire, memory_order_relaxed)) {
+      continue;
+    }
+    int code = pool.lambda(pool.env.num_task - left, &pool.env, pool.closure);
+    if (code != 0) keep_failure(code);
+    ++done;
+    left = atomic_load_explicit(&pool.unclaimed, memory_order_relaxed);
+  }
+  if (done > 0) atomic_fetch_sub_explicit(&pool.unfinished, done, memory_order_release);
+}
+
+static void *work(void *number) {
+  char name[16]; /* Linux's limit */
+  snprintf(name, sizeof name, "llmc-worker-%d", (int)(intptr_t)number);
+#if defined(__APPLE__)
+  pthread_setname_np(name);
+#else
+  pthread_setname_np(pthread_self(), name);
+#endif
+  pthread_setspecific(inside_task, &pool);
+  for (;;) {
+    if (!spin_until(&pool.unclaimed, false, WORKER_SPIN_US)) {
+      /* Either the launching thread sees `asleep`, or this thread sees its tasks: both sides write
+       * first and read then, in one order for all (sequentially consistent). */
+      pthread_mutex_lock(&sleeping);
+      atomic_store(&pool.asleep, true);
+      if (atomic_load(&pool.unclaimed) == 0) pthread_cond_wait(&wake, &sleeping);
+      pthread_mutex_unlock(&sleeping);
+      continue; /* spin before the next sleep: launches come in dozens */
+    }
+    if (atomic_load_explicit(&pool.unclaimed, memory_order_relaxed) == STOP) return NULL;
+    run_tasks();
+  }
+}
+
+static void publish(int unclaimed) {
+  atomic_store(&pool.unclaimed, unclaimed);
+  if (atomic_load(&pool.asleep)) {
+    pthread_mutex_lock(&sleeping);
+    atomic_store(&pool.asleep, false);
+    pthread_cond_broadcast(&wake);
+    pthread_mutex_unlock(&sleeping);
+  }
+}
+
+/* In a forked child: its threads are gone, and the locks they held are held for ever. */
+static void forget_workers(void) {
+  atomic_store(&pool.unclaimed, 0);
+  atomic_store(&pool.failure, 0);
+  atomic_store(&pool.asleep, false);
+  pool.num_workers = 0;
+  launching = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+  sleeping = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+  wake = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+}
+
+/* Starts what is missing of the workers; a system that refuses threads is served by fewer. */
+static void start_workers(void) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+  pthread_attr_setstacksize(&attributes, STACK_BYTES);
+  pthread_sigmask(SIG_SETMASK, &all, &before); /* inherited: signals are the program's affair */
+  while (pool.num_workers < pool.num_threads - 1) {
+    intptr_t number = pool.num_workers + 1;
+    if (pthread_create(&pool.workers[number - 1], &attributes, work, (void *)number) != 0) break;
+    ++pool.num_workers;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
+  pthread_attr_destroy(&attributes);
+  pool.num_threads = pool.num_workers + 1;
+}
+
+static void stop_workers(void) {
+  publish(STOP);
+  for (int i = 0; i < pool.num_workers; ++i) pthread_join(pool.workers[i], NULL);
+  pool.num_workers = 0;
+  atomic_store(&pool.unclaimed, 0);
+}
+
+/* A forked child starts its own workers. The handler that sees to it has to go with the library,
+ * which pthread_atfork does not promise. glibc removes the handlers of a library when that calls
+ * __cxa_finalize, as GCC's start files do, but not zig's. Apple's stay; its getpid() is no system
+ * call, and so can be asked at every launch. */
+#if defined(__APPLE__)
+static pid_t owner;
+static void watch_forks(void) { owner = getpid(); }
+static void unwatch_forks(void) {}
+static void notice_fork(void) {
+  if (owner == getpid()) return;
+  owner = getpid();
+  forget_workers();
+}
+#else
+extern __attribute__((visibility("hidden"))) void *__dso_handle;
+extern int __register_atfork(void (*)(void), void (*)(void), void (*)(void), void *);
+extern void __cxa_finalize(void *);
+static void watch_forks(void) { __register_atfork(NULL, NULL, forget_workers, &__dso_handle); }
+static void unwatch_forks(void) { __cxa_finalize(&__dso_handle); }
+static void notice_fork(void) {}
+#endif
+
+static __attribute__((constructor)) void enter(void) {
+  pthread_key_create(&inside_task, NULL);
+  watch_forks();
+}
+
+/* When the library is unloaded its workers must not be running its code. At exit another thread may
+ * be in a launch: the process ends without waiting for it. */
+static __attribute__((destructor)) void leave(void) {
+  notice_fork();
+  if (pthread_mutex_trylock(&launching) != 0) return;
+  stop_workers();
+  pool.num_threads = 1; /* launches by threads that outlive exit() start no workers again */
+  pthread_mutex_unlock(&launching);
+  pthread_key_delete(inside_task);
+  unwatch_forks();
+}
+
+static int run_serially(FTVMParallelLambda lambda, void *closure, int num_task) {
+  TVMParallelGroupEnv env = {.num_task = num_task};
+  for (int task = 0; task < num_task; ++task) {
+    int code = lambda(task, &env, closure);
+    if (code != 0) return code;
+  }
+  return 0;
+}
+
+/* TVMBackendParallelLaunch: returns 0, or what the first task that failed returned, whose error is
+ * then the calling thread's. Callers from several threads wait for each other. */
+EXPORT int llmc_parallel_launch(FTVMParallelLambda lambda, void *closure, int num_task) {
+  notice_fork();
+  if (pthread_getspecific(inside_task) != NULL) {
+    return run_serially(lambda, closure, num_task > 0 ? num_task : 1);
+  }
+  pthread_mutex_lock(&launching);
+  if (pool.num_workers < pool.num_threads - 1) start_workers();
+  if (pool.num_workers == 0) {
+    pthread_mutex_unlock(&launching);
+    return run_serially(lambda, closure, num_task > 0 ? num_task : 1);
+  }
+  if (num_task <= 0) num_task = pool.num_threads * TASKS_PER_THREAD;
+  pool.lambda = lambda;
+  pool.closure = closure;
+  pool.env = (TVMParallelGroupEnv){.num_task = num_task};
+  atomic_store_explicit(&pool.unfinished, num_task, memory_order_relaxed);
+  publish(num_task);
+  pthread_setspecific(inside_task, &pool);
+  run_tasks();
+  pthread_setspecific(inside_task, NULL);
+  while (!spin_until(&pool.unfinished, true, LAUNCH_SPIN_US)) sched_yield();
+  int code = atomic_load_explicit(&pool.failure, memory_order_relaxed);
+  if (code != 0) {
+    atomic_store_explicit(&pool.failure, 0, memory_order_relaxed);
+    if (pool.error != NULL) {
+      TVMFFIErrorSetRaised(pool.error);
+      TVMFFIObjectDecRef(pool.error);
+      pool.error = NULL;
+    }
+  }
+  pthread_mutex_unlock(&launching);
+  return code;
+}
+
+/* set_threads(num_threads: int): the library's parallel loops run on this many threads of its own,
+ * the calling one included. A function of the module, by the calling convention of TVM's FFI. */
+EXPORT int __tvm_ffi_llmc_set_threads(void *self, const TVMFFIAny *args, int32_t num_args,
+                                      TVMFFIAny *result) {
+  (void)self;
+  (void)result; /* None, as the caller set it */
+  if (num_args != 1 || args[0].type_index != kTVMFFIInt || args[0].v_int64 < 1 ||
+      args[0].v_int64 > MAX_THREADS) {
+    TVMFFIErrorSetRaisedFromCStr("ValueError", "llmc_set_threads takes a number from 1 to 1024");
+    return -1;
+  }
+  notice_fork();
+  pthread_mutex_lock(&launching);
+  if (pool.num_threads != args[0].v_int64) {
+    stop_workers();
+    pool.num_threads = (int)args[0].v_int64;
+  }
+  if (&__TVMBackendParallelLaunch != NULL) __TVMBackendParallelLaunch = llmc_parallel_launch;
+  pthread_mutex_unlock(&launching);
+  return 0;
+}
