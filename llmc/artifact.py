@@ -1,8 +1,8 @@
 """The manifest of an artifact folder (`llmc.json`): the only thing compiler and runtime share.
 
 docs/artifact.md describes the folder. Reading is strict: an unknown or missing field, a wrong type
-or a newer schema is an ArtifactError that names the field; so is any byte that was changed since the
-file was written.
+or a newer schema is an ArtifactError that names the field; so is any byte that was changed after
+the file was written.
 """
 
 from __future__ import annotations

@@ -70,6 +70,7 @@ class Engine:
             num_pages=model.num_pages,
             tokenizer=model.tokenizer,
             chat_template=model.chat_template,
+            sampling_defaults=model.sampling_defaults,
             limits=limits,
             max_waiting=max_waiting,
         )
@@ -83,11 +84,15 @@ class Engine:
         num_pages: Seq[int],
         tokenizer: Tokenizer | None = None,
         chat_template: ChatTemplate | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
         max_batch_tokens: int | None = None,
         max_sequences: int | None = None,
         max_waiting: int = 1024,
     ) -> Engine:
-        """An engine over an executor with `num_pages[g]` pages for each cache group g."""
+        """An engine over an executor with `num_pages[g]` pages for each cache group g.
+
+        `sampling_defaults` are fields of SamplingParams, see `default_sampling`.
+        """
         engine = cls.__new__(cls)
         engine._assemble(
             manifest,
@@ -95,6 +100,7 @@ class Engine:
             num_pages=num_pages,
             tokenizer=tokenizer,
             chat_template=chat_template,
+            sampling_defaults=sampling_defaults or {},
             limits=Limits.of(
                 manifest, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences
             ),
@@ -110,6 +116,7 @@ class Engine:
         num_pages: Seq[int],
         tokenizer: Tokenizer | None,
         chat_template: ChatTemplate | None,
+        sampling_defaults: Mapping[str, Any],
         limits: Limits,
         max_waiting: int,
     ) -> None:
@@ -118,6 +125,7 @@ class Engine:
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self.sampling_defaults = dict(sampling_defaults)
         self._executor = executor
         self._blocks = BlockManager(
             manifest.groups,
@@ -162,13 +170,20 @@ class Engine:
 
     # Requests
 
+    def default_sampling(self, **given: Any) -> SamplingParams:  # noqa: ANN401 - SamplingParams'
+        """Parameters as the model's own generation_config.json states them, but for the fields
+        `given`; what neither states has SamplingParams' default. RequestError as there.
+        """
+        return SamplingParams(**{**self.sampling_defaults, **given})
+
     def submit(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None) -> None:
         """Queues a request; its deltas come from `step`.
 
+        Without `params` it is sampled by `default_sampling`; given ones are taken as they are.
         RequestError where it is malformed or too long, CapacityError where the queue is full or the
         prompt can never fit the KV cache.
         """
-        params = params or SamplingParams()
+        params = params or self.default_sampling()
         self._enqueue(request_id, self._checked(prompt, params), params)
 
     def cancel(self, request_id: str) -> bool:
@@ -227,7 +242,7 @@ class Engine:
         """
         prompts = as_prompts(prompts)
         if params is None or isinstance(params, SamplingParams):
-            each = [params or SamplingParams()] * len(prompts)
+            each = [params or self.default_sampling()] * len(prompts)
         else:
             each = list(params)
         if len(each) != len(prompts):
@@ -262,7 +277,7 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """The deltas of one request as they come; closing the iterator cancels the request."""
-        params = params or SamplingParams()
+        params = params or self.default_sampling()
         return self._stream(self._checked(prompt, params), params)
 
     def _stream(self, ids: Int32, params: SamplingParams) -> Iterator[Delta]:

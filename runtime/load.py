@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from llmc.artifact import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, Manifest
+from llmc.artifact import (
+    CHAT_TEMPLATE_FILE,
+    GENERATION_CONFIG_FILE,
+    TOKENIZER_FILE,
+    Manifest,
+)
 from llmc.errors import UsageError
 from llmc.runtime.chat_template import ChatTemplate
+from llmc.runtime.generation_config import load_sampling_defaults
 from llmc.runtime.memory import available_host_bytes, plan_num_pages
 from llmc.runtime.step import StepExecutor
 from llmc.runtime.tokenizer import Tokenizer
@@ -45,6 +52,7 @@ class LoadedModel:
     num_pages: list[int]  # of each group
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
+    sampling_defaults: dict[str, Any]  # fields of SamplingParams that the model states
 
 
 def load_model(
@@ -76,6 +84,9 @@ def load_model(
     chat_template = None
     if CHAT_TEMPLATE_FILE in manifest.files:
         chat_template = _load_template(directory / CHAT_TEMPLATE_FILE, manifest, tokenizer)
+    sampling_defaults = {}
+    if GENERATION_CONFIG_FILE in manifest.files:
+        sampling_defaults = load_sampling_defaults(directory / GENERATION_CONFIG_FILE)
     # TVM is imported here and not with this module: the engine's other parts do without it.
     from llmc.runtime.executor import load_executor
 
@@ -86,6 +97,7 @@ def load_model(
         num_pages=num_pages,
         tokenizer=tokenizer,
         chat_template=chat_template,
+        sampling_defaults=sampling_defaults,
     )
 
 

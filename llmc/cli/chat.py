@@ -16,6 +16,7 @@ from llmc.cli.console import printable, say
 from llmc.cli.options import (
     artifact_argument,
     device_option,
+    given_sampling,
     kv_cache_option,
     open_engine,
     sampling_options,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from llmc.runtime.outputs import Delta
     from llmc.runtime.sampling_params import SamplingParams
 
+_TEMPERATURE = 0.7  # where neither the user nor the model says
 _HELP = """/reset  forget the conversation
 /help   this list
 /exit   leave (so does Ctrl-D); Ctrl-C stops an answer"""
@@ -37,7 +39,7 @@ _HELP = """/reset  forget the conversation
 @click.command()
 @artifact_argument
 @click.option("--system", help="The system message.")
-@sampling_options(max_tokens=1024, temperature=0.7)
+@sampling_options(max_tokens=1024, temperature=_TEMPERATURE)
 @device_option
 @kv_cache_option
 def chat(
@@ -51,7 +53,7 @@ def chat(
 
     On a pipe every line is a message, and only the answers go to stdout.
     """
-    params = sampling_params(sampling)
+    given = given_sampling(sampling)
     engine = open_engine(directory, device=device, kv_cache_tokens=kv_cache_tokens)
     if engine.tokenizer is None or engine.chat_template is None:
         missing = "tokenizer" if engine.tokenizer is None else "chat template"
@@ -60,6 +62,7 @@ def chat(
         )
     if sys.stdin.isatty():
         say(f"{engine.manifest.model.name}; /help lists the commands")
+    params = sampling_params(engine, given, temperature=_TEMPERATURE)
     conversation = Conversation(engine, params, system=system)
     for line in _lines():
         match line.strip():

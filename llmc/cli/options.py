@@ -30,15 +30,24 @@ kv_cache_option = click.option(
 
 
 def sampling_options(*, max_tokens: int, temperature: float) -> Callable[[Command], Command]:
-    """Options of llmc.runtime.sampling_params.SamplingParams, which checks their ranges."""
+    """Options of llmc.runtime.sampling_params.SamplingParams, which checks their ranges.
+
+    Those that a model can state itself are None where they are not given; `temperature` is only
+    shown here, `sampling_params` sets it.
+    """
+
+    def of_model(name: str, type_: type, otherwise: float, text: str) -> Callable[..., Any]:
+        default = f"the model's, or {otherwise:g}"
+        return click.option(name, type=type_, show_default=default, help=text)
+
     options = (
         click.option("--max-tokens", "-n", default=max_tokens, help="Most tokens to generate."),
-        click.option("--temperature", default=temperature, help="0 takes the likeliest token."),
-        click.option("--top-k", default=0, help="Sample from the k likeliest tokens; 0 from all."),
-        click.option("--top-p", default=1.0, help="Sample from the likeliest share p."),
-        click.option("--min-p", default=0.0, help="Drop tokens below this share of the likeliest."),
+        of_model("--temperature", float, temperature, "0 takes the likeliest token."),
+        of_model("--top-k", int, 0, "Sample from the k likeliest tokens; 0 from all."),
+        of_model("--top-p", float, 1, "Sample from the likeliest share p."),
+        of_model("--min-p", float, 0, "Drop tokens below this share of the likeliest."),
         click.option("--seed", type=int, help="Makes sampling repeatable.  [default: random]"),
-        click.option("--repetition-penalty", default=1.0, help="Above 1 discourages repetition."),
+        of_model("--repetition-penalty", float, 1, "Above 1 discourages repetition."),
         click.option("--presence-penalty", default=0.0, help="-2 to 2, for tokens used before."),
         click.option("--frequency-penalty", default=0.0, help="-2 to 2, per use before."),
         click.option("--stop", multiple=True, help="Text that ends the answer; repeatable."),
@@ -53,16 +62,28 @@ def sampling_options(*, max_tokens: int, temperature: float) -> Callable[[Comman
     return decorate
 
 
-def sampling_params(options: dict[str, Any]) -> SamplingParams:
-    """The parameters that `sampling_options` collected; UsageError where one is out of range."""
+def given_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `sampling_options` that were given; UsageError where one is out of range.
+
+    Needs no engine, so that a wrong option does not cost the time to load one.
+    """
     from llmc.errors import RequestError
     from llmc.runtime.sampling_params import SamplingParams
 
+    given = {name: value for name, value in options.items() if value is not None}
     try:
-        return SamplingParams(**options)
+        SamplingParams(**given)
     except RequestError as exc:
         option = f"--{exc.param.replace('_', '-')}" if exc.param else "sampling options"
         raise UsageError(f"{option}: {exc.message}", hint=exc.hint) from exc
+    return given
+
+
+def sampling_params(engine: Engine, given: dict[str, Any], *, temperature: float) -> SamplingParams:
+    """What was given; else what the model states; else `temperature` and the engine's defaults."""
+    return engine.default_sampling(
+        **{"temperature": temperature, **engine.sampling_defaults, **given}
+    )
 
 
 def open_engine(directory: Path, **options: Any) -> Engine:  # noqa: ANN401 - the engine's options

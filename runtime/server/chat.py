@@ -31,9 +31,9 @@ async def chat(model: ServedModel, request: Request, body: dict[str, Any]) -> Re
     asked = parse(ChatRequest, body)
     model.check_name(asked.model)
     # Once without the prompt: a wrong parameter should not cost a rendered template.
-    asked.sampling_params(room_tokens=1)
+    asked.sampling_params(model.engine, room_tokens=1)
     prompt = await model.encode_chat([message.for_template() for message in asked.messages])
-    params = asked.sampling_params(room_tokens=model.room_tokens(prompt))
+    params = asked.sampling_params(model.engine, room_tokens=model.room_tokens(prompt))
     prompts = await model.encode([prompt], params)
     answer = _Answer(model=model, asked=asked, params=params, num_prompt_tokens=len(prompt))
     if asked.stream:

@@ -30,7 +30,7 @@ async def complete(model: ServedModel, request: Request, body: dict[str, Any]) -
     """Answers one completion request."""
     asked = parse(CompletionRequest, body)
     model.check_name(asked.model)
-    params = asked.sampling_params()
+    params = asked.sampling_params(model.engine)
     if asked.stream and asked.echo and asked.logprobs is not None:
         raise invalid("echo with logprobs is not supported in a stream", param="stream")
     prompts = await model.encode(asked.prompts, params)

@@ -35,7 +35,7 @@ class ServedModel:
 
     @property
     def engine(self) -> Engine:
-        """Only for what does not change after its start: manifest, tokenizer, template."""
+        """Only for what does not change after its start, such as manifest and tokenizer."""
         return self.thread.engine
 
     @property

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llmc.runtime.engine import Engine
 from llmc.runtime.sampling_params import MAX_LOGPROBS, SamplingParams
 from llmc.runtime.server.errors import ApiError, invalid
 
@@ -84,7 +85,7 @@ class _Request(_Strict):
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _sampling(self, **more: Any) -> SamplingParams:  # noqa: ANN401 - fields of SamplingParams
+    def _sampling(self, engine: Engine, **more: Any) -> SamplingParams:  # noqa: ANN401 - its fields
         names = (
             "temperature",
             "top_p",
@@ -103,7 +104,7 @@ class _Request(_Strict):
         fields = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.logit_bias is not None:
             fields["logit_bias"] = _token_biases(self.logit_bias)
-        return SamplingParams(**fields, **more)
+        return engine.default_sampling(**fields, **more)
 
 
 class CompletionRequest(_Request):
@@ -122,15 +123,20 @@ class CompletionRequest(_Request):
             return [[token for token in self.prompt if isinstance(token, int)]]
         return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
 
-    def sampling_params(self) -> SamplingParams:
-        """What the engine is asked for; RequestError where a value is out of range."""
+    def sampling_params(self, engine: Engine) -> SamplingParams:
+        """What the engine is asked for; what the client leaves open, the model states, if it does.
+
+        RequestError where a value is out of range.
+        """
         max_tokens = _DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
         scored = self.logprobs if self.echo else None
         if max_tokens == 0 and scored is None:
             raise invalid(
                 "max_tokens: got 0, expected at least 1, or echo with logprobs", param="max_tokens"
             )
-        return self._sampling(max_tokens=max_tokens, logprobs=self.logprobs, prompt_logprobs=scored)
+        return self._sampling(
+            engine, max_tokens=max_tokens, logprobs=self.logprobs, prompt_logprobs=scored
+        )
 
 
 class TextPart(_Strict):
@@ -166,7 +172,7 @@ class ChatRequest(_Request):
     logprobs: bool = False
     top_logprobs: int | None = None
 
-    def sampling_params(self, *, room_tokens: int) -> SamplingParams:
+    def sampling_params(self, engine: Engine, *, room_tokens: int) -> SamplingParams:
         """What the engine is asked for; without a limit an answer may fill `room_tokens`."""
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise invalid("max_tokens and max_completion_tokens: expected one", param="max_tokens")
@@ -181,7 +187,9 @@ class ChatRequest(_Request):
         max_tokens = limits[0] if limits else max(1, room_tokens)
         if max_tokens == 0:
             raise invalid("max_tokens: got 0, expected at least 1", param="max_tokens")
-        return self._sampling(max_tokens=max_tokens, logprobs=num_top if self.logprobs else None)
+        return self._sampling(
+            engine, max_tokens=max_tokens, logprobs=num_top if self.logprobs else None
+        )
 
 
 def parse(kind: type[_Model], body: dict[str, Any]) -> _Model:

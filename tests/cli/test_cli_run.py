@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -65,6 +66,65 @@ def test_sampling_options_reach_the_engine(llmc, artifact: Path) -> None:
     stop = whole[8:10]
     out = llmc("run", artifact, "-p", "hello", "--raw", "-n", 16, "--stop", stop)[1]
     assert out == whole[: whole.index(stop)] + "\n"
+
+
+def test_json_is_the_whole_answer_with_its_timings(llmc, artifact: Path) -> None:
+    code, out, err = llmc("run", artifact, "-p", "hello", "--raw", "-n", 16, "--json")
+    report = json.loads(out)
+    expected = direct(artifact, "hello")
+    assert (code, err) == (0, "")
+    assert report["model"] == "toy"
+    assert report["text"] == expected.text
+    assert report["token_ids"] == expected.token_ids
+    assert report["finish_reason"] == "length"
+    assert report["num_prompt_tokens"] == len(expected.prompt_token_ids)
+    assert report["num_generated_tokens"] == 16
+    assert 0 < report["seconds_to_first_token"] < report["seconds"]
+    decode_s = report["seconds"] - report["seconds_to_first_token"]
+    assert report["tokens_per_second"] == pytest.approx(15 / decode_s)
+
+
+def test_json_has_no_text_without_a_tokenizer_and_no_speed_of_one_token(
+    llmc, tmp_path: Path
+) -> None:
+    write_artifact(tmp_path / "bare", tokenizer=False, template=False)
+    report = json.loads(llmc("run", tmp_path / "bare", "--ids", "5,9", "-n", 1, "--json")[1])
+    assert report["text"] is None
+    assert report["token_ids"] == direct(tmp_path / "bare", [5, 9], max_tokens=1).token_ids
+    assert report["tokens_per_second"] is None
+
+
+def test_a_failing_device_gives_no_json(llmc, artifact: Path, monkeypatch) -> None:
+    monkeypatch.setattr(SlowExecutor, "broken", True)
+    code, out, err = llmc("run", artifact, "-p", "hello", "--json")
+    assert (code, out) == (1, "")
+    assert "error: the engine failed" in err
+
+
+def test_the_model_s_own_sampling_holds_where_no_option_is_given(llmc, tmp_path: Path) -> None:
+    stated = {"do_sample": True, "temperature": 5.0, "top_p": 0.9}
+    write_artifact(tmp_path / "own", generation_config=json.dumps(stated))
+
+    def run(*options: object) -> str:
+        return llmc("run", tmp_path / "own", "-p", "hello", "-n", 16, "--seed", 3, *options)[1]
+
+    prompt = "user: hello\nassistant:"
+    own = direct(tmp_path / "own", prompt, temperature=5.0, top_p=0.9, seed=3).text
+    greedy = direct(tmp_path / "own", prompt).text
+    assert own != greedy
+    assert run() == own + "\n"
+    assert run("--temperature", 0) == greedy + "\n"
+    wide = direct(tmp_path / "own", prompt, temperature=5.0, top_p=1.0, seed=3).text
+    assert wide != own
+    assert run("--top-p", 1) == wide + "\n"
+
+
+def test_a_bad_sampling_default_is_a_damaged_artifact(llmc, tmp_path: Path) -> None:
+    write_artifact(tmp_path / "bad", generation_config='{"do_sample": true, "top_p": 7}')
+    code, out, err = llmc("run", tmp_path / "bad", "-p", "hello")
+    assert (code, out) == (6, "")
+    assert "generation_config.json: top_p: got '7'" in err
+    assert err.count("error: ") == 1
 
 
 @pytest.mark.parametrize(

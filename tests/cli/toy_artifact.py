@@ -17,6 +17,7 @@ from text_models import byte_level_tokenizer
 
 from llmc.artifact import (
     CHAT_TEMPLATE_FILE,
+    GENERATION_CONFIG_FILE,
     MANIFEST_FILE,
     REFERENCE_FILE,
     TOKENIZER_FILE,
@@ -77,6 +78,7 @@ def write_artifact(
     reference: Reference | None = None,
     tokenizer: bool = True,
     template: bool = True,
+    generation_config: str | None = None,
 ) -> Manifest:
     directory.mkdir(parents=True, exist_ok=True)
     manifest = toy_manifest()
@@ -85,6 +87,8 @@ def write_artifact(
         files[TOKENIZER_FILE] = byte_level_tokenizer()._tokenizer.to_str()
     if template:
         files[CHAT_TEMPLATE_FILE] = TEMPLATE
+    if generation_config is not None:
+        files[GENERATION_CONFIG_FILE] = generation_config
     if reference is not None:
         files[REFERENCE_FILE] = reference.to_json()
     for name, text in files.items():
