@@ -8,7 +8,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -20,6 +20,7 @@ from llmc.errors import UsageError
 if TYPE_CHECKING:
     from llmc.cli.benchmark import Measurement
     from llmc.runtime.engine import Engine
+    from llmc.runtime.executor import Executor
 
 _FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_ms", "inter_token_ms")
 
@@ -56,24 +57,72 @@ class _Plan:
 @click.option(
     "--warm-up", type=click.IntRange(min=0), default=1, help="Runs before them, not measured."
 )
+@click.option(
+    "--profile", is_flag=True, help="Show each kernel's time and what it takes at least, instead."
+)
 @device_option
 @json_option
-def bench(directory: Path, batches: str, device: str, as_json: bool, **plan: int) -> None:
+def bench(
+    directory: Path, batches: str, device: str, profile: bool, as_json: bool, **plan: int
+) -> None:
     """Measure prefill and decode speed with random prompts, all sequences of a batch at once."""
-    report = _report(directory, _parse_batches(batches), _Plan(**plan), device)
+    report = (_profile if profile else _report)(
+        directory, _parse_batches(batches), _Plan(**plan), device
+    )
     if as_json:
         print_json(report)
+    elif profile:
+        _print_profile(report)
     else:
         _print(report)
+
+
+def _kv_cache_tokens(sizes: list[int], plan: _Plan) -> int:
+    # The margin is for the last, partly filled page of each sequence.
+    return max(sizes) * (plan.prompt_tokens + plan.gen_tokens + 64)
+
+
+def _profile(directory: Path, sizes: list[int], plan: _Plan, device: str) -> dict[str, Any]:
+    from llmc.cli.profile import Profiler, measure_limits
+    from llmc.runtime.engine import Engine
+    from llmc.runtime.load import load_model
+
+    with console(err=True).status(f"loading {directory}"):
+        model = load_model(
+            directory,
+            device=device,
+            kv_cache_tokens=_kv_cache_tokens(sizes, plan),
+            max_batch_tokens=None,
+            max_sequences=None,
+        )
+    executor = cast("Executor", model.executor)  # what the loader makes
+    profiler = Profiler(executor, model.manifest)
+    engine = Engine.from_parts(model.manifest, profiler, num_pages=model.num_pages)
+    _check_fits(engine, sizes, plan)
+    if plan.warm_up:
+        _measure_batch(engine, min(sizes), dataclasses.replace(plan, repeat=1, warm_up=0))
+        profiler.forget()
+    measured = dataclasses.replace(plan, warm_up=0)
+    for batch in sizes:
+        _measure_batch(engine, batch, measured)
+        with profiler.instrumented():
+            _measure_batch(engine, batch, measured)
+    limits = measure_limits()
+    return {
+        "command": shlex.join(["llmc", *sys.argv[1:]]),
+        **_setting(engine, device),
+        **dataclasses.asdict(plan),
+        "limits": dataclasses.asdict(limits),
+        "empty_call_us": profiler.empty_call_ns / 1000,
+        "steps": profiler.report(sizes, limits),
+    }
 
 
 def _report(directory: Path, sizes: list[int], plan: _Plan, device: str) -> dict[str, Any]:
     from llmc.cli.bandwidth import METHOD, read_bandwidth
 
-    num_tokens = plan.prompt_tokens + plan.gen_tokens
-    # The margin is for the last, partly filled page of each sequence.
-    engine = open_engine(directory, device=device, kv_cache_tokens=max(sizes) * (num_tokens + 64))
-    _check_fits(engine, sizes, num_tokens)
+    engine = open_engine(directory, device=device, kv_cache_tokens=_kv_cache_tokens(sizes, plan))
+    _check_fits(engine, sizes, plan)
     measured = [_measure_batch(engine, batch, plan) for batch in sizes]
     # Last, because its buffers would be in every figure of peak memory.
     bytes_per_s = read_bandwidth()
@@ -99,8 +148,9 @@ def _parse_batches(text: str) -> list[int]:
     return sizes
 
 
-def _check_fits(engine: Engine, sizes: list[int], num_tokens: int) -> None:
+def _check_fits(engine: Engine, sizes: list[int], plan: _Plan) -> None:
     manifest = engine.manifest
+    num_tokens = plan.prompt_tokens + plan.gen_tokens
     if max(sizes) > manifest.max_sequences:
         raise UsageError(
             f"--batch: {max(sizes)} sequences, the artifact takes {manifest.max_sequences} a step",
@@ -115,7 +165,7 @@ def _check_fits(engine: Engine, sizes: list[int], num_tokens: int) -> None:
 
 
 def _setting(engine: Engine, device: str) -> dict[str, Any]:
-    from llmc.cli.bandwidth import num_cpus
+    from llmc.cpu_features import num_cores
 
     manifest = engine.manifest
     return {
@@ -124,7 +174,7 @@ def _setting(engine: Engine, device: str) -> dict[str, Any]:
         "llmc_version": __version__,
         "tvm_version": manifest.tvm_version,
         "device": device,
-        "machine": f"{platform.system()} {platform.machine()}, {_cpu_name()}, {num_cpus()} CPUs",
+        "machine": f"{platform.system()} {platform.machine()}, {_cpu_name()}, {num_cores()} CPUs",
         "weights_bytes": manifest.memory.weights_bytes,
         "kv_bytes_per_token": manifest.memory.kv_bytes_per_token,
     }
@@ -172,13 +222,35 @@ def _result(engine: Engine, measured: _MeasuredBatch, bytes_per_s: float) -> dic
     }
 
 
-def _print(report: dict[str, Any]) -> None:
+def _say_setting(report: dict[str, Any]) -> None:
     say(
         f"$ {report['command']}\n"
         f"{report['model']} {report['quantization']} on {report['device']}: {report['machine']}\n"
         f"llmc {report['llmc_version']}, TVM {report['tvm_version']}; prompts of "
         f"{report['prompt_tokens']} random tokens, {report['gen_tokens']} generated; "
-        f"{report['warm_up']} warm-up, n = {report['repeat']}: median (min … max)\n"
+        f"{report['warm_up']} warm-up, n = {report['repeat']}: median (min … max)"
+    )
+
+
+def _print_profile(report: dict[str, Any]) -> None:
+    from llmc.cli.profile import print_steps
+
+    _say_setting(report)
+    limits = report["limits"]
+    peaks = ", ".join(f"{n} {v / 1e9:.0f}" for n, v in limits["operations_per_s"].items())
+    say(
+        f"memory reads {limits['memory_bytes_per_s'] / 1e9:.1f} GB/s, shared caches "
+        f"{limits['cache_bytes_per_s'] / 1e9:.1f} GB/s; Gop/s by factors: {peaks}\n"
+        f"floor: the longest of weights and KV from memory, activations from the caches, and "
+        f"operations at their peak\nmedians of single calls; a call that does nothing reads as "
+        f"{report['empty_call_us']:.1f} µs"
+    )
+    print_steps(report["steps"])
+
+
+def _print(report: dict[str, Any]) -> None:
+    _say_setting(report)
+    say(
         f"weights {format_bytes(report['weights_bytes'])}; memory reads "
         f"{report['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s ({report['read_bandwidth_method']})"
     )

@@ -1,0 +1,144 @@
+"""Kernels that do nothing but multiply and add: what one instruction can do here, for rooflines.
+
+Sixteen independent sums hide the instruction's latency; operands stay in registers. The instruction
+comes as a line of LLVM's language, because TVM turns bfloat16 vectors into integers on its way, and
+LLVM's intrinsic then has the wrong types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from llmc.targets.cpu.kernels.panels import argument, i64
+
+CHAINS = 16
+_FUNCTION = "llmc_multiply_add"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeakInstruction:
+    """One multiply-accumulate instruction: `sum[lanes] += a · b`."""
+
+    precision: str  # of the factors: "int8", "bf16" or "f32"
+    machine: str  # platform.machine()
+    feature: str  # as in /proc/cpuinfo
+    mattr: str  # LLVM's name for it
+    intrinsic: str
+    lanes: int  # 32-bit sums in a vector
+
+    @property
+    def factors(self) -> int:
+        """Products added to one sum at once."""
+        return {"int8": 4, "bf16": 2, "f32": 1}[self.precision]
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of one instruction."""
+        return 2 * self.lanes * self.factors
+
+    @property
+    def sum_dtype(self) -> str:
+        """Of the sums."""
+        return "int32" if self.precision == "int8" else "float32"
+
+    def llvm(self, triple: str) -> str:
+        """A module with a function `(sums, a, b) -> sums`, a and b as vectors of 32-bit words."""
+        word, total = f"<{self.lanes} x i32>", f"<{self.lanes} x {self._llvm_type('sum')}>"
+        factor = f"<{self.lanes * self.factors} x {self._llvm_type(self.precision)}>"
+        types, values = [total, factor, factor], ["%s", "%x", "%y"]
+        if self.precision == "f32":  # llvm.fma has the sum last
+            types, values = [factor, factor, total], ["%x", "%y", "%s"]
+        operands = ", ".join(f"{t} {v}" for t, v in zip(types, values, strict=True))
+        return f"""
+target triple = "{triple}"
+declare {total} @{self.intrinsic}({", ".join(types)})
+define linkonce_odr {total} @{_FUNCTION}({total} %s, {word} %a, {word} %b) alwaysinline {{
+  %x = bitcast {word} %a to {factor}
+  %y = bitcast {word} %b to {factor}
+  %r = call {total} @{self.intrinsic}({operands})
+  ret {total} %r
+}}
+"""
+
+    def _llvm_type(self, role: str) -> str:
+        if role == "sum":
+            role = "i32" if self.precision == "int8" else "f32"
+        return {"int8": "i8", "bf16": "bfloat", "f32": "float", "i32": "i32"}[role]
+
+
+def _entry(*fields: str, lanes: int) -> PeakInstruction:
+    precision, machine, feature, mattr, intrinsic = fields
+    return PeakInstruction(
+        precision=precision,
+        machine=machine,
+        feature=feature,
+        mattr=mattr,
+        intrinsic=intrinsic,
+        lanes=lanes,
+    )
+
+
+# The first that a machine has is its fastest for that precision.
+INSTRUCTIONS = (
+    _entry("int8", "x86_64", "avx512_vnni", "avx512vnni", "llvm.x86.avx512.vpdpbusd.512", lanes=16),
+    _entry("int8", "x86_64", "avx_vnni", "avxvnni", "llvm.x86.avx512.vpdpbusd.256", lanes=8),
+    _entry(
+        *("bf16", "x86_64", "avx512_bf16", "avx512bf16", "llvm.x86.avx512bf16.dpbf16ps.512"),
+        lanes=16,
+    ),
+    _entry("f32", "x86_64", "avx512f", "avx512f", "llvm.fma.v16f32", lanes=16),
+    _entry("f32", "x86_64", "fma", "fma", "llvm.fma.v8f32", lanes=8),
+    _entry(
+        *("int8", "aarch64", "asimddp", "dotprod", "llvm.aarch64.neon.sdot.v4i32.v16i8"), lanes=4
+    ),
+    _entry("bf16", "aarch64", "bf16", "bf16", "llvm.aarch64.neon.bfdot.v4f32.v8bf16", lanes=4),
+    _entry("f32", "aarch64", "asimd", "neon", "llvm.fma.v4f32", lanes=4),
+)
+
+
+def peak(instruction: PeakInstruction, turns: int, tasks: int, triple: str) -> tvm.tirx.PrimFunc:
+    """`tasks` parallel loops of `turns` · CHAINS instructions.
+
+    Buffers: factors `[2, lanes]` int32 (any bits), sums `[tasks, CHAINS, lanes]`, which grow.
+    """
+    lanes = instruction.lanes
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("peak")
+            T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+            factors = argument("factors", (2, lanes), "int32")
+            sums = argument("sums", (tasks, CHAINS, lanes), instruction.sum_dtype)
+            module = tvm.ir.StringImm(instruction.llvm(triple))
+            with T.attr(i64(0), "pragma_import_llvm", module), T.parallel(i64(tasks)) as task:
+                _loop(instruction, turns, factors, sums, task)
+    return builder.get()
+
+
+def _loop(
+    instruction: PeakInstruction,
+    turns: int,
+    factors: tvm.tirx.Buffer,
+    sums: tvm.tirx.Buffer,
+    task: tvm.tirx.Var,
+) -> None:
+    lanes, vector = instruction.lanes, f"{instruction.sum_dtype}x{instruction.lanes}"
+    column = T.ramp(i64(0), i64(1), lanes)
+    a, b = T.Bind(factors[i64(0), column]), T.Bind(factors[i64(1), column])
+    local = T.alloc_buffer(
+        [i64(CHAINS), i64(lanes)],
+        instruction.sum_dtype,
+        scope="local",
+        annotations={"disable_lower_builtin": True},
+    )
+    for chain in range(CHAINS):
+        T.buffer_store(local, sums[task, i64(chain), column], [i64(chain), column])
+    with T.serial(i64(turns)):
+        for chain in range(CHAINS):
+            total = T.call_extern(vector, _FUNCTION, local[i64(chain), column], a, b)
+            T.buffer_store(local, total, [i64(chain), column])
+    for chain in range(CHAINS):
+        T.buffer_store(sums, local[i64(chain), column], [task, i64(chain), column])
