@@ -1,21 +1,27 @@
 # make demo   compile a small model once and ask it something; the second time it only answers
 # make test   the quick tests           make test-all   the slow ones too
 # make lint   style, types, imports, and whether docs/cli.md is what the commands say
+# make bench-cpu   measure beside llama.cpp and write docs/benchmarks; builds its peer, once
 # make clean  removes what was built, not the environment
 #
 # Overridable: PYTHON (3.11 or newer), PIP_ARGS (options of pip install, e.g. a CPU-only index for
-# torch), PROMPT (what the demo asks), PYTEST_ARGS.
+# torch), PROMPT (what the demo asks), PYTEST_ARGS; of bench-cpu: MODELS (names or beginnings,
+# comma-separated), REPEAT (rounds), QUICK=1 (one short round), BENCH_ARGS.
 
 PYTHON = python3
 PIP_ARGS =
 PROMPT = Explain in two sentences how a compiler differs from an interpreter.
 PYTEST_ARGS =
+MODELS =
+REPEAT =
+QUICK =
+BENCH_ARGS =
 
 BIN = .venv/bin
 DEMO = dist/smollm2-keep-cpu
 INSTALLED = .venv/.installed
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint bench-cpu clean
 
 demo: $(DEMO).verified
 	$(BIN)/llmc run $(DEMO) -p "$(PROMPT)"
@@ -33,6 +39,11 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m llmc.cli.manual .venv/cli.md && diff -u docs/cli.md .venv/cli.md
+
+# Nothing else should run beside it.
+bench-cpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks $(if $(MODELS),--models $(MODELS)) \
+	  $(if $(REPEAT),--repeat $(REPEAT)) $(if $(QUICK),--quick) $(BENCH_ARGS)
 
 clean:
 	rm -rf build llmc.egg-info $(DEMO) $(DEMO).verified

@@ -174,13 +174,14 @@ def _setting(engine: Engine, device: str) -> dict[str, Any]:
         "llmc_version": __version__,
         "tvm_version": manifest.tvm_version,
         "device": device,
-        "machine": f"{platform.system()} {platform.machine()}, {_cpu_name()}, {num_cores()} CPUs",
+        "machine": f"{platform.system()} {platform.machine()}, {cpu_name()}, {num_cores()} CPUs",
         "weights_bytes": manifest.memory.weights_bytes,
         "kv_bytes_per_token": manifest.memory.kv_bytes_per_token,
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as the system names it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():

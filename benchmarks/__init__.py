@@ -1,0 +1,1 @@
+"""Measures compiled models beside their peers: `python -m benchmarks`, or `make bench-cpu`."""

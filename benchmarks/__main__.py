@@ -1,0 +1,147 @@
+"""`python -m benchmarks`: measures compiled models beside llama.cpp and writes the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import psutil
+from rich.console import Console
+
+from benchmarks import llama_cpp
+from benchmarks.floors import floors
+from benchmarks.llama_cpp import LlamaCpp
+from benchmarks.models import REPOSITORY, Files, choose_cases, prepare
+from benchmarks.process import run
+from benchmarks.record import Record, load_average
+from benchmarks.scenarios import Plan
+from benchmarks.session import PAGE_FILE, Session
+from llmc import __version__
+from llmc.artifact import Manifest
+from llmc.cli.bench import cpu_name
+from llmc.cli.profile import measure_limits
+from llmc.errors import LlmcError
+
+_QUICK_MODELS = "smollm2,llama-1b-q4_0"
+_BUSY = 0.5  # load a CPU above which figures are noise
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.option("--models", default="smollm2,llama-1b", help="Names or their beginnings.")
+@click.option("--repeat", type=click.IntRange(min=1), default=3, help="Rounds.")
+@click.option("--gen-tokens", type=click.IntRange(min=4), default=32, help="Tokens a sequence.")
+@click.option("--quick", is_flag=True, help=f"One short round of {_QUICK_MODELS}; no page.")
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path.home() / ".cache" / "llmc-bench",
+    show_default="~/.cache/llmc-bench",
+    help="Where programs and models are kept.",
+)
+@click.option(
+    "--llama-cpp",
+    "peer_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="LLMC_BENCH_LLAMA_CPP",
+    help="Folder of llama.cpp's programs, built elsewhere.  [env: LLMC_BENCH_LLAMA_CPP]",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=REPOSITORY / "docs" / "benchmarks",
+    show_default="docs/benchmarks",
+    help="Where the page goes.",
+)
+def bench_cpu(
+    models: str,
+    repeat: int,
+    gen_tokens: int,
+    quick: bool,
+    cache: Path,
+    peer_folder: Path | None,
+    out: Path,
+) -> None:
+    """Measures llmc and llama.cpp in turns on this machine's CPU."""
+    talk = Console(stderr=True, highlight=False)
+    if quick:
+        models, repeat, gen_tokens, out = _QUICK_MODELS, 1, 8, cache / "quick"
+    cases = choose_cases(models)
+    out.mkdir(parents=True, exist_ok=True)
+    peer = LlamaCpp.find(peer_folder) if peer_folder else llama_cpp.build(cache, talk.print)
+    files = [prepare(case, cache, peer, talk.print) for case in cases]
+    threads = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+    plan = Plan(threads=threads, gen_tokens=gen_tokens)
+    if load_average() > _BUSY * threads:
+        talk.print(f"[yellow]load is {load_average():.1f}: the figures will say little")
+    talk.print("measuring the machine")
+    record = _new_record(files, plan, repeat)
+    session = Session(record=record, peer=peer, plan=plan, out=out, cache=cache, talk=talk)
+    try:
+        session.measure(files, repeat)
+    finally:  # what there is, when interrupted
+        session.publish()
+    talk.print(str(out / PAGE_FILE))
+
+
+def _new_record(files: Sequence[Files], plan: Plan, repeat: int) -> Record:
+    limits = measure_limits()
+    manifests = {f.case.name: Manifest.load(f.artifact) for f in files}
+    memory_gib = psutil.virtual_memory().total / 2**30
+    setting = {
+        "created": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": f"{cpu_name()}, {memory_gib:.0f} GiB, {platform.system()} {platform.release()}",
+        "threads": plan.threads,
+        "repeat": repeat,
+        "gen_tokens": plan.gen_tokens,
+        "llmc": _version(),
+        "tvm": importlib.metadata.version("apache-tvm"),
+        "llama_cpp": f"from {llama_cpp.PACKAGE} {llama_cpp.VERSION}",
+    }
+    described = {
+        f.case.name: {
+            "title": f.case.title,
+            "weights_bytes": manifests[f.case.name].memory.weights_bytes,
+            "kv_bytes_per_token": manifests[f.case.name].memory.kv_bytes_per_token,
+            "num_parameters": manifests[f.case.name].model.num_parameters,
+            "gguf_bytes": f.gguf.stat().st_size,
+            "floors": floors(
+                manifests[f.case.name], limits, depths=f.case.depths, gen=plan.gen_tokens
+            ),
+        }
+        for f in files
+    }
+    return Record(setting=setting, limits=dataclasses.asdict(limits), cases=described)
+
+
+def _version() -> str:
+    try:
+        commit = run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY).stdout.strip()
+    except LlmcError:  # an archive without its history
+        return __version__
+    return f"{__version__} ({commit})"
+
+
+def main() -> None:
+    """The command line; deliberate errors are explained, Ctrl-C keeps what was measured."""
+    try:
+        bench_cpu.main(prog_name="python -m benchmarks", standalone_mode=False)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(exc.exit_code)
+    except LlmcError as exc:
+        click.echo(f"error: {exc}", err=True)
+        sys.exit(exc.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted: what was measured until now is kept", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The rounds: the programs take turns at every figure, and each figure is kept at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.llama_cpp import FLASH_ATTENTION, LlamaCpp
+from benchmarks.models import Files, demo_gguf, llmc_command
+from benchmarks.plots import plot_roofline
+from benchmarks.process import Finished
+from benchmarks.record import Record, Sample, load_average
+from benchmarks.report import OWN, markdown, print_record
+from benchmarks.scenarios import Figures, Plan, Scenario, profile, scenarios
+
+RECORD_FILE, PAGE_FILE = "cpu.json", "cpu.md"
+
+Measure = Callable[[], tuple[Finished, Figures]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One run of the whole comparison; its record grows."""
+
+    record: Record
+    peer: LlamaCpp
+    plan: Plan
+    out: Path
+    cache: Path
+    talk: Console
+
+    def measure(self, files: Sequence[Files], repeat: int) -> None:
+        """All rounds, then a profile of each artifact."""
+        for number in range(repeat):
+            for one in files:
+                for scenario in scenarios(one.case):
+                    self.talk.print(
+                        f"round {number + 1} of {repeat}: {one.case.title}, {scenario.name}"
+                    )
+                    self._take_turns(one, scenario, number)
+        for one in files:
+            self.talk.print(f"profile: {one.case.title}")
+            self.record.profiles[one.case.name] = profile(one, self.plan)
+        self.record.complete = True
+
+    def publish(self) -> None:
+        """Writes record, plots and page, and prints the tables: of what there is."""
+        self.record.save(self.out / RECORD_FILE)
+        plots = {}
+        for name, steps in self.record.profiles.items():
+            plots[name] = Path(f"roofline-{name}.svg")
+            title = self.record.cases[name]["title"]
+            plot_roofline(title, steps, self.record.limits, self.out / plots[name])
+        (self.out / PAGE_FILE).write_text(markdown(self.record, plots), encoding="utf-8")
+        print_record(self.record, Console())
+
+    def _take_turns(self, files: Files, scenario: Scenario, number: int) -> None:
+        for engine, measure in self._turns(files, scenario):
+            load = load_average()
+            finished, figures = measure()
+            self.record.samples += [
+                Sample(
+                    case=files.case.name,
+                    metric=metric,
+                    engine=engine,
+                    value=value,
+                    round=number,
+                    command=self._shown(finished.command),
+                    load=load,
+                )
+                for metric, value in figures.items()
+            ]
+            self.record.save(self.out / RECORD_FILE)
+
+    def _turns(self, files: Files, scenario: Scenario) -> Iterator[tuple[str, Measure]]:
+        yield OWN, lambda: scenario.ours(files, self.plan)
+        for flash in FLASH_ATTENTION:
+            yield (
+                f"llama.cpp -fa {flash}",
+                lambda flash=flash: scenario.peer(self.peer, files, self.plan, flash),  # type: ignore[misc]
+            )
+
+    def _shown(self, command: str) -> str:
+        """A command as anyone could type it: without the folders of this machine."""
+        for path, name in (
+            (" ".join(llmc_command()), "llmc"),
+            (f"{self.peer.folder}/", ""),
+            (f"{demo_gguf().parent}/", ""),
+            (f"{self.cache}/", ""),
+        ):
+            command = command.replace(path, name)
+        return command
