@@ -30,7 +30,8 @@
 #include <tvm/ffi/c_api.h>
 
 enum {
-  TASKS_PER_THREAD = 4, /* more balance better, fewer cost less: each claim moves a cache line */
+  TASKS_PER_THREAD = 16, /* the more, the evener a loop is shared out */
+  CLAIMS_PER_ROUND = 2, /* of each thread, while half the tasks are taken: each moves a cache line */
   WORKER_SPIN_US = 100, /* how long an idle worker looks for work before it sleeps */
   LAUNCH_SPIN_US = 20,  /* how long a launch waits for the last tasks before it yields its core */
   PAUSES_PER_LOOK = 16, /* pauses between two looks at the clock */
@@ -58,14 +59,14 @@ static struct {
   FTVMParallelLambda lambda;
   void *closure;
   TVMParallelGroupEnv env;
+  int num_threads; /* the launching one included; changed while there are no workers */
 
   _Alignas(CACHE_LINE) atomic_int unfinished;
   atomic_int failure; /* what the first task that failed returned */
   TVMFFIObjectHandle error; /* and its error, taken from its thread */
 
   _Alignas(CACHE_LINE) atomic_bool asleep; /* a worker may be waiting for `wake` */
-  int num_threads;                         /* the launching one included; guarded by launching */
-  int num_workers;                         /* that run; guarded by launching */
+  int num_workers;                         /* that run; guarded by `launching` */
   pthread_t workers[MAX_THREADS];
 } pool = {.num_threads = 1};
 
@@ -111,18 +112,23 @@ static void keep_failure(int code) {
   }
 }
 
-/* Takes tasks of the present launch until none is left. */
+/* Takes tasks of the present launch until none is left: many at a time at first, one at last. From
+ * the last task to the first, because the last ones of a short loop are empty. */
 static void run_tasks(void) {
   int done = 0;
   int left = atomic_load_explicit(&pool.unclaimed, memory_order_relaxed);
   while (left > 0) {
-    if (!atomic_compare_exchange_weak_explicit(&pool.unclaimed, &left, left - 1,
-                                               memory_order_acquire, memory_order_relaxed)) {
+    int share = left / (CLAIMS_PER_ROUND * pool.num_threads);
+    int first = left - (share > 0 ? share : 1);
+    if (!atomic_compare_exchange_weak_explicit(&pool.unclaimed, &left, first, memory_order_acquire,
+                                               memory_order_relaxed)) {
       continue;
     }
-    int code = pool.lambda(pool.env.num_task - left, &pool.env, pool.closure);
-    if (code != 0) keep_failure(code);
-    ++done;
+    for (int task = first; task < left; ++task) {
+      int code = pool.lambda(task, &pool.env, pool.closure);
+      if (code != 0) keep_failure(code);
+    }
+    done += left - first;
     left = atomic_load_explicit(&pool.unclaimed, memory_order_relaxed);
   }
   if (done > 0) atomic_fetch_sub_explicit(&pool.unfinished, done, memory_order_release);

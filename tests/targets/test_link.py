@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files
 
 HOST = link.Platform(machine=link.host_machine(), system="Linux")
 ARM = link.Platform(machine="aarch64", system="Linux")
-X86_64, AARCH64 = 62, 183  # e_machine, ELF specification
+AARCH64 = 183  # e_machine, ELF specification
 
 
 @I.ir_module
@@ -91,16 +91,16 @@ def test_cc_names_the_compiler(tmp_path, monkeypatch) -> None:
     assert str(link.THREADS) in arguments
 
 
-def test_cc_is_for_this_machine_and_not_for_another(tmp_path, monkeypatch) -> None:
+@pytest.mark.skipif(HOST == ARM, reason="the compiler of this machine is right")
+def test_cc_is_not_asked_to_link_for_another_machine(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("CC", "false")
     target = CpuTarget("neon")
     path = tmp_path / "model.so"
-    if not target.platform.is_host:
-        target.link(build(target), path)
-        assert elf_machine(path) == AARCH64
+    target.link(build(target), path)
+    assert elf_machine(path) == AARCH64
 
 
-def test_a_system_compiler_links_where_zig_is_not_installed(tmp_path, monkeypatch) -> None:
+def test_a_system_compiler_links_where_zig_is_not_installed(monkeypatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(link.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(link.shutil, "which", lambda tool: tool if tool == "gcc" else None)
@@ -131,11 +131,12 @@ def test_a_compiler_that_is_missing_or_fails_is_an_error(tmp_path, monkeypatch) 
         link.link(executable, tmp_path / "model.so", HOST)
 
 
-@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+@pytest.mark.parametrize(
+    "compiler", [["gcc"], [sys.executable, "-m", "ziglang", "cc"]], ids=["gcc", "zig"]
+)
 def test_the_pool_compiles_without_a_warning(tmp_path, compiler) -> None:
-    command = [compiler] if compiler == "gcc" else [sys.executable, "-m", "ziglang", "cc"]
-    if link.shutil.which(command[0]) is None:
-        pytest.skip(f"no {compiler} here")
+    if link.shutil.which(compiler[0]) is None:
+        pytest.skip(f"no {compiler[0]} here")
     flags = ["-Wall", "-Wextra", "-Werror"]
     arguments = link._arguments(str(tmp_path / "pool.so"), [], HOST)
-    subprocess.run([*command, *flags, *arguments], check=True)
+    subprocess.run([*compiler, *flags, *arguments], check=True)
