@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.record import METRICS, Metric, Record, spread
+from llmc.cli.console import console, table
 
 OWN = "llmc"
 TIE = 0.15  # figures that differ by less are equal: what such machines vary from run to run
 
-_COLUMNS = ("", OWN, "best peer", "which", "ratio", "floor", f"{OWN} of floor")
+_COLUMNS = ("figure", f">{OWN}", ">best peer", "which", ">ratio", ">floor", f">{OWN} of floor")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,15 +75,13 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def print_record(record: Record, console: Console) -> None:
+def print_record(record: Record) -> None:
     """The tables on a terminal, coloured where the difference is more than a tie."""
     for name, case in record.cases.items():
-        shown = Table(title=case["title"], title_justify="left")
-        for column in _COLUMNS:
-            shown.add_column(column, justify="left" if column in ("", "which") else "right")
+        shown = table(*_COLUMNS, title=case["title"])
         for row in rows(record, name):
             shown.add_row(*row.cells(), style=_style(row.ratio))
-        console.print(shown)
+        console().print(shown)
 
 
 def _style(ratio: float | None) -> str:
@@ -127,8 +123,9 @@ def _load(record: Record) -> float:
 
 
 def _table(shown: list[Row]) -> str:
-    lines = [_COLUMNS, ("---", "---:", "---:", "---", "---:", "---:", "---:")]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [*lines, *(r.cells() for r in shown)])
+    head = [column.removeprefix(">") for column in _COLUMNS]
+    rule = ["---:" if column.startswith(">") else "---" for column in _COLUMNS]
+    return "\n".join(f"| {' | '.join(c)} |" for c in [head, rule, *(r.cells() for r in shown)])
 
 
 def _commands(record: Record) -> str:

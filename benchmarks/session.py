@@ -55,7 +55,7 @@ class Session:
             title = self.record.cases[name]["title"]
             plot_roofline(title, steps, self.record.limits, self.out / plots[name])
         (self.out / PAGE_FILE).write_text(markdown(self.record, plots), encoding="utf-8")
-        print_record(self.record, Console())
+        print_record(self.record)
 
     def _take_turns(self, files: Files, scenario: Scenario, number: int) -> None:
         for engine, measure in self._turns(files, scenario):
