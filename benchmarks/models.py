@@ -15,7 +15,7 @@ from benchmarks.random_gguf import LLAMA_1B, write_random_gguf
 from llmc.errors import UsageError
 
 REPOSITORY = Path(__file__).parents[1]
-_COMPILED_FROM = ("compiler", "models", "targets", "llmc", "runtime")
+_COMPILED_FROM = ("compiler/**/*", "models/**/*", "targets/**/*", "llmc/*")
 _SOURCE_SUFFIXES = (".c", ".h", ".json", ".py")
 
 
@@ -124,9 +124,8 @@ def _compiled_from(case: Case, gguf: Path) -> str:
     Of the model file its size only: those here are written once.
     """
     digest = hashlib.sha256(f"{case}{gguf}{gguf.stat().st_size}".encode())
-    for folder in _COMPILED_FROM:
-        for path in sorted((REPOSITORY / folder).rglob("*")):
-            if path.suffix in _SOURCE_SUFFIXES and "__pycache__" not in path.parts:
-                digest.update(str(path.relative_to(REPOSITORY)).encode())
-                digest.update(path.read_bytes())
+    paths = {path for pattern in _COMPILED_FROM for path in REPOSITORY.glob(pattern)}
+    for path in sorted(p for p in paths if p.suffix in _SOURCE_SUFFIXES):
+        digest.update(str(path.relative_to(REPOSITORY)).encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from llmc.errors import LlmcError
 
-_POLL_S = 0.01
+_POLL_S = 0.1  # each look takes some of the processors that are measured
 _SHOWN_CHARACTERS = 600  # of a failed command's last words
 
 
@@ -60,17 +61,33 @@ def run(
 def _wait(process: subprocess.Popen[bytes]) -> float:
     """Waits for the end; the largest resident size seen on the way, in MiB.
 
-    Polled, because the kernel's own figure for an ended child counts what its parent held when it
-    started it. The high-water mark only grows: what is missed is what grew in the last moment.
+    Looked up while it runs, because the kernel's own figure for an ended child counts what its
+    parent held when it started it. The high-water mark only grows: what is missed is what grew in
+    the last moment.
     """
-    status, peak = Path(f"/proc/{process.pid}/status"), 0.0
-    while process.poll() is None:
-        try:
-            text = status.read_text(encoding="utf-8")
-        except OSError:  # it ended just now, or the system has no /proc
-            text = ""
-        for line in text.splitlines():
-            if line.startswith("VmHWM:"):
-                peak = max(peak, int(line.split()[1]) / 1024)
-        time.sleep(_POLL_S)
-    return peak
+    ended, peaks = threading.Event(), [0.0]
+
+    def watch() -> None:
+        while not ended.wait(_POLL_S):
+            peaks.append(_high_water_mib(process.pid))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        process.wait()
+    finally:
+        ended.set()
+        watcher.join()
+    return max(peaks)
+
+
+def _high_water_mib(pid: int) -> float:
+    """0 where the process has ended or the system has no /proc."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0.0
+    for line in text.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return 0.0

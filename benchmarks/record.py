@@ -63,6 +63,7 @@ class Record:
     cases: dict[str, dict[str, Any]]  # by name: title, model, floors by metric
     samples: list[Sample] = field(default_factory=list)
     profiles: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by case: steps
+    failures: list[str] = field(default_factory=list)  # runs that gave no figure, and why
     complete: bool = False
 
     def values(self, case: str, metric: str, engine: str) -> list[float]:

@@ -115,6 +115,8 @@ def markdown(record: Record, plots: dict[str, Path]) -> str:
         parts += [f"## {case['title']}", _table(rows(record, name))]
         if name in plots:
             parts.append(f"![Roofline of {case['title']}]({plots[name]})")
+    if record.failures:
+        parts += ["## Runs that failed", "\n".join(["```", *record.failures, "```"])]
     return "\n\n".join([*parts, "## Commands", _commands(record)]) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks.process import Finished
 from benchmarks.record import Record, Sample, load_average
 from benchmarks.report import OWN, markdown, print_record
 from benchmarks.scenarios import Figures, Plan, Scenario, profile, scenarios
+from llmc.errors import LlmcError
 
 RECORD_FILE, PAGE_FILE = "cpu.json", "cpu.md"
 
@@ -43,7 +45,8 @@ class Session:
                     self._take_turns(one, scenario, number)
         for one in files:
             self.talk.print(f"profile: {one.case.title}")
-            self.record.profiles[one.case.name] = profile(one, self.plan)
+            with self._noting_failure():
+                self.record.profiles[one.case.name] = profile(one, self.plan)
         self.record.complete = True
 
     def publish(self) -> None:
@@ -60,20 +63,39 @@ class Session:
     def _take_turns(self, files: Files, scenario: Scenario, number: int) -> None:
         for engine, measure in self._turns(files, scenario):
             load = load_average()
-            finished, figures = measure()
-            self.record.samples += [
-                Sample(
-                    case=files.case.name,
-                    metric=metric,
-                    engine=engine,
-                    value=value,
-                    round=number,
-                    command=self._shown(finished.command),
-                    load=load,
-                )
-                for metric, value in figures.items()
-            ]
+            with self._noting_failure():
+                finished, figures = measure()
+                run = (files.case.name, engine, number)
+                self.record.samples += self._samples(run, load, finished, figures)
             self.record.save(self.out / RECORD_FILE)
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        """Goes on after a run that failed: the others' figures must not be lost to it."""
+        try:
+            yield
+        except LlmcError as exc:
+            message = self._shown(exc.message)
+            self.record.failures.append(message)
+            self.talk.print(message, style="red", markup=False)
+
+    def _samples(
+        self, run: tuple[str, str, int], load: float, finished: Finished, figures: Figures
+    ) -> list[Sample]:
+        """The figures of a run (case, engine, round)."""
+        case, engine, number = run
+        return [
+            Sample(
+                case=case,
+                metric=metric,
+                engine=engine,
+                value=value,
+                round=number,
+                command=self._shown(finished.command),
+                load=load,
+            )
+            for metric, value in figures.items()
+        ]
 
     def _turns(self, files: Files, scenario: Scenario) -> Iterator[tuple[str, Measure]]:
         yield OWN, lambda: scenario.ours(files, self.plan)

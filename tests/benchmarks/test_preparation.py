@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
+from benchmarks import process
 from benchmarks.floors import floors
 from benchmarks.llama_cpp import TOOLS, LlamaCpp, _mend_amx, json_lines
 from benchmarks.models import CASES, choose_cases
@@ -43,8 +43,8 @@ def test_a_failed_run_says_what_the_program_said() -> None:
         run(["/nonexistent/program"])
 
 
-def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path, monkeypatch) -> None:
-    def interrupt(_seconds: float) -> None:
+def test_an_interrupted_run_leaves_no_process_behind(monkeypatch) -> None:
+    def interrupt(_process: subprocess.Popen) -> float:
         raise KeyboardInterrupt
 
     started: list[subprocess.Popen] = []
@@ -55,7 +55,7 @@ def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path, monkeypatch
         return started[-1]
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    monkeypatch.setattr(time, "sleep", interrupt)
+    monkeypatch.setattr(process, "_wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(python("import time; time.sleep(60)"))
     assert started[0].returncode is not None

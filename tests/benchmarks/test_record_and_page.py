@@ -18,7 +18,7 @@ from benchmarks.record import Record, Sample
 from benchmarks.report import markdown, rows
 from benchmarks.scenarios import Plan, Scenario
 from benchmarks.session import Session
-from llmc.errors import UsageError
+from llmc.errors import LlmcError, UsageError
 
 LIMITS = {
     "memory_bytes_per_s": 4e10,
@@ -162,12 +162,15 @@ def session(out: Path, shown: Record) -> Session:
 FILES = Files(case=CASES["smollm2"], gguf=Path("/cache/m.gguf"), artifact=Path("/cache/artifact"))
 
 
-def fake_scenarios(runs: list[str], *, interrupt_at: int | None = None):
-    """Two scenarios whose runs are only noted; one of them is interrupted."""
+def fake_scenarios(
+    runs: list[str], *, fail_at: int | None = None, error: BaseException | None = None
+):
+    """Two scenarios whose runs are only noted; run number `fail_at` raises `error`."""
 
     def finish(name: str) -> Finished:
-        if len(runs) == interrupt_at:
-            raise KeyboardInterrupt
+        if len(runs) == fail_at and error is not None:
+            runs.append("")
+            raise error
         runs.append(name)
         command = f"/programs/{name} /cache/m.gguf"
         return Finished(command=command, stdout="", seconds=1.0, peak_memory_mib=1.0)
@@ -197,9 +200,31 @@ def test_the_programs_take_turns_at_every_figure(tmp_path: Path, monkeypatch) ->
     assert comparison.record.samples[0].command == "ours-decode-0 m.gguf"
 
 
+def test_a_failed_run_is_noted_and_the_others_go_on(tmp_path: Path, monkeypatch) -> None:
+    runs: list[str] = []
+    failure = LlmcError("`/programs/peer1-decode-0` ended with -11: bang")
+    monkeypatch.setattr(session_module, "scenarios", fake_scenarios(runs, fail_at=2, error=failure))
+    monkeypatch.setattr(session_module, "profile", lambda files, plan: [STEP])
+    monkeypatch.setattr(session_module, "demo_gguf", lambda: Path("/demo/model.gguf"))
+    comparison = session(tmp_path, record())
+    comparison.measure([FILES], 1)
+    comparison.publish()
+    assert runs == [
+        "ours-decode-0",
+        "peer0-decode-0",
+        "",
+        "ours-start",
+        "peer0-start",
+        "peer1-start",
+    ]
+    assert len(comparison.record.samples) == 5
+    assert "`peer1-decode-0` ended with -11: bang" in (tmp_path / "cpu.md").read_text()
+
+
 def test_an_interruption_keeps_what_was_measured(tmp_path: Path, monkeypatch, capsys) -> None:
     runs: list[str] = []
-    monkeypatch.setattr(session_module, "scenarios", fake_scenarios(runs, interrupt_at=4))
+    fakes = fake_scenarios(runs, fail_at=4, error=KeyboardInterrupt())
+    monkeypatch.setattr(session_module, "scenarios", fakes)
     monkeypatch.setattr(session_module, "demo_gguf", lambda: Path("/demo/model.gguf"))
     comparison = session(tmp_path, record())
     with pytest.raises(KeyboardInterrupt):
