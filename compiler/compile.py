@@ -57,6 +57,7 @@ class CompileResult:
     seconds: float
 
 
+@interruptible()
 def compile_model(
     source: str | Path,
     *,
@@ -90,7 +91,7 @@ def compile_model(
     title = name or model.name
     _check_context(model, context_length)
     where = Path(out) if out is not None else Path("dist") / _folder_name(title, quant, target)
-    with interruptible(), new_folder(where, force=force) as folder:
+    with new_folder(where, force=force) as folder:
         bounds = StepBounds(
             max_tokens=max_batch_tokens,
             max_sequences=min(max_sequences, max_batch_tokens),
@@ -169,8 +170,7 @@ def _build(
             dump.write("planned", planned)
             with failing_as("lower"):
                 lowered = lower_memory(planned)
-            with tvm.transform.PassContext(config=target.pass_config):
-                executable = relax.build(lowered, target=target.tvm_target, relax_pipeline=None)
+            executable = _codegen(lowered, target)
     return _Built(
         executable=executable,
         arguments=wanted,
@@ -179,6 +179,11 @@ def _build(
         kernels=kernels,
         vocab_size=int(first.ret_ty.shape[1]),
     )
+
+
+def _codegen(mod: tvm.IRModule, target: Target) -> tvm.runtime.Executable:
+    with tvm.transform.PassContext(config=target.pass_config):
+        return relax.build(mod, target=target.tvm_target, relax_pipeline=None)
 
 
 def _kernel_infos(mod: tvm.IRModule) -> list[artifact.KernelInfo]:
