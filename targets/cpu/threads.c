@@ -3,13 +3,13 @@
  * A parallel loop of a kernel is a call of TVMBackendParallelLaunch(lambda, closure, 0) through a
  * pointer in the library, which TVM sets when it loads the library and set_threads() below sets
  * again. The lambda computes its share of the loop from (task, num_task), so the pool is free to
- * ask for more tasks than it has threads and to hand them out one at a time: a slow or interrupted
+ * ask for more tasks than it has threads and to hand them out as threads come: a slow or interrupted
  * core takes fewer, and a thread that does not come in time is not waited for.
  *
  * One launch at a time. Its life, in the two counters of the pool:
  *
  *     unclaimed     0 -> n        the launching thread, after it wrote the job
- *     unclaimed     k -> k - 1    whoever takes task n - k
+ *     unclaimed     k -> k - t    whoever takes t tasks from n - k on
  *     unfinished    n -> 0        every thread subtracts what it did when it finds nothing to take
  *
  * A task that is claimed and not finished keeps the job from being replaced, so the job is read
@@ -30,7 +30,7 @@
 #include <tvm/ffi/c_api.h>
 
 enum {
-  TASKS_PER_THREAD = 16, /* the more, the evener a loop is shared out */
+  TASKS_PER_THREAD = 8, /* the more, the evener a loop is shared out */
   CLAIMS_PER_ROUND = 2, /* of each thread, while half the tasks are taken: each moves a cache line */
   WORKER_SPIN_US = 100, /* how long an idle worker looks for work before it sleeps */
   LAUNCH_SPIN_US = 20,  /* how long a launch waits for the last tasks before it yields its core */
@@ -112,23 +112,24 @@ static void keep_failure(int code) {
   }
 }
 
-/* Takes tasks of the present launch until none is left: many at a time at first, one at last. From
- * the last task to the first, because the last ones of a short loop are empty. */
+/* Takes tasks of the present launch until none is left: many at a time at first, one at last. Upwards,
+ * as memory is prefetched: kernels stream weights, and downwards they take twice as long. */
 static void run_tasks(void) {
   int done = 0;
   int left = atomic_load_explicit(&pool.unclaimed, memory_order_relaxed);
   while (left > 0) {
     int share = left / (CLAIMS_PER_ROUND * pool.num_threads);
-    int first = left - (share > 0 ? share : 1);
-    if (!atomic_compare_exchange_weak_explicit(&pool.unclaimed, &left, first, memory_order_acquire,
-                                               memory_order_relaxed)) {
+    int taken = share > 0 ? share : 1;
+    if (!atomic_compare_exchange_weak_explicit(&pool.unclaimed, &left, left - taken,
+                                               memory_order_acquire, memory_order_relaxed)) {
       continue;
     }
-    for (int task = first; task < left; ++task) {
+    int first = pool.env.num_task - left;
+    for (int task = first; task < first + taken; ++task) {
       int code = pool.lambda(task, &pool.env, pool.closure);
       if (code != 0) keep_failure(code);
     }
-    done += left - first;
+    done += taken;
     left = atomic_load_explicit(&pool.unclaimed, memory_order_relaxed);
   }
   if (done > 0) atomic_fetch_sub_explicit(&pool.unfinished, done, memory_order_release);

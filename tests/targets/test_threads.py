@@ -22,7 +22,7 @@ from llmc.errors import UsageError
 from llmc.runtime.devices import cpu
 from llmc.targets.cpu.target import CpuTarget
 
-TASKS_PER_THREAD = 16  # in threads.c
+TASKS_PER_THREAD = 8  # in threads.c
 
 
 @I.ir_module
