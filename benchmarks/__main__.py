@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -16,7 +16,6 @@ import psutil
 from rich.console import Console
 
 from benchmarks import llama_cpp
-from benchmarks.floors import floors
 from benchmarks.llama_cpp import LlamaCpp
 from benchmarks.models import REPOSITORY, Files, choose_cases, prepare
 from benchmarks.process import run
@@ -81,8 +80,16 @@ def bench_cpu(
     if load_average() > _BUSY * threads:
         talk.print(f"[yellow]load is {load_average():.1f}: the figures will say little")
     talk.print("measuring the machine")
-    record = _new_record(files, plan, repeat)
-    session = Session(record=record, peer=peer, plan=plan, out=out, cache=cache, talk=talk)
+    manifests = {f.case.name: Manifest.load(f.artifact) for f in files}
+    session = Session(
+        record=_new_record(files, manifests, plan, repeat),
+        manifests=manifests,
+        peer=peer,
+        plan=plan,
+        out=out,
+        cache=cache,
+        talk=talk,
+    )
     try:
         session.measure(files, repeat)
     finally:  # what there is, when interrupted
@@ -90,9 +97,9 @@ def bench_cpu(
     talk.print(str(out / PAGE_FILE))
 
 
-def _new_record(files: Sequence[Files], plan: Plan, repeat: int) -> Record:
-    limits = measure_limits()
-    manifests = {f.case.name: Manifest.load(f.artifact) for f in files}
+def _new_record(
+    files: Sequence[Files], manifests: Mapping[str, Manifest], plan: Plan, repeat: int
+) -> Record:
     memory_gib = psutil.virtual_memory().total / 2**30
     setting = {
         "created": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -104,20 +111,18 @@ def _new_record(files: Sequence[Files], plan: Plan, repeat: int) -> Record:
         "tvm": importlib.metadata.version("apache-tvm"),
         "llama_cpp": f"from {llama_cpp.PACKAGE} {llama_cpp.VERSION}",
     }
-    described = {
-        f.case.name: {
-            "title": f.case.title,
-            "weights_bytes": manifests[f.case.name].memory.weights_bytes,
-            "kv_bytes_per_token": manifests[f.case.name].memory.kv_bytes_per_token,
-            "num_parameters": manifests[f.case.name].model.num_parameters,
-            "gguf_bytes": f.gguf.stat().st_size,
-            "floors": floors(
-                manifests[f.case.name], limits, depths=f.case.depths, gen=plan.gen_tokens
-            ),
+    cases = {}
+    for one in files:
+        manifest = manifests[one.case.name]
+        cases[one.case.name] = {
+            "title": one.case.title,
+            "weights_bytes": manifest.memory.weights_bytes,
+            "kv_bytes_per_token": manifest.memory.kv_bytes_per_token,
+            "num_parameters": manifest.model.num_parameters,
+            "gguf_bytes": one.gguf.stat().st_size,
         }
-        for f in files
-    }
-    return Record(setting=setting, limits=dataclasses.asdict(limits), cases=described)
+    limits = dataclasses.asdict(measure_limits())
+    return Record(setting=setting, limits=limits, cases=cases)
 
 
 def _version() -> str:

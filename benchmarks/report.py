@@ -42,7 +42,7 @@ def _row(record: Record, case: str, metric: Metric) -> Row:
     own = record.values(case, metric.name, OWN)
     peer_name = record.best_peer(case, metric.name, OWN)
     peer = record.values(case, metric.name, peer_name) if peer_name else []
-    floor = record.cases[case]["floors"].get(metric.name)
+    floor = record.cases[case].get("floors", {}).get(metric.name)
     ratio = share = None
     if own and peer:
         ratio = _better(metric, spread(own)[0], spread(peer)[0])

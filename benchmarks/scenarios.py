@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.llama_cpp import LlamaCpp, json_lines
 from benchmarks.models import REPOSITORY, Case, Files, llmc_command
 from benchmarks.process import Finished, run
+from llmc.cli.kernel_cost import Limits
 
 PREFILL_TOKENS = 512
 BATCHES = (4, 16)
@@ -47,16 +48,21 @@ def scenarios(case: Case) -> list[Scenario]:
     ]
 
 
-def profile(files: Files, plan: Plan) -> list[dict[str, Any]]:
-    """Each kernel of a prefill step and of decode steps; see `llmc bench --profile`."""
+def profile(files: Files, plan: Plan) -> tuple[list[dict[str, Any]], list[Limits]]:
+    """Each kernel of a prefill step and of decode steps, and the machine's limits as measured
+    beside; see `llmc bench --profile`.
+    """
     steps: list[dict[str, Any]] = []
+    limits = []
     for prompt, batches in ((PREFILL_TOKENS, "1"), (BATCH_PROMPT_TOKENS, str(max(BATCHES)))):
         finished = _bench(
             files, plan, prompt, _PROFILE_GEN_TOKENS, batches, "--profile", "--repeat", "2"
         )
-        steps += json.loads(finished.stdout)["steps"]
+        report = json.loads(finished.stdout)
+        steps += report["steps"]
+        limits.append(Limits(**report["limits"]))
     # The second run's prefill is of no interest.
-    return [s for s in steps if s["num_tokens"] in (PREFILL_TOKENS, s["num_sequences"])]
+    return [s for s in steps if s["num_tokens"] in (PREFILL_TOKENS, s["num_sequences"])], limits
 
 
 def _bench(

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.floors import floors
 from benchmarks.llama_cpp import FLASH_ATTENTION, LlamaCpp
-from benchmarks.models import Files, demo_gguf, llmc_command
+from benchmarks.models import CASES, Files, demo_gguf, llmc_command
 from benchmarks.plots import plot_roofline
 from benchmarks.process import Finished
 from benchmarks.record import Record, Sample, load_average
 from benchmarks.report import OWN, markdown, print_record
 from benchmarks.scenarios import Figures, Plan, Scenario, profile, scenarios
+from llmc.artifact import Manifest
+from llmc.cli.kernel_cost import Limits
 from llmc.errors import LlmcError
 
 RECORD_FILE, PAGE_FILE = "cpu.json", "cpu.md"
@@ -28,6 +32,7 @@ class Session:
     """One run of the whole comparison; its record grows."""
 
     record: Record
+    manifests: Mapping[str, Manifest]  # of the artifacts, by case
     peer: LlamaCpp
     plan: Plan
     out: Path
@@ -46,11 +51,18 @@ class Session:
         for one in files:
             self.talk.print(f"profile: {one.case.title}")
             with self._noting_failure():
-                self.record.profiles[one.case.name] = profile(one, self.plan)
+                self.record.profiles[one.case.name], limits = profile(one, self.plan)
+                for measured in limits:
+                    self._raise_limits(measured)
         self.record.complete = True
 
     def publish(self) -> None:
         """Writes record, plots and page, and prints the tables: of what there is."""
+        limits = Limits(**self.record.limits)
+        for name, manifest in self.manifests.items():
+            self.record.cases[name]["floors"] = floors(
+                manifest, limits, depths=CASES[name].depths, gen=self.plan.gen_tokens
+            )
         self.record.save(self.out / RECORD_FILE)
         plots = {}
         for name, steps in self.record.profiles.items():
@@ -59,6 +71,18 @@ class Session:
             plot_roofline(title, steps, self.record.limits, self.out / plots[name])
         (self.out / PAGE_FILE).write_text(markdown(self.record, plots), encoding="utf-8")
         print_record(self.record)
+
+    def _raise_limits(self, measured: Limits) -> None:
+        """What the machine did once it can do: every limit is the best that was seen."""
+        known = Limits(**self.record.limits)
+        rates = known.operations_per_s.items()
+        self.record.limits = dataclasses.asdict(
+            Limits(
+                memory_bytes_per_s=max(known.memory_bytes_per_s, measured.memory_bytes_per_s),
+                cache_bytes_per_s=max(known.cache_bytes_per_s, measured.cache_bytes_per_s),
+                operations_per_s={n: max(v, measured.peak(n)) for n, v in rates},
+            )
+        )
 
     def _take_turns(self, files: Files, scenario: Scenario, number: int) -> None:
         for engine, measure in self._turns(files, scenario):

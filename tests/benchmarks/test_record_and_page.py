@@ -18,6 +18,7 @@ from benchmarks.record import Record, Sample
 from benchmarks.report import markdown, rows
 from benchmarks.scenarios import Plan, Scenario
 from benchmarks.session import Session
+from llmc.cli.kernel_cost import Limits
 from llmc.errors import LlmcError, UsageError
 
 LIMITS = {
@@ -148,9 +149,15 @@ def test_a_roofline_names_kernels_that_compute_and_every_ceiling(tmp_path: Path)
     assert "norm_1" not in text
 
 
+FASTER = Limits(
+    memory_bytes_per_s=5e10, cache_bytes_per_s=1e9, operations_per_s={"int8": 1e12, "f32": 6e11}
+)
+
+
 def session(out: Path, shown: Record) -> Session:
     return Session(
         record=shown,
+        manifests={},
         peer=LlamaCpp(folder=Path("/programs")),
         plan=Plan(threads=2, gen_tokens=8),
         out=out,
@@ -188,7 +195,7 @@ def fake_scenarios(
 def test_the_programs_take_turns_at_every_figure(tmp_path: Path, monkeypatch) -> None:
     runs: list[str] = []
     monkeypatch.setattr(session_module, "scenarios", fake_scenarios(runs))
-    monkeypatch.setattr(session_module, "profile", lambda files, plan: [STEP])
+    monkeypatch.setattr(session_module, "profile", lambda files, plan: ([STEP], [FASTER]))
     monkeypatch.setattr(session_module, "demo_gguf", lambda: Path("/demo/model.gguf"))
     comparison = session(tmp_path, record())
     comparison.measure([FILES], 2)
@@ -196,6 +203,12 @@ def test_the_programs_take_turns_at_every_figure(tmp_path: Path, monkeypatch) ->
     assert runs == one_round * 2
     assert comparison.record.complete
     assert {s.round for s in comparison.record.samples} == {0, 1}
+    # A machine that was busy when its limits were measured first can do what it did later.
+    assert comparison.record.limits == {
+        "memory_bytes_per_s": 5e10,
+        "cache_bytes_per_s": 1e11,
+        "operations_per_s": {"int8": 2e12, "f32": 6e11},
+    }
     # Commands are shown without this machine's folders.
     assert comparison.record.samples[0].command == "ours-decode-0 m.gguf"
 
@@ -204,7 +217,7 @@ def test_a_failed_run_is_noted_and_the_others_go_on(tmp_path: Path, monkeypatch)
     runs: list[str] = []
     failure = LlmcError("`/programs/peer1-decode-0` ended with -11: bang")
     monkeypatch.setattr(session_module, "scenarios", fake_scenarios(runs, fail_at=2, error=failure))
-    monkeypatch.setattr(session_module, "profile", lambda files, plan: [STEP])
+    monkeypatch.setattr(session_module, "profile", lambda files, plan: ([STEP], [FASTER]))
     monkeypatch.setattr(session_module, "demo_gguf", lambda: Path("/demo/model.gguf"))
     comparison = session(tmp_path, record())
     comparison.measure([FILES], 1)
