@@ -1,18 +1,13 @@
-"""Makes `reference.json`: what transformers says, in float32, on the compiled weights.
-
-The model runs with the weights of one module at a time in memory, so that its size is no limit.
-"""
+"""Makes `reference.json`: what transformers says, in float32, on the compiled weights."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 
-from llmc.models.parameters import empty_model
+from llmc.compiler.streamed_model import StreamedModel, Values
 from llmc.models.source import ModelSource
 from llmc.reference import Reference, ReferencePrompt
 
@@ -36,8 +31,6 @@ _TEXTS = (
     "Rome are the capitals of Germany, France and Italy. The answer to the question is "
     "therefore quite simple:",
 )
-
-Values = Callable[[str], npt.NDArray[np.float32]]
 
 
 def make_reference(
@@ -87,36 +80,6 @@ def _logprobs(
     source: ModelSource, ids: npt.NDArray[np.int64], values: Values
 ) -> npt.NDArray[np.float32]:
     """Log-probabilities `[n, T, V]` float32 of the reference implementation."""
-    model = empty_model(
-        source.config, attn_implementation="eager", experts_implementation="eager"
-    ).model
-    names: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), name)
-    for module in model.modules():
-        owned = {n: names[id(p)] for n, p in module.named_parameters(recurse=False)}
-        if owned:
-            _load_while_running(module, owned, values)
-    with torch.inference_mode():
-        logits = model(input_ids=torch.from_numpy(ids), use_cache=False).logits
-        logprobs: npt.NDArray[np.float32] = torch.log_softmax(logits.float(), dim=-1).numpy()
-        return logprobs
-
-
-def _load_while_running(module: torch.nn.Module, owned: dict[str, str], values: Values) -> None:
-    """Gives `module` its parameters for the time of its forward call only."""
-
-    def load(module: torch.nn.Module, _: Sequence[object]) -> None:
-        for leaf, name in owned.items():
-            array = np.ascontiguousarray(values(name))
-            array = array if array.flags.writeable else array.copy()
-            tensor = torch.from_numpy(array)
-            module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
-
-    def free(module: torch.nn.Module, _: Sequence[object], __: object) -> None:
-        for leaf in owned:
-            empty = torch.empty_like(module._parameters[leaf], device="meta")
-            module._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
-
-    module.register_forward_pre_hook(load)
-    module.register_forward_hook(free)
+    logits = StreamedModel(source, values).logits(ids)
+    logprobs: npt.NDArray[np.float32] = torch.log_softmax(logits, dim=-1).numpy()
+    return logprobs

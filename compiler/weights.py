@@ -162,7 +162,7 @@ def matrices_of(spec: WeightSpec, tensors: Mapping[str, SourceTensor]) -> tuple[
     fmt = FORMATS[spec.format]
     sources = [_source(tensors, name) for name in spec.sources]
     stacked = len(sources[0].shape) == 3
-    if not fmt.is_float and all(s.stored == spec.format for s in sources) and not spec.transposed:
+    if not fmt.is_float and all(_has_codes(s, spec) for s in sources):
         kept = [s.read_quantized() for s in sources]
         exact = [k for k in kept if k is not None]
         if len(exact) == len(kept):
@@ -197,6 +197,11 @@ def stored_formats(tensors: Mapping[str, SourceTensor]) -> dict[str, str]:
             kept[kind] = tensor.read_quantized() is not None
         formats[name] = tensor.stored if kept[kind] else "f32"
     return formats
+
+
+def _has_codes(source: SourceTensor, spec: WeightSpec) -> bool:
+    """Whether the source holds what the spec asks for, nothing to be rounded."""
+    return source.stored == spec.format and source.codes_transposed == spec.transposed
 
 
 def dequantized(

@@ -69,6 +69,9 @@ FORMATS: dict[str, WeightFormat] = {
         _affine("w4-g32", 4, 32),
         _affine("w4-g64", 4, 64),
         _affine("w4-g128", 4, 128),
+        _affine("w4-g32-asym", 4, 32, min=True),
+        _affine("w4-g64-asym", 4, 64, min=True),
+        _affine("w4-g128-asym", 4, 128, min=True),
         # GGUF block formats: codes kept bit-exact, sub-scales multiplied out.
         _affine("q4_0", 4, 32),
         _affine("q4_1", 4, 32, min=True),

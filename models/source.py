@@ -46,6 +46,7 @@ class SourceTensor:
     stored: str
     load: Callable[[], Array]
     load_quantized: Callable[[], QuantizedMatrix | None] = _not_quantized
+    codes_transposed: bool = False  # the codes are those of the transposed matrix (of each expert)
 
     def read(self) -> Array:
         """The values in `shape`, maybe read-only: as stored, block types dequantized to float32.

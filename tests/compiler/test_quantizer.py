@@ -6,6 +6,7 @@ from llmc.errors import CompileError, UnsupportedError
 from llmc.formats import FORMATS, WeightFormat
 
 SCHEMES = ["w8", "w4-g32", "w4-g64", "w4-g128"]
+WITH_MINIMUM = ["w4-g32-asym", "w4-g64-asym", "w4-g128-asym"]
 
 
 def weights(m: int = 48, k: int = 256, seed: int = 0) -> np.ndarray:
@@ -71,7 +72,7 @@ def test_values_on_the_code_grid_come_back_exactly(name):
     np.testing.assert_array_equal(quantize(values, fmt).dequantize(), values)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, *WITH_MINIMUM])
 def test_groups_of_zeros_stay_zero(name):
     values = weights()
     values[3] = 0
@@ -80,6 +81,62 @@ def test_groups_of_zeros_stay_zero(name):
     assert np.isfinite(matrix.scales).all()
     assert (matrix.dequantize()[3] == 0).all()
     assert (matrix.dequantize()[5, :128] == 0).all()
+
+
+def plain_span(values: np.ndarray, fmt: WeightFormat) -> np.ndarray:
+    """The usual reference with a minimum: the smallest value is code 0, the largest is code 15."""
+    m, k = values.shape
+    grouped = values.reshape(m, fmt.num_groups(k), -1)
+    low, high = grouped.min(axis=2), grouped.max(axis=2)
+    scale = ((high - low) / 15).astype(np.float16).astype(np.float32)[:, :, None]
+    low = low.astype(np.float16).astype(np.float32)[:, :, None]
+    codes = np.clip(np.rint((grouped - low) / scale), 0, 15)
+    return (codes * scale + low).reshape(m, k)
+
+
+@pytest.mark.parametrize("name", WITH_MINIMUM)
+def test_a_minimum_is_never_worse_than_the_plain_span(name):
+    fmt, values = FORMATS[name], weights() + np.float32(0.01)
+    found = squared_error(values, quantize(values, fmt).dequantize(), fmt)
+    plain = squared_error(values, plain_span(values, fmt), fmt)
+    # Errors are compared in float32 while searching: a few ulps may pass for a tie.
+    assert (found <= plain * (1 + 1e-4)).all()
+    assert found.sum() < 0.95 * plain.sum()
+
+
+def test_a_minimum_pays_where_values_are_not_centred():
+    values = weights() + np.float32(0.05)
+    with_minimum = quantize(values, FORMATS["w4-g32-asym"]).dequantize()
+    without = quantize(values, FORMATS["w4-g32"]).dequantize()
+    assert np.square(values - with_minimum).sum() < 0.5 * np.square(values - without).sum()
+
+
+def test_blocks_with_minimums_come_back_exactly():
+    """Values on a Q4_1 grid that uses its first and last code: what GGUF files hold."""
+    rng = np.random.default_rng(2)
+    codes = rng.integers(0, 16, (16, 8, 32)).astype(np.float32)
+    codes[:, :, 3], codes[:, :, 17] = 0, 15
+    scales = rng.uniform(0.001, 0.1, (16, 8, 1)).astype(np.float16).astype(np.float32)
+    mins = rng.normal(0, 0.1, (16, 8, 1)).astype(np.float16).astype(np.float32)
+    values = (codes * scales + mins).reshape(16, 256)
+    np.testing.assert_array_equal(quantize(values, FORMATS["w4-g32-asym"]).dequantize(), values)
+
+
+@pytest.mark.parametrize("name", ["w4-g64", "w4-g64-asym", "w8"])
+def test_importance_moves_the_error_to_the_features_that_weigh_little(name):
+    fmt, values = FORMATS[name], weights()
+    importance = np.where(np.arange(256) % 4 == 0, 100, 1).astype(np.float32)
+    weighed = np.square(quantize(values, fmt, importance).dequantize() - values) * importance
+    plain = np.square(quantize(values, fmt).dequantize() - values) * importance
+    assert weighed.sum() < plain.sum()
+
+
+@pytest.mark.parametrize("name", ["w4-g32", "w4-g32-asym"])
+def test_a_constant_group_comes_back_within_its_type(name):
+    """No spread: the scale alone, or the minimum alone, has to carry the value (11 bits)."""
+    values = np.full((4, 64), 0.3, np.float32)
+    found = quantize(values, FORMATS[name]).dequantize()
+    np.testing.assert_allclose(found, values, rtol=2**-11)
 
 
 def test_blocks_of_rows_do_not_change_the_result():
@@ -101,13 +158,17 @@ def test_codes_and_scales_have_the_types_of_the_format():
 
 
 def test_what_cannot_be_quantized_is_refused_with_its_reason():
-    with pytest.raises(UnsupportedError, match="q4_1"):
-        quantize(weights(), FORMATS["q4_1"])
+    with pytest.raises(UnsupportedError, match="q5_1"):
+        quantize(weights(), FORMATS["q5_1"])
+    with pytest.raises(UnsupportedError, match="bf16"):
+        quantize(weights(), FORMATS["bf16"])
     with pytest.raises(CompileError, match="group 128 does not divide 192"):
         quantize(weights(k=192), FORMATS["w4-g128"])
     bad = weights()
     bad[0, 7] = np.nan
     with pytest.raises(CompileError, match="not finite"):
         quantize(bad, FORMATS["w8"])
+    with pytest.raises(CompileError, match="not finite"):
+        quantize(bad, FORMATS["w4-g32-asym"])
     with pytest.raises(CompileError, match="does not fit float16"):
         quantize(weights() * np.float32(1e9), FORMATS["w4-g32"])
