@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from llmc import __version__
 from llmc.artifact import Manifest
 from llmc.cli.bench import cpu_name
 from llmc.cli.profile import measure_limits
+from llmc.cpu_features import num_cores
 from llmc.errors import LlmcError
 
 _QUICK_MODELS = "smollm2,llama-1b-q4_0"
@@ -75,7 +75,7 @@ def bench_cpu(
     out.mkdir(parents=True, exist_ok=True)
     peer = LlamaCpp.find(peer_folder) if peer_folder else llama_cpp.build(cache, talk.print)
     files = [prepare(case, cache, peer, talk.print) for case in cases]
-    threads = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+    threads = min(psutil.cpu_count(logical=False) or 1, num_cores())
     plan = Plan(threads=threads, gen_tokens=gen_tokens)
     if load_average() > _BUSY * threads:
         talk.print(f"[yellow]load is {load_average():.1f}: the figures will say little")
