@@ -243,7 +243,7 @@ def _manifest(
         quantization=scheme.name,
         compute_dtype="float32",
         activation_dtype="float32",
-        kv_dtype=caches[0].dtype,
+        kv_dtype="bfloat16" if caches[0].dtype == "uint16" else caches[0].dtype,
         entry_points=entries,
         groups=groups,
         caches=caches,

@@ -74,7 +74,8 @@ def graph_phases(
 
     def page(kv_heads: int, head_dim: int, v_head_dim: int, page_size: int) -> Page:
         return Page(
-            key=target.key_page(kv_heads, head_dim), value=target.value_page(kv_heads, v_head_dim)
+            key=target.key_page(kv_heads, head_dim, kv_dtype),
+            value=target.value_page(kv_heads, v_head_dim, kv_dtype),
         )
 
     def lower(mod: tvm.IRModule) -> tvm.IRModule:

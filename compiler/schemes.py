@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from llmc.errors import UsageError
 from llmc.formats import FORMATS
 
-KV_DTYPES = {"f32": "float32", "f16": "float16"}
+# --kv -> type of the cache tensors; bfloat16 is stored as integers.
+KV_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "uint16", "int8": "int8"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

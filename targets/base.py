@@ -83,11 +83,11 @@ class Target(Protocol):
     kernel_rules: Sequence[tuple[str, KernelRule]]
     schedule_rules: Sequence[tuple[str, ScheduleRule]]
 
-    def key_page(self, kv_heads: int, head_dim: int) -> list[int]:
-        """Shape of a page of keys."""
+    def key_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
+        """Shape of a page of keys in a cache tensor of kv_dtype."""
 
-    def value_page(self, kv_heads: int, head_dim: int) -> list[int]:
-        """Shape of a page of values."""
+    def value_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
+        """Shape of a page of values in a cache tensor of kv_dtype."""
 
     def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
         """The arrays a matrix `[M, K]` or a stack `[X, M, K]` is packed into."""

@@ -69,7 +69,7 @@ PARAMETERS: dict[str, CpuParameters] = {
     ),
     # 16 registers of 8 floats: a panel takes two, 6 x 2 accumulators.
     "avx2": CpuParameters(
-        attention=AttentionTuning(accumulators=12),
+        attention=AttentionTuning(accumulators=6, few_accumulators=6, strip_rows=3),
         linear=LinearParameters(
             tile_panels=1,
             token_tiles=(6, 2, 1),
@@ -93,6 +93,7 @@ PARAMETERS: dict[str, CpuParameters] = {
     ),
     # 32 registers of 4 floats: a panel takes four, 6 x 4 accumulators.
     "neon": CpuParameters(
+        attention=AttentionTuning(accumulators=6, few_accumulators=6, strip_rows=3),
         linear=LinearParameters(
             tile_panels=1,
             token_tiles=(6, 2, 1),

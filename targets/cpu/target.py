@@ -14,6 +14,7 @@ from llmc.errors import UsageError
 from llmc.formats import WeightFormat
 from llmc.targets.base import Array, KernelRule, Matrix, PackedPart, ScheduleRule
 from llmc.targets.cpu import layout
+from llmc.targets.cpu.kernels.kv_pages import key_matrix, kv_type, value_matrix
 from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.parameters import parameters_for
 from llmc.targets.cpu.rules import kernel_rules
@@ -91,13 +92,15 @@ class CpuTarget:
             ("cpu.reduction", schedule_reduction),
         )
 
-    def key_page(self, kv_heads: int, head_dim: int) -> list[int]:
-        """`[Kv, D, N]`: tokens across the vector."""
-        return [kv_heads, head_dim, self.page_size]
+    def key_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
+        """`[Kv, elements]`, as kernels/kv_pages.py lays them out."""
+        kv = kv_type(kv_dtype, self.page_size, head_dim)
+        return [kv_heads, key_matrix(kv, head_dim, self.page_size).elements]
 
-    def value_page(self, kv_heads: int, head_dim: int) -> list[int]:
-        """`[Kv, N, Dv]`."""
-        return [kv_heads, self.page_size, head_dim]
+    def value_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
+        """`[Kv, elements]` likewise."""
+        kv = kv_type(kv_dtype, self.page_size, head_dim)
+        return [kv_heads, value_matrix(kv, head_dim, self.page_size).elements]
 
     def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
         """The arrays of layout panel16."""

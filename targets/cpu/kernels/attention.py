@@ -1,28 +1,38 @@
 """Paged attention for CPUs: one kernel for prefill chunks, decodes and any mixture of them.
 
-A work item is a tile (a few new tokens of one sequence) times one K/V head; attention_tile.py says
-how it is done. Here is how a ragged batch becomes work items.
+A work item is a tile (a few new tokens of one sequence), one K/V head and a part of the context;
+attention_block.py says how it is done. Here is how a ragged batch becomes work items, and how the
+parts of one context come together again (flash-decoding, Dao et al., 2023).
 """
 
 from __future__ import annotations
 
-from tvm.script import tirx as T
-from tvm.tirx import Expr, PrimFunc
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
 
 from llmc.errors import UnsupportedError
-from llmc.targets.cpu.kernels.attention_tile import (
-    KV_BYTES,
-    AttentionTuning,
-    Pages,
-    Plan,
-    Running,
-    attend_pages,
-    first_seen_page,
-    merge_runs,
-    write_rows,
-)
+from llmc.targets.cpu.kernels import bfloat16
+from llmc.targets.cpu.kernels.attention_block import LOG2E, Inputs, TileAttention, Work
+from llmc.targets.cpu.kernels.attention_tile import AttentionTuning, Plan, Tile
+from llmc.targets.cpu.kernels.kv_pages import kv_type
+from llmc.targets.cpu.kernels.math import exp2, lane_sum
+from llmc.targets.cpu.kernels.panels import argument, i64, scratch, size_var
+from llmc.targets.cpu.kernels.vector import at, named, registers, spread
 
 __all__ = ["AttentionTuning", "paged_attention"]
+
+Expr = Any
+
+# Columns of the table of work items.
+SEQUENCE, FIRST_TOKEN, NUM_TOKENS, BEGIN, END, SLOT, NUM_COLUMNS = range(7)
+# Columns of the table of split tiles.
+ROW, TOKENS, FIRST_SLOT, NUM_PARTS, NUM_SPLIT_COLUMNS = range(5)
+NO_SLOT = -1
 
 
 def paged_attention(
@@ -45,229 +55,284 @@ def paged_attention(
     """Attention of new tokens over their sequences' pages, causal.
 
     Buffers in order: q `[1, T, H, D]` f32, q_starts `[S+1]` i32, kv_lens `[S]` i32, block_tables
-    `[G, S, B]` i32, k_pages `[P, Kv, D, N]`, v_pages `[P, Kv, N, Dv]` (kv_dtype), sinks `[H]` f32
-    (only with `sinks`), out `[1, T, H, Dv]` f32. docs/shapes.md explains the ragged batch; rows
-    from `q_starts[S]` on are not written.
+    `[G, S, B]` i32, k_pages and v_pages `[P, Kv, elements]` (kv_dtype, see kv_pages.py), sinks
+    `[H]` f32 (only with `sinks`), out `[1, T, H, Dv]` f32. docs/shapes.md explains the ragged
+    batch; rows from `q_starts[S]` on are not written.
 
     A position i sees j with i - window < j <= i; pages wholly outside are not read, nor are their
     table entries. `softcap` replaces a score s by softcap · tanh(s / softcap). A sink is one more
-    logit of its head, whose probability is dropped. `tokens` is T where it is fixed; 1 gives a
-    kernel that splits the context in parallel. Raises UnsupportedError where the heads do not
-    divide, the page size is no multiple of 8, or the KV type is unknown.
+    logit of its head, whose probability is dropped. `tokens` is T where it is fixed. Raises
+    UnsupportedError where the heads do not divide, the page size is no multiple of 8, or the KV
+    type is unknown or does not fit the head size.
     """
     if num_heads % num_kv_heads:
         raise UnsupportedError(
             f"attention with {num_heads} query heads over {num_kv_heads} K/V heads: "
             "the first must be a multiple of the second"
         )
-    if page_size % 8:
-        raise UnsupportedError(
-            f"page size {page_size} is not a multiple of 8", hint="use pages of 16 or 32 tokens"
-        )
-    if kv_dtype not in KV_BYTES:
-        raise UnsupportedError(f"KV type {kv_dtype!r} on the CPU", hint="use float32 or float16")
     plan = Plan(
         num_kv_heads=num_kv_heads,
         heads=num_heads // num_kv_heads,
         head_dim=head_dim,
         v_head_dim=v_head_dim,
         page_size=page_size,
-        kv_dtype=kv_dtype,
+        kv=kv_type(kv_dtype, page_size, head_dim),
         scale=scale,
         window=window,
         softcap=softcap,
         group=group,
         tuning=tuning or AttentionTuning(),
     )
-    build = _with_sinks if sinks else _without_sinks
-    return build(plan, num_groups, tokens)
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("paged_attention")
+            T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+            _body(plan, num_groups, tokens, sinks)
+    return builder.get()
 
 
-def _with_sinks(plan: Plan, num_groups: int, tokens: int | None) -> PrimFunc:
-    attend = _attend_one_token if tokens == 1 else _attend_tiles
-    kv, n, d, dv, dtype = _sizes(plan)
-    num_heads = kv * plan.heads
-
-    @T.prim_func(s_tir=True)
-    def paged_attention_sinks(
-        q_h: T.handle,
-        q_starts_h: T.handle,
-        kv_lens_h: T.handle,
-        tables_h: T.handle,
-        k_h: T.handle,
-        v_h: T.handle,
-        sinks_h: T.handle,
-        out_h: T.handle,
-    ):
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-        t, s, b, p = T.int64(), T.int64(), T.int64(), T.int64()
-        rows = T.meta_var(_extent(t, tokens))
-        q = T.match_buffer(q_h, (1, rows, num_heads, d), "float32")
-        q_starts = T.match_buffer(q_starts_h, (s + 1,), "int32")
-        kv_lens = T.match_buffer(kv_lens_h, (s,), "int32")
-        tables = T.match_buffer(tables_h, (num_groups, s, b), "int32")
-        k_pages = T.match_buffer(k_h, (p, kv, d, n), dtype)
-        v_pages = T.match_buffer(v_h, (p, kv, n, dv), dtype)
-        sinks = T.match_buffer(sinks_h, (num_heads,), "float32")
-        out = T.match_buffer(out_h, (1, rows, num_heads, dv), "float32")
-        attend(plan, s, q, q_starts, kv_lens, tables, k_pages, v_pages, sinks, out)
-
-    return paged_attention_sinks
+def _body(plan: Plan, num_groups: int, tokens: int | None, sinks: bool) -> None:
+    rows = size_var("num_tokens") if tokens is None else i64(tokens)
+    sequences, blocks, pages = (size_var(name) for name in ("sequences", "blocks", "pages"))
+    num_heads = plan.num_kv_heads * plan.heads
+    q = argument("q", (1, rows, num_heads, plan.head_dim))
+    q_starts = argument("q_starts", (sequences + i64(1),), "int32")
+    kv_lens = argument("kv_lens", (sequences,), "int32")
+    tables = argument("block_tables", (num_groups, sequences, blocks), "int32")
+    k_pages = argument("k_pages", (pages, plan.num_kv_heads, plan.keys.elements), plan.kv.dtype)
+    v_pages = argument("v_pages", (pages, plan.num_kv_heads, plan.values.elements), plan.kv.dtype)
+    sink_logits = argument("sinks", (num_heads,)) if sinks else None
+    out = argument("out", (1, rows, num_heads, plan.v_head_dim))
+    kernel = _Kernel(
+        plan=plan,
+        inputs=Inputs(q, tables, k_pages, v_pages),
+        q_starts=q_starts,
+        kv_lens=kv_lens,
+        rows=rows,
+        sequences=sequences,
+        sinks=sink_logits,
+        out=out,
+        one=plan.tile(1),
+        many=plan.tile(1) if tokens == 1 else plan.prefill_tile(),
+    )
+    uses_dot = kernel.one.bf16 or kernel.many.bf16
+    with bfloat16.with_dot() if uses_dot else nullcontext():
+        kernel.emit()
 
 
-def _without_sinks(plan: Plan, num_groups: int, tokens: int | None) -> PrimFunc:
-    attend = _attend_one_token if tokens == 1 else _attend_tiles
-    kv, n, d, dv, dtype = _sizes(plan)
-    num_heads = kv * plan.heads
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _State:
+    """Finished parts of split contexts: slot · rows + row is the first index of all three."""
 
-    @T.prim_func(s_tir=True)
-    def paged_attention(
-        q_h: T.handle,
-        q_starts_h: T.handle,
-        kv_lens_h: T.handle,
-        tables_h: T.handle,
-        k_h: T.handle,
-        v_h: T.handle,
-        out_h: T.handle,
-    ):
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-        t, s, b, p = T.int64(), T.int64(), T.int64(), T.int64()
-        rows = T.meta_var(_extent(t, tokens))
-        q = T.match_buffer(q_h, (1, rows, num_heads, d), "float32")
-        q_starts = T.match_buffer(q_starts_h, (s + 1,), "int32")
-        kv_lens = T.match_buffer(kv_lens_h, (s,), "int32")
-        tables = T.match_buffer(tables_h, (num_groups, s, b), "int32")
-        k_pages = T.match_buffer(k_h, (p, kv, d, n), dtype)
-        v_pages = T.match_buffer(v_h, (p, kv, n, dv), dtype)
-        out = T.match_buffer(out_h, (1, rows, num_heads, dv), "float32")
-        attend(plan, s, q, q_starts, kv_lens, tables, k_pages, v_pages, None, out)
-
-    return paged_attention
+    highest: Expr  # [slots · rows]
+    totals: Expr  # [slots · rows, page_lanes]
+    sums: Expr  # [slots · rows, Dv]
 
 
-def _sizes(plan: Plan) -> tuple[int, int, int, int, str]:
-    return plan.num_kv_heads, plan.page_size, plan.head_dim, plan.v_head_dim, plan.kv_dtype
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kernel:
+    """The arguments of one kernel under construction; `many` is the tile of several tokens."""
 
+    plan: Plan
+    inputs: Inputs
+    q_starts: Expr
+    kv_lens: Expr
+    rows: Expr  # T
+    sequences: Expr  # S
+    sinks: Expr | None
+    out: Expr
+    one: Tile
+    many: Tile
 
-def _extent(symbol: Expr, tokens: int | None) -> Expr | int:
-    return symbol if tokens is None else tokens
+    def emit(self) -> None:
+        """The whole kernel."""
+        plan = self.plan
+        kv_heads, max_splits = i64(plan.num_kv_heads), plan.max_splits
+        counts = scratch((4,), "int64")  # pages of a head, items, slots, split tiles
+        for index in range(4):
+            T.buffer_store(counts, i64(0), [i64(index)])
+        tokens = i64(self.many.tokens)
+        max_tiles = T.floordiv(self.rows, tokens) + self.sequences
+        items = scratch((max_tiles + i64(max_splits), NUM_COLUMNS), "int64")
+        splits = scratch((max_splits, NUM_SPLIT_COLUMNS), "int64")
+        slots = plan.num_kv_heads * max_splits * self.many.rows
+        state = _State(
+            highest=scratch((slots,)),
+            totals=scratch((slots, plan.page_lanes)),
+            sums=scratch((slots, plan.v_head_dim)),
+        )
+        self._cut(counts, items, splits)
+        num_items = named(counts[i64(1)])
+        all_items = named(num_items * kv_heads)
 
+        def work(index: Expr) -> None:
+            # Neighbours come from both ends, because the late tiles of a prompt see more tokens
+            # than the early ones.
+            rank = named(T.floormod(index, num_items))
+            half = T.floordiv(rank, i64(2))
+            back = num_items - i64(1) - half
+            item = named(T.Select(T.floormod(rank, i64(2)) == i64(0), half, back))
+            self._attend(items, item, named(T.floordiv(index, num_items)), state)
 
-@T.inline
-def _attend_rows(plan, tile, q, pages, sinks, out, first_row, num_tokens, position):
-    """One tile from its queries to its outputs."""
-    with T.sblock("rows"):
-        T.reads()
-        T.writes()
-        highest = T.sblock_alloc_buffer((tile.rows,), "float32")
-        totals = T.sblock_alloc_buffer((tile.rows, plan.page_lanes), "float32")
-        sums = T.sblock_alloc_buffer((tile.rows, plan.v_head_dim), "float32")
-        run = T.meta_var(Running(highest, totals, sums, T.int64(0)))
-        begin: T.let = first_seen_page(plan, position)
-        last: T.let = T.Cast("int64", position) + num_tokens - 1
-        end: T.let = last // plan.page_size + 1
-        attend_pages(plan, tile, q, first_row, num_tokens, position, pages, begin, end, run)
-        write_rows(plan, run, sinks, out, pages.head, first_row, num_tokens)
+        # A short context is one task: the code exists once.
+        short = counts[i64(0)] * kv_heads <= i64(plan.serial_pages)
+        num_tasks = named(T.Select(short, T.min(all_items, i64(1)), all_items))
+        items_per_task = named(T.Select(short, all_items, i64(1)))
+        with T.parallel(num_tasks) as task, T.serial(items_per_task) as turn:
+            work(named(task + turn))
+        with T.If(counts[i64(3)] > i64(0)), T.Then():
+            with T.parallel(T.Bind(counts[i64(3)] * kv_heads)) as index:
+                split = named(T.floordiv(index, kv_heads))
+                self._merge(splits, split, named(T.floormod(index, kv_heads)), state)
 
+    # Cutting the batch.
 
-@T.inline
-def _find_sequence(q_starts, num_sequences, tokens, number, found):
-    """found[0] = the sequence that owns tile `number`, by bisection; found[1] is scratch."""
-    found[0] = T.int64(0)
-    found[1] = num_sequences
-    while found[0] + 1 < found[1]:
-        middle: T.let = (found[0] + found[1]) // 2
-        if T.Cast("int64", q_starts[middle]) // tokens + middle <= number:
-            found[0] = middle
-        else:
-            found[1] = middle
+    def _count(self, sequence: Expr) -> Expr:
+        return T.Cast("int64", self.q_starts[sequence])
 
+    def _each_tile(self, counts: Expr, action: Any) -> None:
+        """action(seq, first token, tokens, begin, end) for every tile of the batch, in order."""
+        plan, tokens, n = self.plan, i64(self.many.tokens), i64(self.plan.page_size)
+        with T.serial(self.sequences) as seq:
+            length = named(self._count(seq + i64(1)) - self._count(seq))
+            with T.serial(T.ceildiv(length, tokens)) as tile:
+                first = T.Bind(tile * tokens)
+                count = named(T.min(tokens, length - first))
+                position = named(T.Cast("int64", self.kv_lens[seq]) - length + first)
+                begin: Expr = i64(0)
+                if plan.window is not None:
+                    oldest = T.max(position - i64(plan.window - 1), i64(0))
+                    begin = named(T.floordiv(oldest, n))
+                end = named(T.floordiv(position + count - i64(1), n) + i64(1))
+                action(seq, first, count, begin, end)
 
-@T.inline
-def _attend_tiles(plan, num_sequences, q, q_starts, kv_lens, tables, k_pages, v_pages, sinks, out):
-    """Any batch: parallel over the tiles of every sequence and K/V heads.
+    def _cut(self, counts: Expr, items: Expr, splits: Expr) -> None:
+        """Fills the tables: a context longer than a fair share of all pages becomes parts."""
+        plan = self.plan
 
-    Sequence s owns the tile numbers from q_starts[s] // tokens + s on; some at its end are empty.
-    A contiguous part of the parallel loop takes tiles from both ends, because the late tiles of a
-    prompt see more tokens than the early ones.
-    """
-    many = T.meta_var(plan.prefill_tile())
-    one = T.meta_var(plan.tile(1))
-    with T.sblock("attention"):
-        T.reads()
-        T.writes()
-        num_tiles: T.let = T.Cast("int64", q_starts[num_sequences]) // many.tokens + num_sequences
-        for item in T.parallel(num_tiles * plan.num_kv_heads):
-            with T.sblock("item"):
-                T.reads()
-                T.writes()
-                rank: T.let = item % num_tiles
-                number: T.let = T.if_then_else(rank % 2 == 0, rank // 2, num_tiles - 1 - rank // 2)
-                found = T.sblock_alloc_buffer((2,), "int64", scope="local")
-                _find_sequence(q_starts, num_sequences, many.tokens, number, found)
-                seq: T.let = found[0]
-                start: T.let = T.Cast("int64", q_starts[seq])
-                length: T.let = T.Cast("int64", q_starts[seq + 1]) - start
-                first: T.let = (number - start // many.tokens - seq) * many.tokens
-                num_tokens: T.let = T.min(T.int64(many.tokens), length - first)
-                position: T.let = kv_lens[seq] - T.Cast("int32", length - first)
-                pages = T.meta_var(Pages(tables, k_pages, v_pages, seq, item // num_tiles))
-                row = T.meta_var(start + first)
-                if num_tokens == 1:
-                    _attend_rows(plan, one, q, pages, sinks, out, row, T.int64(1), position)
-                if many.tokens > 1:
-                    if num_tokens > 1:
-                        _attend_rows(plan, many, q, pages, sinks, out, row, num_tokens, position)
+        def bump(index: int, by: Expr) -> None:
+            T.buffer_store(counts, counts[i64(index)] + by, [i64(index)])
 
+        self._each_tile(counts, lambda seq, first, count, begin, end: bump(0, end - begin))
+        fair = T.ceildiv(counts[i64(0)] * i64(plan.num_kv_heads), i64(plan.tuning.work_items))
+        share = named(T.max(fair, i64(plan.part_pages)))
 
-@T.inline
-def _attend_one_token(
-    plan, num_sequences, q, q_starts, kv_lens, tables, k_pages, v_pages, sinks, out
-):
-    """One token: parallel over K/V heads and parts of the context, then the parts are merged.
+        def record(seq: Expr, first: Expr, count: Expr, begin: Expr, end: Expr) -> None:
+            wanted = named(T.ceildiv(end - begin, share))
+            size = named(T.ceildiv(end - begin, wanted))
+            parts = named(T.ceildiv(end - begin, size))
+            with T.If(parts > i64(1)), T.Then():
+                split = [self._count(seq) + first, count, counts[i64(2)], parts]
+                for column, value in enumerate(split):
+                    T.buffer_store(splits, value, [counts[i64(3)], i64(column)])
+                bump(3, i64(1))
+            with T.serial(parts) as part:
+                start = T.Bind(begin + part * size)
+                slot = T.Select(parts > i64(1), counts[i64(2)], i64(NO_SLOT))
+                item = [seq, first, count, start, T.min(start + size, end), slot]
+                for column, value in enumerate(item):
+                    T.buffer_store(items, value, [counts[i64(1)], i64(column)])
+                bump(1, i64(1))
+                with T.If(parts > i64(1)), T.Then():
+                    bump(2, i64(1))
 
-    A short context is walked by the calling thread alone.
-    """
-    tile = T.meta_var(plan.tile(1))
-    parts = T.meta_var(plan.tuning.decode_splits)
-    rows = T.meta_var(plan.num_kv_heads * parts * tile.rows)
-    with T.sblock("attention"):
-        T.reads()
-        T.writes()
-        highest = T.sblock_alloc_buffer((rows,), "float32")
-        totals = T.sblock_alloc_buffer((rows, plan.page_lanes), "float32")
-        sums = T.sblock_alloc_buffer((rows, plan.v_head_dim), "float32")
-        owner = T.sblock_alloc_buffer((1,), "int64", scope="local")
-        num_parts = T.sblock_alloc_buffer((1,), "int64", scope="local")
-        owner[0] = T.int64(0)
-        for s in range(num_sequences):
-            if q_starts[s + 1] > q_starts[s]:
-                owner[0] = s
-        seq: T.let = owner[0]
-        position: T.let = kv_lens[seq] - 1
-        begin: T.let = first_seen_page(plan, position)
-        end: T.let = T.Cast("int64", position) // plan.page_size + 1
-        num_parts[0] = T.if_then_else(end - begin <= plan.serial_pages, T.int64(1), T.int64(parts))
-        if num_parts[0] == 1:
-            for head in range(plan.num_kv_heads):
-                run = T.meta_var(Running(highest, totals, sums, head * parts * tile.rows))
-                pages = T.meta_var(Pages(tables, k_pages, v_pages, seq, head))
-                attend_pages(
-                    plan, tile, q, T.int64(0), T.int64(1), position, pages, begin, end, run
-                )
-        else:
-            share: T.let = (end - begin + (parts - 1)) // parts
-            for item in T.parallel(plan.num_kv_heads * parts):
-                run = T.meta_var(Running(highest, totals, sums, item * tile.rows))
-                pages = T.meta_var(Pages(tables, k_pages, v_pages, seq, item // parts))
-                first = T.meta_var(T.min(begin + item % parts * share, end))
-                last = T.meta_var(T.min(begin + (item % parts + 1) * share, end))
-                attend_pages(
-                    plan, tile, q, T.int64(0), T.int64(1), position, pages, first, last, run
-                )
-        for head in range(plan.num_kv_heads):
-            run = T.meta_var(Running(highest, totals, sums, head * parts * tile.rows))
-            for part in range(1, num_parts[0]):
-                for r in range(plan.heads):
-                    merge_runs(plan, run.base + r, run.base + part * tile.rows + r, run)
-            write_rows(plan, run, sinks, out, head, T.int64(0), T.int64(1))
+        self._each_tile(counts, record)
+
+    # Doing the work.
+
+    def _attend(self, items: Expr, item: Expr, head: Expr, state: _State) -> None:
+        """One work item: its outputs, or its state where there are other parts."""
+        seq, first, count, begin, end, slot = (
+            named(items[item, i64(column)]) for column in range(NUM_COLUMNS)
+        )
+        length = self._count(seq + i64(1)) - self._count(seq)
+        position = named(T.Cast("int32", T.Cast("int64", self.kv_lens[seq]) - length + first))
+        work = Work(
+            seq=seq,
+            head=head,
+            first_row=named(self._count(seq) + first),
+            num_tokens=count,
+            position=position,
+            begin=begin,
+            end=end,
+        )
+
+        def attend(tile: Tile) -> None:
+            attention = TileAttention(self.plan, tile, self.inputs, work)
+            attention.run()
+            done = _State(highest=attention.highest, totals=attention.totals, sums=attention.sums)
+            with T.If(slot == i64(NO_SLOT)):
+                with T.Then():
+                    self._write(done, i64(0), head, work.first_row, count)
+                with T.Else():
+                    self._keep(done, state, self._base(head, slot), count)
+
+        if self.many.tokens == 1:
+            attend(self.one)
+            return
+        with T.If(count == i64(1)):
+            with T.Then():
+                attend(self.one)
+            with T.Else():
+                attend(self.many)
+
+    def _base(self, head: Expr, slot: Expr) -> Expr:
+        """The first row of a slot in the buffers of finished parts."""
+        return named((head * i64(self.plan.max_splits) + slot) * i64(self.many.rows))
+
+    def _keep(self, done: _State, state: _State, base: Expr, count: Expr) -> None:
+        plan = self.plan
+        lanes = plan.page_lanes
+        with T.serial(count * i64(plan.heads)) as row:
+            to = T.Bind(base + row)
+            T.buffer_store(state.highest, done.highest[row], [to])
+            all_lanes = at(i64(0), lanes)
+            T.buffer_store(state.totals, done.totals[row, all_lanes], [to, all_lanes])
+            with T.serial(i64(plan.v_head_dim // plan.value_lanes)) as c:
+                column = at(c * i64(plan.value_lanes), plan.value_lanes)
+                T.buffer_store(state.sums, done.sums[row, column], [to, column])
+
+    def _merge(self, splits: Expr, split: Expr, head: Expr, state: _State) -> None:
+        """Adds the parts of one tile and head to the first of them, and writes its outputs."""
+        plan = self.plan
+        first_row, count, first_slot, parts = (
+            named(splits[split, i64(column)]) for column in range(NUM_SPLIT_COLUMNS)
+        )
+        base = self._base(head, first_slot)
+        with T.serial(parts - i64(1)) as part, T.serial(count * i64(plan.heads)) as row:
+            into = T.Bind(base + row)
+            other = T.Bind(into + (part + i64(1)) * i64(self.many.rows))
+            highest = T.Bind(T.max(state.highest[into], state.highest[other]))
+            weights = registers(2)
+            for index, source in enumerate((into, other)):
+                T.buffer_store(weights, exp2(state.highest[source] - highest), [i64(index)])
+            T.buffer_store(state.highest, highest, [into])
+            for buffer, size, lanes in (
+                (state.totals, plan.page_lanes, plan.page_lanes),
+                (state.sums, plan.v_head_dim, plan.value_lanes),
+            ):
+                with T.serial(i64(size // lanes)) as c:
+                    column = at(c * i64(lanes), lanes)
+                    total = buffer[into, column] * spread(weights[i64(0)], lanes)
+                    total = total + buffer[other, column] * spread(weights[i64(1)], lanes)
+                    T.buffer_store(buffer, total, [into, column])
+        self._write(state, base, head, first_row, count)
+
+    def _write(self, done: _State, base: Expr, head: Expr, first_row: Expr, count: Expr) -> None:
+        """Outputs of finished rows: sums / (totals + the sink's weight)."""
+        plan = self.plan
+        lanes = plan.value_lanes
+        with T.serial(count * i64(plan.heads)) as row:
+            source = T.Bind(base + row)
+            query_head = T.Bind(head * i64(plan.heads) + T.floormod(row, i64(plan.heads)))
+            token = T.Bind(first_row + T.floordiv(row, i64(plan.heads)))
+            total = lane_sum(done.totals[source, at(i64(0), plan.page_lanes)])
+            if self.sinks is not None:
+                sink = self.sinks[query_head] * T.float32(LOG2E)
+                total = total + exp2(T.min(sink - done.highest[source], T.float32(127)))
+            share = registers(1)
+            T.buffer_store(share, T.float32(1) / total, [i64(0)])
+            with T.serial(i64(plan.v_head_dim // lanes)) as c:
+                column = at(c * i64(lanes), lanes)
+                value = done.sums[source, column] * spread(share[i64(0)], lanes)
+                T.buffer_store(self.out, value, [i64(0), token, query_head, column])

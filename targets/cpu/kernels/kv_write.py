@@ -1,11 +1,18 @@
-"""Writes new keys and values into their pages: keys transposed, values as they are."""
+"""Writes new keys and values into their pages; kv_pages.py says how they lie there."""
 
 from __future__ import annotations
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from llmc.targets.cpu.kernels.vector import at, convert, for_rows, lanes_of
+from llmc.targets.cpu.kernels.kv_pages import (
+    key_matrix,
+    kv_type,
+    value_matrix,
+    write_key,
+    write_value,
+)
+from llmc.targets.cpu.kernels.vector import for_rows, loader
 
 
 def kv_write(
@@ -22,8 +29,12 @@ def kv_write(
     """Stores each token's key and value at its slot.
 
     Buffers: k `[1, T, Kv, D]` f32, v `[1, T, Kv, Dv]` f32, slots `[G, T]` i32, and, written in
-    place, k_pages `[P, Kv, D, N]` and v_pages `[P, Kv, N, Dv]` in kv_dtype. Slot -1 writes nothing.
+    place, k_pages and v_pages `[P, Kv, elements]` in kv_dtype. Slot -1 writes nothing. Raises
+    UnsupportedError where the KV type is unknown or does not fit the head size.
     """
+    kv = kv_type(kv_dtype, page_size, head_dim)
+    keys = key_matrix(kv, head_dim, page_size)
+    values = value_matrix(kv, v_head_dim, page_size)
 
     @T.prim_func(s_tir=True)
     def kv_write(
@@ -35,9 +46,8 @@ def kv_write(
         k = T.match_buffer(k_h, (1, rows, num_kv_heads, head_dim), "float32")
         v = T.match_buffer(v_h, (1, rows, num_kv_heads, v_head_dim), "float32")
         slots = T.match_buffer(slots_h, (num_groups, rows), "int32")
-        k_pages = T.match_buffer(k_pages_h, (p, num_kv_heads, head_dim, page_size), kv_dtype)
-        v_pages = T.match_buffer(v_pages_h, (p, num_kv_heads, page_size, v_head_dim), kv_dtype)
-        lanes = T.meta_var(lanes_of(v_head_dim))
+        k_pages = T.match_buffer(k_pages_h, (p, num_kv_heads, keys.elements), kv_dtype)
+        v_pages = T.match_buffer(v_pages_h, (p, num_kv_heads, values.elements), kv_dtype)
 
         @T.inline
         def write(token):
@@ -46,12 +56,10 @@ def kv_write(
                 page: T.let = slot // page_size
                 offset: T.let = slot % page_size
                 for head in range(num_kv_heads):
-                    for d in range(head_dim):
-                        k_pages[page, head, d, offset] = convert(k[0, token, head, d], kv_dtype)
-                    for c in range(v_head_dim // lanes):
-                        v_pages[page, head, offset, at(c * lanes, lanes)] = convert(
-                            v[0, token, head, at(c * lanes, lanes)], kv_dtype
-                        )
+                    write_key(keys.within(k_pages, page, head), offset, loader(k, [0, token, head]))
+                    write_value(
+                        values.within(v_pages, page, head), offset, loader(v, [0, token, head])
+                    )
 
         for_rows(rows, num_kv_heads * (head_dim + v_head_dim), write)
 

@@ -25,6 +25,16 @@ _EXP_COEFFICIENTS = (
 )
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # their sum is ln 2; n · HIGH is exact
 
+# Minimax for 2^f on [-1/2, 1/2], error 9e-8; 1 at 0.
+_EXP2_COEFFICIENTS = (
+    1.3264727213708367e-3,
+    9.671512812493833e-3,
+    5.550733744824668e-2,
+    2.402224208267749e-1,
+    6.931469775973307e-1,
+    1.0,
+)
+
 _TANH_CLAMP = 7.90531110763549805  # beyond it tanh is 1 in float32
 _TANH_NUMERATOR = (
     -2.76076847742355e-16,
@@ -81,6 +91,30 @@ def exp(x: tirx.Expr) -> tirx.Expr:
         )
 
     return _let(tirx.max(tirx.min(x, _like(88.7, x)), _like(-88.0, x)), reduced)
+
+
+def exp2(x: tirx.Expr) -> tirx.Expr:
+    """2^x within 2 ulp for -126 <= x < 127.5; 2^-126 below, down to -inf.
+
+    The cheapest form, for softmax: its weights never are exactly zero.
+    """
+    lanes = x.ty.dtype.lanes
+    int32 = _vector("int32", lanes)
+
+    def scaled(whole: tirx.Expr, y: tirx.Expr) -> tirx.Expr:
+        power = _let(y - whole, lambda f: _polynomial(_EXP2_COEFFICIENTS, f))
+        # Added to the exponent.
+        bits = tirx.shift_left(tirx.Cast(int32, whole), _splat(23, lanes, "int32"))
+        return tirx.reinterpret(x.ty, tirx.reinterpret(int32, power) + bits)
+
+    return _let(
+        tirx.max(x, _like(-126.0, x)), lambda y: _let(nearest(y), lambda whole: scaled(whole, y))
+    )
+
+
+def nearest(x: tirx.Expr) -> tirx.Expr:
+    """The integer next to x, ties to even, as float."""
+    return tirx.nearbyint(x)
 
 
 def sigmoid(x: tirx.Expr) -> tirx.Expr:

@@ -14,7 +14,14 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer, Expr, PrimFunc
 
 from llmc.errors import UnsupportedError
-from llmc.targets.cpu.kernels.vector import at, convert, for_rows, lanes_of, registers
+from llmc.targets.cpu.kernels.kv_pages import (
+    key_matrix,
+    kv_type,
+    value_matrix,
+    write_key,
+    write_value,
+)
+from llmc.targets.cpu.kernels.vector import at, for_rows, lanes_of, loader, registers
 
 
 def rope(
@@ -45,7 +52,7 @@ def rope(
         def rotate(token):
             for head in range(heads):
                 _rotate(
-                    _loader(x, [0, token, head]),
+                    loader(x, [0, token, head]),
                     _storer(y, [0, token, head]),
                     cos,
                     sin,
@@ -77,11 +84,14 @@ def rope_kv_write(
     """Rotates queries and keys of a fused projection and stores keys and values at their slots.
 
     Buffers: qkv `[1, T, H·D + Kv·D + Kv·Dv]` f32 (q, k, v along the features), cos and sin `[1, T,
-    R]` f32, slots `[G, T]` i32, then, written in place, k_pages `[P, Kv, D, N]` and v_pages `[P,
-    Kv, N, Dv]` in kv_dtype, and q_out `[1, T, H, D]` f32. Slot -1 writes no key and no value.
-    Raises UnsupportedError where R is odd or above D.
+    R]` f32, slots `[G, T]` i32, then, written in place, k_pages and v_pages `[P, Kv, elements]` in
+    kv_dtype (see kv_pages.py), and q_out `[1, T, H, D]` f32. Slot -1 writes no key and no value.
+    Raises UnsupportedError where R is odd or above D, or where the KV type does not fit.
     """
     _check(head_dim, rotary_dim)
+    kv = kv_type(kv_dtype, page_size, head_dim)
+    keys = key_matrix(kv, head_dim, page_size)
+    values = value_matrix(kv, v_head_dim, page_size)
     k_start = num_heads * head_dim
     v_start = k_start + num_kv_heads * head_dim
     features = v_start + num_kv_heads * v_head_dim
@@ -103,16 +113,15 @@ def rope_kv_write(
         cos = T.match_buffer(cos_h, (1, rows, rotary_dim), "float32")
         sin = T.match_buffer(sin_h, (1, rows, rotary_dim), "float32")
         slots = T.match_buffer(slots_h, (num_groups, rows), "int32")
-        k_pages = T.match_buffer(k_pages_h, (p, num_kv_heads, head_dim, page_size), kv_dtype)
-        v_pages = T.match_buffer(v_pages_h, (p, num_kv_heads, page_size, v_head_dim), kv_dtype)
+        k_pages = T.match_buffer(k_pages_h, (p, num_kv_heads, keys.elements), kv_dtype)
+        v_pages = T.match_buffer(v_pages_h, (p, num_kv_heads, values.elements), kv_dtype)
         q_out = T.match_buffer(q_out_h, (1, rows, num_heads, head_dim), "float32")
-        lanes = T.meta_var(lanes_of(v_head_dim))
 
         @T.inline
         def rotate_and_write(token):
             for head in range(num_heads):
                 _rotate(
-                    _loader(qkv, [0, token], head * head_dim),
+                    loader(qkv, [0, token], head * head_dim),
                     _storer(q_out, [0, token, head]),
                     cos,
                     sin,
@@ -128,7 +137,7 @@ def rope_kv_write(
                 rotated = registers(head_dim)
                 for head in range(num_kv_heads):
                     _rotate(
-                        _loader(qkv, [0, token], k_start + head * head_dim),
+                        loader(qkv, [0, token], k_start + head * head_dim),
                         _storer(rotated, []),
                         cos,
                         sin,
@@ -137,13 +146,12 @@ def rope_kv_write(
                         rotary_dim,
                         interleaved,
                     )
-                    for d in range(head_dim):
-                        k_pages[page, head, d, offset] = convert(rotated[d], kv_dtype)
-                    for c in range(v_head_dim // lanes):
-                        v_pages[page, head, offset, at(c * lanes, lanes)] = convert(
-                            qkv[0, token, at(v_start + head * v_head_dim + c * lanes, lanes)],
-                            kv_dtype,
-                        )
+                    write_key(keys.within(k_pages, page, head), offset, loader(rotated, []))
+                    write_value(
+                        values.within(v_pages, page, head),
+                        offset,
+                        loader(qkv, [0, token], v_start + head * v_head_dim),
+                    )
 
         for_rows(rows, features, rotate_and_write)
 
@@ -156,13 +164,6 @@ def _check(head_dim: int, rotary_dim: int) -> None:
             f"rotary embedding of {rotary_dim} features in heads of {head_dim}: "
             "expected an even number up to the head's size"
         )
-
-
-def _loader(
-    buffer: Buffer, prefix: list[Expr | int], start: Expr | int = 0
-) -> Callable[[Expr | int, int], Expr]:
-    """load(i, lanes): features of the vector that begins at buffer[*prefix, start]."""
-    return lambda i, lanes: buffer[(*prefix, at(start + i, lanes))]
 
 
 def _storer(buffer: Buffer, prefix: list[Expr | int]) -> Callable[[Expr | int, int, Expr], None]:

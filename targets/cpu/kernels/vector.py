@@ -8,6 +8,7 @@ are the kernel's.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, Expr
@@ -34,6 +35,13 @@ def spread(value: Expr, lanes: int) -> Expr:
     return value if lanes == 1 else T.broadcast(value, lanes)
 
 
+def loader(
+    buffer: Buffer, prefix: list[Expr | int], start: Expr | int = 0
+) -> Callable[[Expr | int, int], Expr]:
+    """load(i, lanes): the `lanes` elements from buffer[*prefix, start + i] on."""
+    return lambda i, lanes: buffer[(*prefix, at(start + i, lanes))]
+
+
 def convert(value: Expr, dtype: str) -> Expr:
     """Every lane as `dtype` (a scalar type's name)."""
     lanes = value.ty.dtype.lanes
@@ -48,6 +56,20 @@ def registers(num_floats: int) -> Buffer:
     return T.alloc_buffer(
         (num_floats,), "float32", scope="local", annotations={"disable_lower_builtin": True}
     )
+
+
+def named(value: Expr) -> Expr:
+    """An integer kept in a register of its own.
+
+    A binding would not do: TVM's analysis puts the values of bindings in place of their names, and
+    takes minutes over what becomes of a chain of divisions and choices.
+    """
+    dtype = str(value.ty.dtype)
+    register = T.alloc_buffer(
+        (1,), dtype, scope="local", annotations={"disable_lower_builtin": True}
+    )
+    T.buffer_store(register, value, [0])
+    return register[0]
 
 
 def is_serial(num_rows: Expr | int, row_floats: int) -> Expr | bool:

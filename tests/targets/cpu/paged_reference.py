@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -18,10 +19,55 @@ class Batch:
     kv_lens: Array  # [S] i32
     block_tables: Array  # [G, S, B] i32
     slots: Array  # [G, T] i32
-    k_pages: Array  # [P, Kv, D, N]
-    v_pages: Array  # [P, Kv, N, Dv]
+    k_pages: Array  # [P, Kv, elements], as in targets/cpu/kernels/kv_pages.py
+    v_pages: Array
     keys: list[Array]  # per sequence [kv_len, Kv, D] float64, as stored
     values: list[Array]  # per sequence [kv_len, Kv, Dv]
+
+
+def rounded(x: Array, kv_dtype: str) -> Array:
+    """What a page of `kv_dtype` gives back for x `[tokens, Kv, features]`, float32."""
+    x = np.asarray(x, np.float32)
+    if kv_dtype == "uint16":
+        return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    if kv_dtype == "int8":
+        scales = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+        return np.round(x / np.where(scales == 0, 1, scales)) * scales
+    return x.astype(kv_dtype).astype(np.float32)
+
+
+def packed(matrices: Array, kv_dtype: str, *, token_axis: int) -> Array:
+    """Page matrices `[P, Kv, rows, columns]` (numbers of `rounded`) as the kernels read them.
+
+    The tokens are along token_axis, 2 or 3; slots of NaN stay NaN: in int8 pages their scale is.
+    """
+    p, kv, rows, columns = matrices.shape
+    if kv_dtype == "uint16":
+        pairs = matrices.astype(ml_dtypes.bfloat16).view(np.uint16)
+        pairs = pairs.reshape(p, kv, rows // 2, 2, columns).swapaxes(3, 4)
+        return np.ascontiguousarray(pairs).reshape(p, kv, rows * columns)
+    if kv_dtype != "int8":
+        return matrices.astype(kv_dtype).reshape(p, kv, rows * columns)
+    scales = np.abs(matrices).max(axis=5 - token_axis, keepdims=True) / np.float32(127)
+    codes = np.nan_to_num(np.round(matrices / np.where(scales == 0, 1, scales)), nan=99)
+    scales = scales.astype(np.float32).reshape(p, kv, -1).view(np.int8)
+    return np.concatenate([codes.astype(np.int8).reshape(p, kv, -1), scales], axis=2)
+
+
+def unpacked(pages: Array, kv_dtype: str, shape: tuple[int, int], *, token_axis: int) -> Array:
+    """The float32 matrices `[P, Kv, rows, columns]` that `packed` pages hold."""
+    p, kv = pages.shape[:2]
+    rows, columns = shape
+    if kv_dtype == "uint16":
+        pairs = pages.reshape(p, kv, rows // 2, columns, 2).swapaxes(3, 4)
+        bits = np.ascontiguousarray(pairs).view(ml_dtypes.bfloat16)
+        return bits.reshape(p, kv, rows, columns).astype(np.float32)
+    if kv_dtype != "int8":
+        return pages.astype(np.float32).reshape(p, kv, rows, columns)
+    codes = pages[..., : rows * columns].reshape(p, kv, rows, columns)
+    scales = np.ascontiguousarray(pages[..., rows * columns :]).view(np.float32)
+    tokens = (1, columns) if token_axis == 3 else (rows, 1)
+    return codes.astype(np.float32) * scales.reshape(p, kv, *tokens)
 
 
 def make_batch(
@@ -48,13 +94,13 @@ def make_batch(
     tables = np.full((num_groups, len(lengths), max(pages_of) + 1), 10**6, np.int32)
     tables[group] = 0
     slots = np.full((num_groups, max(1, sum(new for new, _ in lengths))), -1, np.int32)
-    k_pages = np.full((num_pages, num_kv_heads, head_dim, page_size), np.nan, kv_dtype)
-    v_pages = np.full((num_pages, num_kv_heads, page_size, v_head_dim), np.nan, kv_dtype)
+    k_pages = np.full((num_pages, num_kv_heads, head_dim, page_size), np.nan, np.float32)
+    v_pages = np.full((num_pages, num_kv_heads, page_size, v_head_dim), np.nan, np.float32)
     keys, values = [], []
     used = row = 0
     for s, (new, total) in enumerate(lengths):
-        key = rng.standard_normal((total, num_kv_heads, head_dim)).astype(kv_dtype)
-        value = rng.standard_normal((total, num_kv_heads, v_head_dim)).astype(kv_dtype)
+        key = rounded(rng.standard_normal((total, num_kv_heads, head_dim)), kv_dtype)
+        value = rounded(rng.standard_normal((total, num_kv_heads, v_head_dim)), kv_dtype)
         keys.append(key.astype(np.float64))
         values.append(value.astype(np.float64))
         first_seen = 0 if window is None else max(0, total - new - window + 1)
@@ -78,8 +124,8 @@ def make_batch(
         kv_lens=np.array([total for _, total in lengths], np.int32),
         block_tables=tables,
         slots=slots,
-        k_pages=k_pages,
-        v_pages=v_pages,
+        k_pages=packed(k_pages, kv_dtype, token_axis=3),
+        v_pages=packed(v_pages, kv_dtype, token_axis=2),
         keys=keys,
         values=values,
     )
@@ -96,7 +142,7 @@ def attention(
 ) -> Array:
     """Attention of q `[1, T, H, D]` in float64; `[1, T, H, Dv]`."""
     num_heads = q.shape[2]
-    out = np.zeros((1, q.shape[1], num_heads, batch.v_pages.shape[-1]))
+    out = np.zeros((1, q.shape[1], num_heads, batch.values[0].shape[-1]))
     for s, (key, value) in enumerate(zip(batch.keys, batch.values, strict=True)):
         start, stop = batch.q_starts[s : s + 2]
         repeat = num_heads // key.shape[1]

@@ -9,6 +9,7 @@ import pytest
 import tvm
 from paged_reference import attention, make_batch
 
+from llmc.cpu_features import host_features
 from llmc.errors import UnsupportedError
 from llmc.targets.cpu.kernels.attention import AttentionTuning, paged_attention
 
@@ -40,7 +41,13 @@ class Case:
 
 
 NARROW = AttentionTuning(
-    accumulators=6, tile_rows=10, block_tokens=32, decode_splits=3, serial_bytes=0
+    accumulators=6,
+    strip_rows=3,
+    tile_rows=10,
+    block_tokens=32,
+    work_items=8,
+    part_bytes=1,
+    serial_bytes=0,
 )
 CASES = {
     "mixed": Case(lengths=tuple(MIXED)),
@@ -66,14 +73,44 @@ CASES = {
     "one_token_fewer_pages_than_parts": Case(
         tokens=1, lengths=((1, 20),), sinks=True, softcap=2.0, tuning=NARROW
     ),
+    "long_contexts_in_parts": Case(
+        lengths=((1, 700), (40, 400), (1, 9), (0, 0), (3, 290)), tuning=NARROW, sinks=True
+    ),
+    "long_windows_in_parts": Case(lengths=((1, 700), (40, 400)), tuning=NARROW, window=200),
+    "bf16": Case(lengths=tuple(MIXED), kv_dtype="uint16"),
+    "bf16_one_token_in_parts": Case(
+        tokens=1, lengths=((1, 333),), kv_dtype="uint16", tuning=NARROW, window=100
+    ),
+    "int8": Case(lengths=tuple(MIXED), kv_dtype="int8"),
+    "int8_heads_of_80": Case(
+        num_heads=4, num_kv_heads=2, head_dim=80, v_head_dim=24, kv_dtype="int8", softcap=4.0
+    ),
+    "int8_one_token_in_parts": Case(
+        tokens=1, lengths=((1, 333),), kv_dtype="int8", tuning=NARROW, page_size=32
+    ),
+    "f32_unpacked_by_nobody": Case(num_heads=2, num_kv_heads=2, page_size=24, lengths=((30, 77),)),
     "eight_tokens": Case(tokens=8, lengths=((1, 60), (1, 20), (6, 6))),
 }
 
 
-@pytest.fixture(scope="module")
-def kernels():
+# Products of bfloat16 pairs: 16 lanes, and an instruction that few CPUs have.
+DOT = AttentionTuning(bf16_dot=True)
+DOT_CASES = {
+    "bf16": Case(lengths=tuple(MIXED), kv_dtype="uint16", tuning=DOT),
+    "bf16_window": Case(lengths=tuple(MIXED), kv_dtype="uint16", tuning=DOT, window=37),
+    "bf16_one_token": Case(tokens=1, lengths=((1, 333),), kv_dtype="uint16", tuning=DOT),
+    "int8": Case(lengths=tuple(MIXED), kv_dtype="int8", tuning=DOT),
+    "int8_one_token": Case(tokens=1, lengths=((1, 333),), kv_dtype="int8", tuning=DOT),
+    "bf16_narrow_values": Case(v_head_dim=24, kv_dtype="uint16", tuning=DOT),
+}
+# Queries and weights are rounded to 8 bits (2e-3 of their size): scores of size 10 are off by some
+# 1e-2 at worst, and so are outputs of size 1.
+DOT_TOLERANCE = 2e-2
+
+
+def compiled(cases, **target):
     module = tvm.IRModule()
-    for name, case in CASES.items():
+    for name, case in cases.items():
         func = paged_attention(
             num_heads=case.num_heads,
             num_kv_heads=case.num_kv_heads,
@@ -91,12 +128,32 @@ def kernels():
             tuning=case.tuning,
         )
         module[name] = func.with_attr("global_symbol", name)
-    return tvm.compile(module, target=tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"}))
+    return tvm.compile(module, target=tvm.target.Target({"kind": "llvm", **target}))
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return compiled(CASES, mcpu="x86-64-v3")
+
+
+@pytest.fixture(scope="module")
+def dot_kernels():
+    if "avx512_bf16" not in host_features():
+        pytest.skip("needs a CPU with AVX512-BF16")
+    return compiled(DOT_CASES, mcpu="x86-64-v4", mattr=["-prefer-256-bit", "+avx512bf16"])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_attention_matches_float64(kernels, name):
-    case = CASES[name]
+    check(kernels[name], CASES[name], TOLERANCE)
+
+
+@pytest.mark.parametrize("name", DOT_CASES)
+def test_attention_by_bfloat16_products_is_as_good_as_bfloat16(dot_kernels, name):
+    check(dot_kernels[name], DOT_CASES[name], DOT_TOLERANCE)
+
+
+def check(kernel, case, tolerance):
     rng = np.random.default_rng(7)
     batch = make_batch(
         rng,
@@ -119,16 +176,21 @@ def test_attention_matches_float64(kernels, name):
     arrays = [q, batch.q_starts, batch.kv_lens, batch.block_tables, batch.k_pages, batch.v_pages]
     if sinks is not None:
         arrays.append(sinks)
-    kernels[name](*map(tvm.runtime.tensor, arrays), out)
+    kernel(*map(tvm.runtime.tensor, arrays), out)
     expected = attention(
         q, batch, scale=case.head_dim**-0.5, window=case.window, softcap=case.softcap, sinks=sinks
     )
-    np.testing.assert_allclose(out.numpy(), expected, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(out.numpy(), expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"num_heads": 7}, "7"), ({"page_size": 12}, "12"), ({"kv_dtype": "int8"}, "int8")],
+    [
+        ({"num_heads": 7}, "7"),
+        ({"page_size": 12}, "12"),
+        ({"kv_dtype": "int4"}, "int4"),
+        ({"kv_dtype": "uint16", "head_dim": 15}, "15"),
+    ],
 )
 def test_what_cannot_be_compiled_is_named(change, named):
     arguments = {

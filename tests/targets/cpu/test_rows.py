@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import tvm
+from paged_reference import packed, rounded, unpacked
 
 from llmc.errors import UnsupportedError
 from llmc.targets.cpu.kernels.activation import ACTIVATIONS, gated_activation
@@ -29,6 +30,9 @@ ROPES = {
     "interleaved": (64, 64, 64, True, "float32", None),
     "interleaved_partial_f16": (24, 8, 10, True, "float16", None),
     "one_token": (64, 64, 64, False, "float32", 1),
+    "half_split_bf16": (64, 40, 64, False, "uint16", None),
+    "partial_int8": (80, 24, 32, False, "int8", None),
+    "one_token_int8": (64, 64, 64, False, "int8", 1),
 }
 
 
@@ -203,31 +207,34 @@ def test_rope_matches_numpy(kernels, name, rows):
 def pages_and_slots(rows, d, dv, dtype):
     """Pages full of a mark, and distinct slots of which every fifth writes nowhere."""
     num_pages = -(-rows // PAGE_SIZE) + 2
-    k_pages = np.full((num_pages, KV_HEADS, d, PAGE_SIZE), 7, dtype)
-    v_pages = np.full((num_pages, KV_HEADS, PAGE_SIZE, dv), 7, dtype)
+    k_pages = np.full((num_pages, KV_HEADS, d, PAGE_SIZE), 7, np.float32)
+    v_pages = np.full((num_pages, KV_HEADS, PAGE_SIZE, dv), 7, np.float32)
     slots = np.full((2, rows), 10**6, np.int32)  # the other group's: far out of range
     slots[1] = np.random.default_rng(rows).permutation(num_pages * PAGE_SIZE)[:rows]
     slots[1, 1::5] = -1
-    return k_pages, v_pages, slots
+    return packed(k_pages, dtype, token_axis=3), packed(v_pages, dtype, token_axis=2), slots
 
 
-def stored(pages, slots, values, transposed):
-    """What the pages hold once `values` `[1, T, Kv, D]` are written."""
-    expected = pages.copy()
-    for token, slot in enumerate(slots[1]):
-        if slot >= 0:
-            page, offset = divmod(int(slot), PAGE_SIZE)
-            where = (
-                (page, slice(None), slice(None), offset)
-                if transposed
-                else (
-                    page,
-                    slice(None),
-                    offset,
-                )
-            )
-            expected[where] = values[0, token].astype(pages.dtype)
-    return expected
+def check_pages(pages, dtype, slots, values, *, transposed):
+    """Written slots hold `values` `[1, T, Kv, D]` as the type rounds them, the others the mark."""
+    features = values.shape[-1]
+    shape = (features, PAGE_SIZE) if transposed else (PAGE_SIZE, features)
+    found = unpacked(pages, dtype, shape, token_axis=3 if transposed else 2)
+    found = found.swapaxes(2, 3) if transposed else found  # [P, Kv, N, features]
+    found = found.swapaxes(1, 2).reshape(-1, KV_HEADS, features)
+    expected = np.full_like(found, 7)
+    written = slots[1] >= 0
+    expected[slots[1][written]] = rounded(values[0][written], dtype)
+    # Rotated values differ by a rounding or two in float32, which can move a number that lies
+    # between two of a type's to the other one: an int8's distance is its token's scale.
+    step = {"float32": 0, "float16": 2**-10, "uint16": 2**-7, "int8": 1 / 127}[dtype]
+    largest = np.abs(expected).max(axis=-1, keepdims=True)
+    size = largest if dtype == "int8" else np.abs(expected)
+    assert (np.abs(found - expected) <= TOLERANCE + 1.001 * step * size).all()
+    # That is rare: a type that rounded the wrong way would show here.
+    moved = np.abs(found - expected) > 4 * TOLERANCE
+    assert moved[slots[1][written]].mean() < 0.01
+    np.testing.assert_allclose(np.delete(found, slots[1][written], axis=0), 7, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "rows"), [*itertools.product(ROPES, ROWS)])
@@ -237,8 +244,8 @@ def test_kv_write_touches_its_slots_only(kernels, name, rows):
     k, v = normal(1, rows, KV_HEADS, d), normal(1, rows, KV_HEADS, dv)
     k_pages, v_pages, slots = pages_and_slots(rows, d, dv, dtype)
     new_k, new_v = run(kernels[f"write_{name}"], k, v, slots, k_pages, v_pages, outputs=[3, 4])
-    np.testing.assert_array_equal(new_k, stored(k_pages, slots, k, True))
-    np.testing.assert_array_equal(new_v, stored(v_pages, slots, v, False))
+    check_pages(new_k, dtype, slots, k, transposed=True)
+    check_pages(new_v, dtype, slots, v, transposed=False)
 
 
 @pytest.mark.parametrize(("name", "rows"), [*itertools.product(ROPES, ROWS)])
@@ -261,13 +268,16 @@ def test_rope_kv_write_rotates_and_stores_in_one_pass(kernels, name, rows):
         outputs=[4, 5, 6],
     )
     np.testing.assert_allclose(new_q, rotated(q, cos, sin, interleaved), atol=TOLERANCE, rtol=0)
-    # Keys are rounded once more where pages are float16: 2 bytes hold 11 bits.
-    tolerance = TOLERANCE if dtype == "float32" else 2e-3
-    expected = stored(k_pages, slots, rotated(k, cos, sin, interleaved), True)
-    np.testing.assert_allclose(
-        new_k.astype(np.float64), expected.astype(np.float64), atol=tolerance, rtol=0
-    )
-    np.testing.assert_array_equal(new_v, stored(v_pages, slots, v, False))
+    check_pages(new_k, dtype, slots, rotated(k, cos, sin, interleaved), transposed=True)
+    check_pages(new_v, dtype, slots, v, transposed=False)
+
+
+def test_a_token_of_zeros_is_stored_as_zeros_in_int8(kernels):
+    d, dv, _, _, dtype, _ = ROPES["partial_int8"]
+    k_pages, v_pages, slots = pages_and_slots(3, d, dv, dtype)
+    k, v = np.zeros((1, 3, KV_HEADS, d), np.float32), np.zeros((1, 3, KV_HEADS, dv), np.float32)
+    new_k, _ = run(kernels["write_partial_int8"], k, v, slots, k_pages, v_pages, outputs=[3, 4])
+    check_pages(new_k, dtype, slots, k, transposed=True)
 
 
 def test_an_odd_rotary_dimension_is_named():

@@ -1,0 +1,76 @@
+"""bfloat16 without the type: TVM rewrites bfloat16 expressions into float32 ones, so values are
+kept as 16-bit integers (the upper half of a float32) and pairs of them as 32-bit integers.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from llmc.targets.cpu.kernels.vector import spread
+
+Expr = Any
+DOT_LANES = 16
+_DOT = "llmc_bfloat16_dot"
+# The instruction as a function: an intrinsic with bfloat16 arguments cannot be called directly.
+_DOT_LLVM = f"""
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+define linkonce_odr <16 x float> @{_DOT}(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b)
+    alwaysinline {{
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %r = call <16 x float>
+      @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %sum, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %r
+}}
+"""
+
+
+def typed(dtype: str, lanes: int) -> str:
+    """The name of a vector type; a scalar's for one lane."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def with_dot() -> AbstractContextManager[Any]:
+    """A scope in which `dot` may be called."""
+    scope: AbstractContextManager[Any] = T.attr(
+        tirx.IntImm("int32", 0), "pragma_import_llvm", _DOT_LLVM
+    )
+    return scope
+
+
+def dot(total: Expr, a: Expr, b: Expr) -> Expr:
+    """total + a.low · b.low + a.high · b.high in each of 16 lanes; denormals count as zero."""
+    return tirx.call_pure_extern(f"float32x{DOT_LANES}", _DOT, total, a, b)
+
+
+def from_float32(x: Expr) -> Expr:
+    """Float32 rounded to nearest, ties to even, as uint16."""
+    lanes = x.ty.dtype.lanes
+
+    def each(value: int) -> Expr:
+        return spread(T.uint32(value), lanes)
+
+    bits = T.reinterpret(typed("uint32", lanes), x)
+    odd = T.bitwise_and(T.shift_right(bits, each(16)), each(1))
+    return T.Cast(typed("uint16", lanes), T.shift_right(bits + each(0x7FFF) + odd, each(16)))
+
+
+def halves(pairs: Expr) -> list[Expr]:
+    """The two numbers of each int32, low half first, as float32."""
+    lanes = pairs.ty.dtype.lanes
+    low = T.shift_left(pairs, spread(T.int32(16), lanes))
+    high = T.bitwise_and(pairs, spread(T.int32(-65536), lanes))
+    return [T.reinterpret(typed("float32", lanes), half) for half in (low, high)]
+
+
+def join(low: Expr, high: Expr) -> Expr:
+    """Pairs of float32 numbers that bfloat16 holds exactly, as int32."""
+    lanes = low.ty.dtype.lanes
+    unsigned, signed = typed("uint32", lanes), typed("int32", lanes)
+    shifted = T.shift_right(T.reinterpret(unsigned, low), spread(T.uint32(16), lanes))
+    upper = T.bitwise_and(T.reinterpret(signed, high), spread(T.int32(-65536), lanes))
+    return T.bitwise_or(T.reinterpret(signed, shifted), upper)
