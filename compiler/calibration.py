@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from llmc.compiler.gptq import Activations, gptq
 from llmc.compiler.quantizer import quantize
+from llmc.compiler.schemes import Scheme
 from llmc.compiler.streamed_model import StreamedModel
 from llmc.compiler.weight_plan import WeightSpec
 from llmc.compiler.weights import dequantized
@@ -31,8 +32,9 @@ from llmc.errors import UsageError
 from llmc.formats import FORMATS, QuantizedMatrix, WeightFormat, concatenate
 from llmc.models.source import ModelSource, SourceTensor
 
-WINDOW = 512
-MAX_WINDOWS = 32
+WINDOW = 256
+"""Tokens: the scores of attention take memory by its square."""
+MAX_WINDOWS = 64
 _MIN_WINDOWS = 4
 
 Float32 = npt.NDArray[np.float32]
@@ -50,54 +52,38 @@ class Calibration:
     num_matrices: int
     rounded: list[str]
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know: which matrices the text could not help."""
+        if not self.rounded:
+            return []
+        shown = ", ".join(self.rounded[:3]) + (", …" if len(self.rounded) > 3 else "")
+        return [
+            f"{len(self.rounded)} of {self.num_matrices} matrices saw too few tokens of the"
+            f" calibration text and were rounded to nearest: {shown}"
+        ]
 
-def calibrate(
-    source: ModelSource,
-    specs: Mapping[str, WeightSpec],
-    text: str,
-    scratch: Path,
-    on_progress: Callable[[float], None] = lambda fraction: None,
-) -> Calibration:
-    """Quantizes every weight that `specs` (by tensor name) gives a 4-bit format of a scheme.
 
-    The codes lie as files in the folder `scratch` for as long as the tensors are used: memory holds
-    one module's weights and the windows' activations. Raises UsageError where no weight has such a
-    format, and where the model has no tokenizer or the text is too short.
-    """
-    wanted = {
-        name: spec
-        for name, spec in specs.items()
-        if spec.format.startswith("w") and FORMATS[spec.format].bits == 4
-    }
-    if not wanted:
+def read_text(path: Path, scheme: Scheme) -> str:
+    """The calibration text in a file; UsageError where it cannot be read, or not be used."""
+    if scheme.keep or FORMATS[scheme.matrices].bits != 4:
         raise UsageError(
-            "nothing to calibrate: the scheme quantizes no weight to 4 bits",
+            f"--calibrate: {scheme.name} rounds nothing to 4 bits, so there is nothing to choose",
             hint="choose a scheme such as w4a16-g64, or leave out --calibrate",
         )
-    weights = {
-        name: _Weight(source.tensors[name], spec, scratch / f"{index:05d}")
-        for index, (name, spec) in enumerate(wanted.items())
-    }
-    num_matrices = sum(weight.num_matrices for weight in weights.values())
-
-    def values(name: str) -> Float32:
-        if name in weights:
-            return weights[name].values()
-        return dequantized(name, specs[name], source.tensors)
-
-    model = StreamedModel(source, values)
-    ids = _windows(source, text)
-    with _Products(model, weights, lambda done: on_progress(done / num_matrices)):
-        model.logits(ids, last=1)
-    rounded = [name for weight in weights.values() for name in weight.finish()]
-    calibrated = {name: weight.source() for name, weight in weights.items()}
-    return Calibration(
-        tensors={**source.tensors, **calibrated}, num_matrices=num_matrices, rounded=rounded
-    )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"{path}: not UTF-8 at byte {exc.start}") from exc
+    except OSError as exc:
+        raise UsageError(f"{path} cannot be read: {exc.strerror}") from exc
 
 
-def _windows(source: ModelSource, text: str) -> npt.NDArray[np.int64]:
-    """Windows `[n, T]` of the text, spread evenly over it."""
+def windows_of(source: ModelSource, text: str) -> npt.NDArray[np.int64]:
+    """Windows `[n, T]` of the text's tokens, spread evenly over it.
+
+    Raises UsageError where the model has no tokenizer or the text is too short.
+    """
     if source.tokenizer_json is None:
         raise UsageError("the model has no tokenizer, so no text can calibrate it")
     ids = Tokenizer.from_str(source.tokenizer_json.decode("utf-8")).encode(text).ids
@@ -115,6 +101,51 @@ def _windows(source: ModelSource, text: str) -> npt.NDArray[np.int64]:
         windows[:, 0] = ids[0]  # as the model begins every text
     picked: npt.NDArray[np.int64] = windows[chosen]
     return picked
+
+
+def calibrate(
+    source: ModelSource,
+    specs: Mapping[str, WeightSpec],
+    ids: npt.NDArray[np.int64],
+    scratch: Path,
+    on_progress: Callable[[float], None] = lambda fraction: None,
+) -> Calibration:
+    """Quantizes every weight that `specs` (by tensor name) gives a 4-bit format of a scheme.
+
+    The model reads windows `[n, T]` of token ids. The codes lie as files in the folder `scratch`
+    for as long as the tensors are used: memory holds one module's weights and the activations of
+    all windows. Raises UsageError where no weight has such a format.
+    """
+    wanted = {
+        name: spec
+        for name, spec in specs.items()
+        if spec.format.startswith("w") and FORMATS[spec.format].bits == 4
+    }
+    if not wanted:
+        raise UsageError(
+            "nothing to calibrate: the scheme quantizes no weight to 4 bits",
+            hint="choose a scheme such as w4a16-g64, or leave out --calibrate",
+        )
+    scratch.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: _Weight(source.tensors[name], spec, scratch / f"{index:05d}")
+        for index, (name, spec) in enumerate(wanted.items())
+    }
+    num_matrices = sum(weight.num_matrices for weight in weights.values())
+
+    def values(name: str) -> Float32:
+        if name in weights:
+            return weights[name].values()
+        return dequantized(name, specs[name], source.tensors)
+
+    model = StreamedModel(source, values)
+    with _Products(model, weights, lambda done: on_progress(done / num_matrices)):
+        model.logits(ids, last=1)
+    rounded = [name for weight in weights.values() for name in weight.finish()]
+    calibrated = {name: weight.source() for name, weight in weights.items()}
+    return Calibration(
+        tensors={**source.tensors, **calibrated}, num_matrices=num_matrices, rounded=rounded
+    )
 
 
 class _Weight:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from tvm import relax
 
 import llmc
 from llmc import artifact
-from llmc.compiler import weight_plan
+from llmc.compiler import calibration, weight_plan
 from llmc.compiler.interrupt import interruptible
 from llmc.compiler.new_folder import new_folder
 from llmc.compiler.passes.dispatch import RULE
@@ -32,6 +33,7 @@ from llmc.compiler.pipeline import (
 from llmc.compiler.reference import make_reference
 from llmc.compiler.rewriter import bindings, relax_functions
 from llmc.compiler.schemes import KV_DTYPES, Scheme, scheme_of
+from llmc.compiler.weight_plan import WeightSpec
 from llmc.compiler.weights import (
     WEIGHTS_FILE,
     Argument,
@@ -49,12 +51,13 @@ from llmc.targets.registry import open_target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileResult:
-    """What was written, and how long each phase took."""
+    """What was written, and how long each phase took; notes are for the user to know."""
 
     path: Path
     manifest: artifact.Manifest
     phases: list[tuple[str, float]]
     seconds: float
+    notes: list[str]
 
 
 @interruptible()
@@ -71,15 +74,17 @@ def compile_model(
     max_sequences: int = 32,
     context_length: int | None = None,
     kv: str | None = None,
+    calibrate: Path | str | None = None,
     on_phase: OnPhase | None = None,
 ) -> CompileResult:
     """Compiles `source` (folder, .gguf file, demo:NAME or hub id) into the artifact folder `out`.
 
-    The folder appears only when it is complete. Raises ImportModelError, UnsupportedError,
-    CompileError or UsageError.
+    `calibrate` is a UTF-8 text by which 4-bit codes are chosen. The folder appears only when it is
+    complete. Raises ImportModelError, UnsupportedError, CompileError or UsageError.
     """
     timer = Timer(on_phase)
     scheme = scheme_of(quant)
+    text = None if calibrate is None else calibration.read_text(Path(calibrate), scheme)
     kv_name = kv or scheme.kv
     if kv_name not in KV_DTYPES:
         raise UsageError(
@@ -88,6 +93,7 @@ def compile_model(
     device = open_target(target)
     with timer.phase("open"):
         model = _open(str(source))
+        windows = None if text is None else calibration.windows_of(model, text)
     title = name or model.name
     _check_context(model, context_length)
     where = Path(out) if out is not None else Path("dist") / _folder_name(title, quant, target)
@@ -104,12 +110,20 @@ def compile_model(
         library = folder / device.library_name
         with timer.phase("link"):
             device.link(built.executable, library)
+        notes: list[str] = []
+        scratch = folder / "calibration"
+        if windows is not None:
+            with timer.phase("calibrate") as progress:
+                specs = _specs(built.arguments)
+                found = calibration.calibrate(model, specs, windows, scratch, progress)
+                model, notes = replace(model, tensors=found.tensors), found.notes
         with timer.phase("weights") as progress:
             weights = write_weights(
                 folder / WEIGHTS_FILE, built.arguments, model.tensors, device, progress
             )
         with timer.phase("reference"):
             _write_reference(folder, model, built.arguments, scheme)
+        shutil.rmtree(scratch, ignore_errors=True)
         with timer.phase("package"):
             _write_tokenizer(folder, model)
             manifest = _manifest(
@@ -119,7 +133,11 @@ def compile_model(
             # As bytes: no platform's line ends may get into what is compared byte by byte.
             (folder / artifact.MANIFEST_FILE).write_bytes(manifest.to_json().encode())
     return CompileResult(
-        path=where, manifest=manifest, phases=timer.phases, seconds=timer.elapsed()
+        path=where,
+        manifest=manifest,
+        phases=timer.phases,
+        seconds=timer.elapsed(),
+        notes=notes,
     )
 
 
@@ -243,7 +261,7 @@ def _manifest(
         quantization=scheme.name,
         compute_dtype="float32",
         activation_dtype="float32",
-        kv_dtype="bfloat16" if caches[0].dtype == "uint16" else caches[0].dtype,
+        kv_dtype=caches[0].dtype,
         entry_points=entries,
         groups=groups,
         caches=caches,
@@ -331,10 +349,15 @@ def _model_info(
     )
 
 
+def _specs(wanted: list[Argument]) -> dict[str, WeightSpec]:
+    """How each of the model's tensors is stored."""
+    return {source: argument.spec for argument in wanted for source in argument.spec.sources}
+
+
 def _write_reference(
     folder: Path, model: ModelSource, wanted: list[Argument], scheme: Scheme
 ) -> None:
-    specs = {s: a.spec for a in wanted for s in a.spec.sources}
+    specs = _specs(wanted)
 
     def as_compiled(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
         return dequantized(name, specs[name], model.tensors)

@@ -80,6 +80,9 @@ SCHEMES: dict[str, Scheme] = {
         _scheme("w4a16-g32", "w4-g32", "w8"),
         _scheme("w4a16-g64", "w4-g64", "w8"),
         _scheme("w4a16-g128", "w4-g128", "w8"),
+        _scheme("w4a16-g32-asym", "w4-g32-asym", "w8"),
+        _scheme("w4a16-g64-asym", "w4-g64-asym", "w8"),
+        _scheme("w4a16-g128-asym", "w4-g128-asym", "w8"),
         _scheme("keep", "f32", "f32", keep=True),
     )
 }

@@ -31,6 +31,12 @@ _COMPILE_EXTRA = ("accelerate", "gguf", "huggingface_hub", "onnx", "torch", "tra
     help="Weight format: f32, f16, w8a16, w4a16-g32, … or keep, the source's own.",
 )
 @click.option(
+    "--calibrate",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="A UTF-8 text like those to be served: 4-bit codes are chosen by it, not by rounding.",
+)
+@click.option(
     "-o",
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -60,7 +66,7 @@ _COMPILE_EXTRA = ("accelerate", "gguf", "huggingface_hub", "onnx", "torch", "tra
     show_default="the model's",
     help="Most tokens of one sequence.",
 )
-@click.option("--kv", show_default="the target's", help="Type of the KV cache: f32, f16, bf16, int8.")
+@click.option("--kv", show_default="the target's", help="Type of the KV cache: f32, f16.")
 @json_option
 def compile_command(source: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Compile SOURCE into an artifact folder and print the folder.
@@ -74,6 +80,8 @@ def compile_command(source: str, as_json: bool, **options: Any) -> None:  # noqa
     if as_json:
         print_json(_as_json(result))
         return
+    for note in result.notes:
+        say(f"note: {note}")
     memory = result.manifest.memory
     say(
         f"compiled in {format_seconds(result.seconds)}: weights "
@@ -106,6 +114,7 @@ def _as_json(result: CompileResult) -> dict[str, Any]:
         "quantization": manifest.quantization,
         "target": manifest.variants[0].target if manifest.variants else None,
         "seconds": result.seconds,
+        "notes": result.notes,
         "phases": [{"name": name, "seconds": seconds} for name, seconds in result.phases],
         "artifact_bytes": sum(path.stat().st_size for path in files),
         "weights_bytes": manifest.memory.weights_bytes,

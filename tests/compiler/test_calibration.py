@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmc.compiler import calibration
-from llmc.compiler.calibration import calibrate
+from llmc.compiler.calibration import calibrate, windows_of
 from llmc.compiler.quantizer import quantize
 from llmc.compiler.streamed_model import StreamedModel
 from llmc.compiler.weight_plan import WeightSpec
@@ -122,7 +122,7 @@ def logits(source: ModelSource, tensors, specs) -> np.ndarray:
 def test_calibrated_logits_are_nearer_to_the_models_than_with_nearest_codes(kind, tmp_path):
     source = model_source(kind)
     specs = specs_of(source)
-    found = calibrate(source, specs, text(), tmp_path)
+    found = calibrate(source, specs, windows_of(source, text()), tmp_path)
     unquantized = {n: WeightSpec(sources=[n]) for n in specs}
     exact = logits(source, source.tensors, unquantized)
     nearest = np.square(logits(source, source.tensors, specs) - exact).mean()
@@ -135,7 +135,7 @@ def test_calibrated_logits_are_nearer_to_the_models_than_with_nearest_codes(kind
 def test_every_product_gets_codes_in_the_formats_own_terms(kind, tmp_path):
     source = model_source(kind)
     specs = specs_of(source)
-    tensors = calibrate(source, specs, text(), tmp_path).tensors
+    tensors = calibrate(source, specs, windows_of(source, text()), tmp_path).tensors
     quantized = {n for n, s in specs.items() if s.format == FORMAT}
     assert quantized == {n for n, t in tensors.items() if t.stored == FORMAT}
     for name in quantized:
@@ -164,14 +164,14 @@ def test_later_products_see_what_earlier_ones_have_become(tmp_path, monkeypatch)
             return super().of(inputs)
 
     monkeypatch.setattr(calibration, "Activations", Recording)
-    found = calibrate(source, specs, text(), tmp_path)
+    found = calibrate(source, specs, windows_of(source, text()), tmp_path)
     # Four inputs a layer: of q, k and v together, o, gate and up together, and down.
     assert len(seen) == 8
     taken = {}
     model = StreamedModel(source, lambda n: dequantized(n, specs[n], found.tensors))
     layer = model.model.model.layers[1].self_attn.q_proj
     layer.register_forward_pre_hook(lambda _, args: taken.update(x=args[0]))
-    model.logits(calibration._windows(source, text()))
+    model.logits(windows_of(source, text()))
     # The same products in the same order: float32 sums differ by nothing but threads.
     torch.testing.assert_close(taken["x"].reshape(-1, 64), seen[4], rtol=1e-4, atol=1e-4)
 
@@ -185,7 +185,7 @@ def test_experts_that_no_token_chose_are_rounded_and_named(tmp_path):
     source.tensors[router] = SourceTensor(
         name=router, shape=values.shape, stored="f32", load=lambda: values
     )
-    monotone = calibrate(source, specs_of(source), "a" * 64 * 4, tmp_path)
+    monotone = calibrate(source, specs_of(source), windows_of(source, "a" * 64 * 4), tmp_path)
     # One token over and over: two experts of four a layer see it, the others see nothing.
     assert monotone.num_matrices == 2 * 4 + 2 * 2 * 4
     assert len(monotone.rounded) >= 4
@@ -201,18 +201,27 @@ def test_experts_that_no_token_chose_are_rounded_and_named(tmp_path):
 
 def test_progress_ends_at_one(tmp_path):
     source, seen = model_source("llama"), []
-    calibrate(source, specs_of(source), text(), tmp_path, seen.append)
+    calibrate(source, specs_of(source), windows_of(source, text()), tmp_path, seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
 
 
+def test_windows_are_spread_over_a_long_text(monkeypatch):
+    source = model_source("llama")
+    monkeypatch.setattr(calibration, "MAX_WINDOWS", 5)
+    long = text(64 * 40)
+    windows = windows_of(source, long)
+    assert windows.shape == (5, 64)  # the model's context is shorter than a window would be
+    ids = np.array([string.ascii_letters.index(c) for c in long]).reshape(40, 64)
+    np.testing.assert_array_equal(windows, ids[[0, 10, 20, 29, 39]])
+
+
 def test_what_cannot_calibrate_is_refused_with_its_reason(tmp_path):
     source = model_source("llama")
-    specs = specs_of(source)
     with pytest.raises(UsageError, match="nothing to calibrate"):
-        calibrate(source, specs_of(source, "w8"), text(), tmp_path)
+        calibrate(source, specs_of(source, "w8"), windows_of(source, text()), tmp_path)
     with pytest.raises(UsageError, match="has 100 tokens, fewer than 4 windows of 64"):
-        calibrate(source, specs, text(100), tmp_path)
-    bare = SimpleNamespace(tokenizer_json=None, tensors=source.tensors, config=source.config)
+        windows_of(source, text(100))
+    bare = SimpleNamespace(tokenizer_json=None, config=source.config)
     with pytest.raises(UsageError, match="no tokenizer"):
-        calibrate(bare, specs, text(), tmp_path)
+        windows_of(bare, text())
