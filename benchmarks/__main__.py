@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import platform
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from benchmarks.models import REPOSITORY, Files, choose_cases, prepare
 from benchmarks.process import run
 from benchmarks.record import Record, load_average
 from benchmarks.scenarios import Plan
-from benchmarks.session import PAGE_FILE, Session
+from benchmarks.session import PAGE_FILE, RECORD_FILE, Session, publish
 from llmc import __version__
 from llmc.artifact import Manifest
 from llmc.cli.bench import cpu_name
@@ -37,6 +38,7 @@ _BUSY = 0.5  # load a CPU above which figures are noise
 @click.option("--repeat", type=click.IntRange(min=1), default=3, help="Rounds.")
 @click.option("--gen-tokens", type=click.IntRange(min=4), default=32, help="Tokens a sequence.")
 @click.option("--quick", is_flag=True, help=f"One short round of {_QUICK_MODELS}; no page.")
+@click.option("--page-only", is_flag=True, help="Make the page from the record again.")
 @click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
@@ -63,6 +65,7 @@ def bench_cpu(
     repeat: int,
     gen_tokens: int,
     quick: bool,
+    page_only: bool,
     cache: Path,
     peer_folder: Path | None,
     out: Path,
@@ -71,6 +74,9 @@ def bench_cpu(
     talk = Console(stderr=True, highlight=False)
     if quick:
         models, repeat, gen_tokens, out = _QUICK_MODELS, 1, 8, cache / "quick"
+    if page_only:
+        publish(Record.load(out / RECORD_FILE), out)
+        return
     cases = choose_cases(models)
     out.mkdir(parents=True, exist_ok=True)
     peer = LlamaCpp.find(peer_folder) if peer_folder else llama_cpp.build(cache, talk.print)
@@ -93,7 +99,7 @@ def bench_cpu(
     try:
         session.measure(files, repeat)
     finally:  # what there is, when interrupted
-        session.publish()
+        publish(session.record, out)
     talk.print(str(out / PAGE_FILE))
 
 
@@ -135,6 +141,8 @@ def _version() -> str:
 
 def main() -> None:
     """The command line; deliberate errors are explained, Ctrl-C keeps what was measured."""
+    # Being told to end is no reason to lose what was measured, or to leave a program running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         bench_cpu.main(prog_name="python -m benchmarks", standalone_mode=False)
     except click.ClickException as exc:

@@ -41,6 +41,7 @@ class Session:
 
     def measure(self, files: Sequence[Files], repeat: int) -> None:
         """All rounds, then a profile of each artifact."""
+        self._set_floors()
         for number in range(repeat):
             for one in files:
                 for scenario in scenarios(one.case):
@@ -56,21 +57,12 @@ class Session:
                     self._raise_limits(measured)
         self.record.complete = True
 
-    def publish(self) -> None:
-        """Writes record, plots and page, and prints the tables: of what there is."""
+    def _set_floors(self) -> None:
         limits = Limits(**self.record.limits)
         for name, manifest in self.manifests.items():
             self.record.cases[name]["floors"] = floors(
                 manifest, limits, depths=CASES[name].depths, gen=self.plan.gen_tokens
             )
-        self.record.save(self.out / RECORD_FILE)
-        plots = {}
-        for name, steps in self.record.profiles.items():
-            plots[name] = Path(f"roofline-{name}.svg")
-            title = self.record.cases[name]["title"]
-            plot_roofline(title, steps, self.record.limits, self.out / plots[name])
-        (self.out / PAGE_FILE).write_text(markdown(self.record, plots), encoding="utf-8")
-        print_record(self.record)
 
     def _raise_limits(self, measured: Limits) -> None:
         """What the machine did once it can do: every limit is the best that was seen."""
@@ -83,6 +75,7 @@ class Session:
                 operations_per_s={n: max(v, measured.peak(n)) for n, v in rates},
             )
         )
+        self._set_floors()
 
     def _take_turns(self, files: Files, scenario: Scenario, number: int) -> None:
         for engine, measure in self._turns(files, scenario):
@@ -151,3 +144,14 @@ class Session:
         ):
             command = command.replace(path, name)
         return command
+
+
+def publish(record: Record, out: Path) -> None:
+    """Writes record, plots and page, and prints the tables: of what there is."""
+    record.save(out / RECORD_FILE)
+    plots = {}
+    for name, steps in record.profiles.items():
+        plots[name] = Path(f"roofline-{name}.svg")
+        plot_roofline(record.cases[name]["title"], steps, record.limits, out / plots[name])
+    (out / PAGE_FILE).write_text(markdown(record, plots), encoding="utf-8")
+    print_record(record)

@@ -190,16 +190,22 @@ def test_floors_are_the_slower_of_reading_and_computing() -> None:
     assert bf16["batch-16"] == pytest.approx(16 / (16 * 2.2e6 / 1e10))
 
 
-def test_the_command_explains_wrong_usage() -> None:
-    command = [sys.executable, "-m", "benchmarks", "--models", "gpt"]
-    result = subprocess.run(
-        command,
+def benchmarks(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
         cwd=Path(__file__).parents[2],
         timeout=120,
     )
+
+
+def test_the_command_explains_wrong_usage(tmp_path: Path) -> None:
+    result = benchmarks("--models", "gpt")
     assert result.returncode == 2
     assert "no model 'gpt'" in result.stderr
+    result = benchmarks("--page-only", "--out", tmp_path)
+    assert result.returncode == 2
+    assert "cpu.json" in result.stderr
     assert "Traceback" not in result.stderr

@@ -17,7 +17,7 @@ from benchmarks.process import Finished
 from benchmarks.record import Record, Sample
 from benchmarks.report import markdown, rows
 from benchmarks.scenarios import Plan, Scenario
-from benchmarks.session import Session
+from benchmarks.session import Session, publish
 from llmc.cli.kernel_cost import Limits
 from llmc.errors import LlmcError, UsageError
 
@@ -221,7 +221,7 @@ def test_a_failed_run_is_noted_and_the_others_go_on(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(session_module, "demo_gguf", lambda: Path("/demo/model.gguf"))
     comparison = session(tmp_path, record())
     comparison.measure([FILES], 1)
-    comparison.publish()
+    publish(comparison.record, tmp_path)
     assert runs == [
         "ours-decode-0",
         "peer0-decode-0",
@@ -245,6 +245,6 @@ def test_an_interruption_keeps_what_was_measured(tmp_path: Path, monkeypatch, ca
     kept = json.loads((tmp_path / "cpu.json").read_text())
     assert len(kept["samples"]) == 4
     assert kept["complete"] is False
-    comparison.publish()
+    publish(comparison.record, tmp_path)
     assert "Interrupted" in (tmp_path / "cpu.md").read_text()
     assert "decode, batch 1" in capsys.readouterr().out
