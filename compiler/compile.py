@@ -91,6 +91,7 @@ def compile_model(
             f"unknown KV type {kv_name!r}", hint=f"choose one of {', '.join(KV_DTYPES)}"
         )
     device = open_target(target)
+    scheme = scheme.resolved(target, integer_products=device.integer_products)
     with timer.phase("open"):
         model = _open(str(source))
         windows = None if text is None else calibration.windows_of(model, text)
@@ -171,7 +172,9 @@ def _build(
         with timer.phase("passes") as progress:
             # Other schemes choose without it, and finding out reads a layer's weights.
             stored = stored_formats(model.tensors) if scheme.keep else {}
-            phases = graph_phases(target, scheme.choose(stored), kv_dtype, bounds)
+            phases = graph_phases(
+                target, scheme.choose(stored), scheme.activations, kv_dtype, bounds
+            )
             for done, (phase, apply) in enumerate(phases):
                 with failing_as(phase):
                     mod = apply(mod)
@@ -260,8 +263,8 @@ def _manifest(
         model=_model_info(title, model, traced, built, context_length),
         quantization=scheme.name,
         compute_dtype="float32",
-        activation_dtype="float32",
-        kv_dtype=caches[0].dtype,
+        activation_dtype=scheme.activations,
+        kv_dtype="bfloat16" if caches[0].dtype == "uint16" else caches[0].dtype,
         entry_points=entries,
         groups=groups,
         caches=caches,

@@ -21,6 +21,7 @@ from llmc.compiler.passes.fuse_rope import fuse_rope
 from llmc.compiler.passes.fuse_rope_kv_write import fuse_rope_kv_write
 from llmc.compiler.passes.lower_attention import Page, lower_attention
 from llmc.compiler.passes.quantize import Chooser, quantize
+from llmc.compiler.passes.quantize_activations import quantize_activations
 from llmc.compiler.passes.rewrite_gqa import rewrite_gqa
 from llmc.compiler.passes.specialize import specialize
 from llmc.compiler.rewriter import count_uses, relax_functions, with_params
@@ -68,7 +69,7 @@ def _merge_ties(
 
 
 def graph_phases(
-    target: Target, choose: Chooser, kv_dtype: str, bounds: StepBounds
+    target: Target, choose: Chooser, activations: str, kv_dtype: str, bounds: StepBounds
 ) -> list[tuple[str, Phase]]:
     """The named phases from the traced function to calls of PrimFuncs."""
 
@@ -77,6 +78,9 @@ def graph_phases(
             key=target.key_page(kv_heads, head_dim, kv_dtype),
             value=target.value_page(kv_heads, v_head_dim, kv_dtype),
         )
+
+    def quantize_inputs(mod: tvm.IRModule) -> tvm.IRModule:
+        return quantize_activations(mod, target.activation_blocks) if activations == "int8" else mod
 
     def lower(mod: tvm.IRModule) -> tvm.IRModule:
         return lower_attention(mod, page_size=target.page_size, kv_dtype=kv_dtype, page_layout=page)
@@ -98,7 +102,12 @@ def graph_phases(
         ("paged-attention", [lower, canonicalize]),
         (
             "fuse",
-            [fuse_rope_kv_write, fuse_epilogue, relax.transform.EliminateCommonSubexpr()],
+            [
+                fuse_rope_kv_write,
+                fuse_epilogue,
+                quantize_inputs,
+                relax.transform.EliminateCommonSubexpr(),
+            ],
         ),
         ("specialize", [split]),
         ("dispatch", [lambda mod: dispatch(mod, target)]),

@@ -118,6 +118,48 @@ class Linear(Operator):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeActivations(Operator):
+    """x `[1, T, K]` -> codes `[1, T, K]` int8, scales `[1, T, K / block]`, sums `[1, T, K / unit]`.
+
+    x ≈ code · its block's scale; sums (int32) are a unit's codes added up, times `factor`.
+    """
+
+    name: ClassVar[str] = "quantize_activations"
+    operands: ClassVar[tuple[str, ...]] = ("x",)
+    block: int
+    unit: int
+    factor: int
+
+    def call(self, x: Expr) -> relax.Call:
+        """The call."""
+        features = x.ty.shape[-1]
+        codes = relax.TensorType(list(x.ty.shape), "int8")
+        scales = tensor_like(x, features // self.block)
+        sums = relax.TensorType(list(tensor_like(x, features // self.unit).shape), "int32")
+        return self.emit([codes, scales, sums], x)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegerLinear(Operator):
+    """Linear on what QuantizeActivations made of x; the sum of a unit's products is an integer.
+
+    weight `[M, K]` in the affine `format`; bias `[M]`; residual `[1, T, M]` -> `[1, T, M]` float32.
+    """
+
+    name: ClassVar[str] = "integer_linear"
+    operands: ClassVar[tuple[str, ...]] = (
+        "codes",
+        "scales",
+        "sums",
+        "weight",
+        "bias?",
+        "residual?",
+    )
+    format: str
+    block: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Embedding(Operator):
     """Rows of weight `[V, E]` for ids `[1, T]` -> `[1, T, E]` float32."""
 
@@ -346,6 +388,8 @@ OPERATORS: dict[str, type[Operator]] = {
     op.name: op
     for op in (
         Linear,
+        QuantizeActivations,
+        IntegerLinear,
         Embedding,
         GroupedLinear,
         Attention,

@@ -68,6 +68,15 @@ class PackedPart:
     dtype: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationBlocks:
+    """How a target's integer products want their activations (see dialect.QuantizeActivations)."""
+
+    block: int
+    unit: int
+    factor: int
+
+
 class Target(Protocol):
     """A device to compile for."""
 
@@ -78,6 +87,7 @@ class Target(Protocol):
     library_name: str
     layout: str
     page_size: int
+    integer_products: bool  # whether it multiplies bytes faster than floats
     few_tokens: int  # largest T of the entry point for small batches
     pass_config: dict[str, object]
     kernel_rules: Sequence[tuple[str, KernelRule]]
@@ -88,6 +98,9 @@ class Target(Protocol):
 
     def value_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
         """Shape of a page of values in a cache tensor of kv_dtype."""
+
+    def activation_blocks(self, fmt: WeightFormat, features: int) -> ActivationBlocks | None:
+        """For products with `fmt` weights of that many input features; None: in floats only."""
 
     def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
         """The arrays a matrix `[M, K]` or a stack `[X, M, K]` is packed into."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llmc.errors import UnsupportedError
 from llmc.targets.cpu.kernels.attention_tile import AttentionTuning
@@ -34,39 +34,68 @@ class LinearParameters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IntegerParameters:
+    """How a product of quantized activations is tiled; `block` decides numbers, the rest speed.
+
+    A tile of `token_tiles[i]` tokens by `16 · panels` outputs keeps its int32 sums in registers.
+    """
+
+    dot: str  # LLVM's intrinsic: int32x16 += uint8x64 · int8x64, four at a time
+    block: int = 32  # activation features that share a scale, or a weight group if that is larger
+    panels: int = 2
+    token_tiles: tuple[int, ...] = (6, 4, 3, 2, 1)
+    min_chains: int = 4  # independent sums below which a tile splits each in two
+    unit_words: int = 4  # stored words of one step of an inner loop
+    row_block_bytes: int = 393216  # activations that a task meets again in the L2 cache
+    prefetch_words: int = 0  # word vectors (64 bytes each) asked for ahead
+    serial_weights: int = 65536  # products of one token with fewer weights start no threads
+
+    def __post_init__(self) -> None:
+        assert self.token_tiles[-1] == 1, self.token_tiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CpuParameters:
-    """Tunables of one instruction set: `linear` for any number of tokens, `few` for at most 8."""
+    """Tunables of one instruction set: `linear` for any number of tokens, `few` for at most 8.
+
+    `integer` is None where the instruction set has no dot products of bytes.
+    """
 
     linear: LinearParameters
     few: LinearParameters
+    integer: IntegerParameters | None = None
     attention: AttentionTuning = field(default_factory=AttentionTuning)
 
 
-PARAMETERS: dict[str, CpuParameters] = {
-    # 32 vector registers of 16 floats: 8 x 2 accumulators already reach 90 % of the multiply-add
-    # rate.
-    "avx512": CpuParameters(
-        linear=LinearParameters(
-            tile_panels=2,
-            token_tiles=(8, 4, 1),
-            fused=False,
-            k_block=256,
-            row_block=192,
-            gemv_words=4,
-            prefetch_words=128,
-            serial_weights=65536,
-        ),
-        few=LinearParameters(
-            tile_panels=2,
-            token_tiles=(4, 2, 1),
-            fused=True,
-            k_block=256,
-            row_block=8,
-            gemv_words=4,
-            prefetch_words=128,
-            serial_weights=65536,
-        ),
+# 32 vector registers of 16 floats: 8 x 2 accumulators already reach 90 % of the multiply-add rate.
+_AVX512 = CpuParameters(
+    linear=LinearParameters(
+        tile_panels=2,
+        token_tiles=(8, 4, 1),
+        fused=False,
+        k_block=256,
+        row_block=192,
+        gemv_words=4,
+        prefetch_words=128,
+        serial_weights=65536,
     ),
+    few=LinearParameters(
+        tile_panels=2,
+        token_tiles=(4, 2, 1),
+        fused=True,
+        k_block=256,
+        row_block=8,
+        gemv_words=4,
+        prefetch_words=128,
+        serial_weights=65536,
+    ),
+)
+_VNNI = replace(_AVX512, integer=IntegerParameters(dot="llvm.x86.avx512.vpdpbusd.512"))
+
+PARAMETERS: dict[str, CpuParameters] = {
+    "avx512bf16": replace(_VNNI, attention=AttentionTuning(bf16_dot=True)),
+    "avx512vnni": _VNNI,
+    "avx512": _AVX512,
     # 16 registers of 8 floats: a panel takes two, 6 x 2 accumulators.
     "avx2": CpuParameters(
         attention=AttentionTuning(accumulators=6, few_accumulators=6, strip_rows=3),

@@ -12,12 +12,14 @@ from llmc.targets.cpu.kernels.attention import paged_attention
 from llmc.targets.cpu.kernels.attention_tile import AttentionTuning
 from llmc.targets.cpu.kernels.embedding import embedding
 from llmc.targets.cpu.kernels.grouped_linear import grouped_linear
+from llmc.targets.cpu.kernels.integer_linear import integer_linear
 from llmc.targets.cpu.kernels.kv_write import kv_write
 from llmc.targets.cpu.kernels.linear import linear
 from llmc.targets.cpu.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from llmc.targets.cpu.kernels.quantize_activations import quantize_activations
 from llmc.targets.cpu.kernels.rope import rope, rope_kv_write
 from llmc.targets.cpu.kernels.top_k import top_k
-from llmc.targets.cpu.parameters import CpuParameters, LinearParameters
+from llmc.targets.cpu.parameters import CpuParameters, IntegerParameters, LinearParameters
 
 
 def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, KernelRule]]:
@@ -31,6 +33,9 @@ def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, 
 
     def gemm(site: Site) -> Kernel | None:
         return _linear(site, parameters.linear)
+
+    def integer(site: Site) -> Kernel | None:
+        return _integer_linear(site, parameters.integer)
 
     def experts(site: Site) -> Kernel | None:
         if not isinstance(site.op, dialect.GroupedLinear):
@@ -57,6 +62,8 @@ def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, 
         ("cpu.gemv", gemv),
         ("cpu.few", few),
         ("cpu.gemm", gemm),
+        ("cpu.integer", integer),
+        ("cpu.quantize", _quantize_activations),
         ("cpu.experts", experts),
         ("cpu.attention", attention),
         ("cpu.embedding", _embedding),
@@ -94,6 +101,35 @@ def _linear(site: Site, params: LinearParameters) -> Kernel | None:
         params=params,
     )
     return _kernel(func, site, ("x", "weight", "bias", "residual"))
+
+
+def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | None:
+    if not isinstance(site.op, dialect.IntegerLinear) or params is None:
+        return None
+    m, k = site.extents("weight")
+    rows = site.types["codes"].shape[1]
+    func = integer_linear(
+        FORMATS[site.op.format],
+        m,
+        k,
+        1 if site.tokens == 1 and int(rows) == 1 else None,
+        block=site.op.block,
+        bias="bias" in site.types,
+        residual="residual" in site.types,
+        params=params,
+    )
+    return _kernel(func, site, ("codes", "scales", "sums", "weight", "bias", "residual"))
+
+
+def _quantize_activations(site: Site) -> Kernel | None:
+    op = site.op
+    if not isinstance(op, dialect.QuantizeActivations):
+        return None
+    [_, rows, features] = site.extents("x")
+    func = quantize_activations(
+        features=features, block=op.block, unit=op.unit, factor=op.factor, tokens=rows or None
+    )
+    return _kernel(func, site, ("x",), (None, None, None))
 
 
 def _attention(site: Site, tuning: AttentionTuning) -> Kernel | None:

@@ -12,8 +12,9 @@ import tvm
 from llmc.cpu_features import host_features
 from llmc.errors import UsageError
 from llmc.formats import WeightFormat
-from llmc.targets.base import Array, KernelRule, Matrix, PackedPart, ScheduleRule
+from llmc.targets.base import ActivationBlocks, Array, KernelRule, Matrix, PackedPart, ScheduleRule
 from llmc.targets.cpu import layout
+from llmc.targets.cpu.kernels.integer import activation_block, sum_factor, unit_of
 from llmc.targets.cpu.kernels.kv_pages import key_matrix, kv_type, value_matrix
 from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.parameters import parameters_for
@@ -32,16 +33,25 @@ class IsaLevel:
 
 
 _AVX2 = ("avx2", "bmi1", "bmi2", "f16c", "fma")
+_AVX512 = (*_AVX2, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
+# LLVM would split 512-bit vectors for the sake of CPUs that lower their clock.
+_WIDE = "-prefer-256-bit"
 
 # The best level a machine has comes first.
 ISA_LEVELS: dict[str, IsaLevel] = {
-    "avx512": IsaLevel(
+    "avx512bf16": IsaLevel(
         machine="x86_64",
         mcpu="x86-64-v4",
-        # LLVM would split 512-bit vectors for the sake of CPUs that lower their clock.
-        mattr=("-prefer-256-bit",),
-        features=(*_AVX2, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"),
+        mattr=(_WIDE, "+avx512vnni", "+avx512bf16"),
+        features=(*_AVX512, "avx512_bf16", "avx512_vnni"),
     ),
+    "avx512vnni": IsaLevel(
+        machine="x86_64",
+        mcpu="x86-64-v4",
+        mattr=(_WIDE, "+avx512vnni"),
+        features=(*_AVX512, "avx512_vnni"),
+    ),
+    "avx512": IsaLevel(machine="x86_64", mcpu="x86-64-v4", mattr=(_WIDE,), features=_AVX512),
     "avx2": IsaLevel(machine="x86_64", mcpu="x86-64-v3", mattr=(), features=_AVX2),
     "neon": IsaLevel(machine="aarch64", mcpu="generic", mattr=(), features=()),
 }
@@ -84,8 +94,10 @@ class CpuTarget:
         self.tvm_target = tvm.target.Target(description)
         # TVM's storage rewriting would move the kernels' accumulators out of registers.
         self.pass_config: dict[str, object] = {"tirx.disable_storage_rewrite": True}
+        self._parameters = parameters_for(self.isa)
+        self.integer_products = self._parameters.integer is not None
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = kernel_rules(
-            parameters_for(self.isa), self.few_tokens
+            self._parameters, self.few_tokens
         )
         self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = (
             ("cpu.elementwise", schedule_elementwise),
@@ -101,6 +113,15 @@ class CpuTarget:
         """`[Kv, elements]` likewise."""
         kv = kv_type(kv_dtype, self.page_size, head_dim)
         return [kv_heads, value_matrix(kv, head_dim, self.page_size).elements]
+
+    def activation_blocks(self, fmt: WeightFormat, features: int) -> ActivationBlocks | None:
+        """Blocks as large as the format's groups and the table allow."""
+        if self._parameters.integer is None:
+            return None
+        block = activation_block(fmt, features, self._parameters.integer.block)
+        if block is None:
+            return None
+        return ActivationBlocks(block=block, unit=unit_of(fmt, block), factor=sum_factor(fmt))
 
     def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
         """The arrays of layout panel16."""

@@ -35,6 +35,12 @@ def demo_keep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_keep_a16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with float activations whatever the CPU has; not to be written to."""
+    return _compiled_demo("keep-a16", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def demo_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's dequantized weights in float32; not to be written to."""
     return _compiled_demo("f32", tmp_path_factory)

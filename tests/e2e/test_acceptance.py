@@ -55,12 +55,12 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def test_kept_blocks_give_the_reference_s_answers(demo_keep: Path) -> None:
-    """KV pages and activations of 16 and 32 bits: tokens agree until logits are within 0.2."""
+    """Activations of 8 bits where the CPU multiplies bytes: tokens agree until logits are close."""
     engine = Engine(demo_keep)
     for prompt in GREEDY:
         assert engine.tokenizer.encode(prompt["text"]) == prompt["ids"]
         [answer] = greedy(engine, [prompt["ids"]], max_tokens=MAX_TOKENS)
-        close = [i for i, margin in enumerate(prompt["margins"]) if margin < 0.2]
+        close = [i for i, margin in enumerate(prompt["margins"]) if margin < 0.6]
         certain = min([*close, len(prompt["greedy_ids"])])
         assert answer.token_ids[:certain] == prompt["greedy_ids"][:certain]
 
@@ -94,8 +94,9 @@ def test_float32_gives_the_tokens_and_logits_of_transformers(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("artifact", "max_mean", "max_ratio"),
-    [("demo_f32", 2e-4, 1e-4), ("demo_keep", 0.02, 5e-3)],
-    ids=["f32", "keep"],
+    # Perplexity of 2,044 tokens moves by up to a percent with any rounding of activations.
+    [("demo_f32", 2e-4, 1e-4), ("demo_keep_a16", 0.02, 5e-3), ("demo_keep", 0.06, 1.5e-2)],
+    ids=["f32", "keep-a16", "keep"],
 )
 def test_a_text_is_as_likely_as_under_transformers(
     request: pytest.FixtureRequest,

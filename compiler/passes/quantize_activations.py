@@ -1,0 +1,52 @@
+"""Products with quantized weights take quantized activations, where the target multiplies bytes.
+
+    y = linear(x, W, bias, residual)
+    ->   codes, scales, sums = quantize_activations(x)
+         y = integer_linear(codes, scales, sums, W, bias, residual)
+
+Stands after fuse_epilogue; the elimination of common subexpressions behind it lets products of one
+x share its codes. The target says which blocks of features share a scale, or that it has no integer
+product for a format. Experts (grouped_linear) keep float activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tvm
+from tvm import relax
+
+from llmc import dialect
+from llmc.compiler.rewriter import Expr, Scope, apply_rule
+from llmc.formats import FORMATS, WeightFormat
+from llmc.targets.base import ActivationBlocks
+
+# (weight format, input features) -> blocks, or None where the product stays in floats
+Blocks = Callable[[WeightFormat, int], ActivationBlocks | None]
+
+
+def quantize_activations(mod: tvm.IRModule, blocks: Blocks) -> tvm.IRModule:
+    """Rewrites every product of `mod` that `blocks` has an answer for."""
+
+    def rewrite(call: Expr, scope: Scope) -> Expr | None:
+        found = dialect.Linear.match(call)
+        if found is None or found[0].format is None:
+            return None
+        operands, fmt = found[1], FORMATS[found[0].format]
+        chosen = blocks(fmt, int(operands["weight"].ty.shape[1]))
+        if chosen is None:
+            return None
+        coded = dialect.QuantizeActivations(
+            block=chosen.block, unit=chosen.unit, factor=chosen.factor
+        )
+        parts = scope.emit(coded.call(operands["x"]))
+        product = dialect.IntegerLinear(format=fmt.name, block=chosen.block)
+        return product.emit(
+            call.ty,
+            *(scope.emit(relax.TupleGetItem(parts, i)) for i in range(3)),
+            operands["weight"],
+            operands.get("bias"),
+            operands.get("residual"),
+        )
+
+    return apply_rule(mod, rewrite)

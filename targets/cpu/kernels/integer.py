@@ -1,0 +1,269 @@
+"""Integer dot products: sixteen rows of unsigned weight codes times signed activation codes.
+
+The functions here run while an IRBuilder frame is open, as those of panels.py do. A *unit* is the
+run of input features that share both a weight scale and an activation scale: its sum is exact in
+int32, and leaves the integers once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from llmc.formats import WeightFormat
+from llmc.targets.cpu.kernels.panels import (
+    F32X16,
+    WeightPanels,
+    get,
+    i64,
+    prefetch,
+    put,
+    registers,
+    splat,
+)
+from llmc.targets.cpu.layout import PANEL, stored_zero_point
+from llmc.targets.cpu.parameters import IntegerParameters
+
+Expr = Any
+I32X16 = "int32x16"
+
+
+def activation_block(fmt: WeightFormat, k: int, limit: int) -> int | None:
+    """Activation features that share a scale: the most that divide k and fit the format's groups.
+
+    None where the integer kernels cannot take the matrix: float formats, and rows that no block of
+    whole words divides.
+    """
+    if fmt.is_float or k % 8:
+        return None
+    step = fmt.group or 32
+    blocks = [b for b in range(step, max(limit, step) + 1, step) if k % b == 0]
+    return blocks[-1] if blocks else None
+
+
+def sum_factor(fmt: WeightFormat) -> int:
+    """What a unit's sum of activation codes is multiplied by: the products' zero point, negated.
+
+    Formats with a minimum multiply the plain sum by it later.
+    """
+    return 1 if fmt.has_min else -stored_zero_point(fmt)
+
+
+def unit_of(fmt: WeightFormat, block: int) -> int:
+    """Input features that share a weight scale and an activation scale."""
+    return min(fmt.group or block, block)
+
+
+@dataclass(frozen=True, slots=True)
+class CodedRows:
+    """Quantized activations in a kernel.
+
+    codes `[1, R, K]` int8; scales `[1, R, K / block]` float32; sums `[1, R, K / unit]` int32: what
+    the codes of a unit add up to, times `sum_factor` of the weights' format.
+    """
+
+    codes: Expr
+    scales: Expr
+    sums: Expr
+    block: int
+
+    def word(self, row: Expr, word: Expr) -> Expr:
+        """Four consecutive codes of a row in all lanes, as int8x64."""
+        four = self.codes[i64(0), row, T.ramp(word * i64(4), i64(1), 4)]
+        return T.reinterpret("int8x64", T.broadcast(T.reinterpret("int32", four), PANEL))
+
+    def scale(self, row: Expr, block: Expr) -> Expr:
+        """A block's scale in all lanes."""
+        return T.broadcast(self.scales[i64(0), row, block], PANEL)
+
+    def sum(self, row: Expr, unit: Expr) -> Expr:
+        """A unit's entry of sums, int32."""
+        return self.sums[i64(0), row, unit]
+
+
+def integer_panels(
+    weights: WeightPanels,
+    panels: Sequence[Expr],
+    x: CodedRows,
+    rows: Sequence[Expr],
+    params: IntegerParameters,
+) -> list[list[Expr]]:
+    """The products of a few activation rows with a few panels: a float32x16 for each [row][panel].
+
+    y = Σ_blocks a · Σ_groups (s · Σ (code - zero)·x + min · Σ x), the sums over codes in int32.
+    """
+    tile = _Tile(weights, panels, x, rows, params)
+    tile.multiply()
+    return tile.result()
+
+
+class _Tile:
+    """Accumulators of rows × panels: int32 within a unit, float32 across units."""
+
+    def __init__(
+        self,
+        weights: WeightPanels,
+        panels: Sequence[Expr],
+        x: CodedRows,
+        rows: Sequence[Expr],
+        params: IntegerParameters,
+    ) -> None:
+        self.weights, self.panels, self.x, self.rows = weights, panels, x, rows
+        self.params = params
+        self.unit = unit_of(weights.fmt, x.block)
+        self.size = len(rows) * len(panels)
+        # Chains of dependent dot products have to be long enough to hide their latency.
+        self.chains = max(1, min(2, params.min_chains // self.size))
+        self.totals = registers(self.size)
+        for i in range(self.size):
+            put(self.totals, i, splat(0.0))
+
+    def multiply(self) -> None:
+        """Adds all blocks to the totals."""
+        weights, block = self.weights, self.x.block
+        group = weights.fmt.group
+        with T.serial(i64(weights.k // block)) as b:
+            if group and group < block:
+                self._groups(b, block // group)
+                return
+            sums = self._unit(b)
+            scales = [T.Bind(self.x.scale(row, b)) for row in self.rows]
+            if not group:  # the row's scale comes last
+                for i, value in enumerate(sums):
+                    scaled = value * scales[i // len(self.panels)]
+                    put(self.totals, i, get(self.totals, i) + scaled)
+                return
+            for i, value in enumerate(self._scaled(sums, b, [None] * self.size)):
+                put(self.totals, i, get(self.totals, i) + value * scales[i // len(self.panels)])
+
+    def _groups(self, block: Expr, count: int) -> None:
+        """A block of several groups: scaled by the weights' scales first, by its own at the end."""
+        partial = registers(self.size)
+        for i in range(self.size):
+            put(partial, i, splat(0.0))
+        with T.serial(i64(count)) as g:
+            unit = T.Bind(block * i64(count) + g)
+            before = [get(partial, i) for i in range(self.size)]
+            for i, value in enumerate(self._scaled(self._unit(unit), unit, before)):
+                put(partial, i, value)
+        for r, row in enumerate(self.rows):
+            scale = T.Bind(self.x.scale(row, block))
+            for p in range(len(self.panels)):
+                i = r * len(self.panels) + p
+                put(self.totals, i, get(self.totals, i) + get(partial, i) * scale)
+
+    def _scaled(self, sums: list[Expr], group: Expr, before: Sequence[Expr | None]) -> list[Expr]:
+        """before + scale · sum + min · Σx for every [row][panel]."""
+        weights = self.weights
+        scales = [T.Bind(weights.scale(i64(0), p, group)) for p in self.panels]
+        values = []
+        for i, (total, start) in enumerate(zip(sums, before, strict=True)):
+            value = total * scales[i % len(self.panels)]
+            values.append(value if start is None else start + value)
+        if not weights.fmt.has_min:
+            return [T.Bind(v) for v in values]
+        mins = [T.Bind(weights.minimum(i64(0), p, group)) for p in self.panels]
+        for r, row in enumerate(self.rows):
+            total = T.Bind(T.broadcast(T.Cast("float32", self.x.sum(row, group)), PANEL))
+            for p in range(len(self.panels)):
+                i = r * len(self.panels) + p
+                values[i] = values[i] + mins[p] * total
+        return [T.Bind(v) for v in values]
+
+    def _unit(self, unit: Expr) -> list[Expr]:
+        """Σ (code - zero)·x of one unit as float32x16, for every [row][panel]."""
+        width, params = self.weights.width, self.params
+        words = self.unit // width
+        zero = stored_zero_point(self.weights.fmt)
+        sums: list[list[Expr]] = []
+        for row in self.rows:
+            start = T.int32(0)
+            if zero:
+                start = self.x.sum(row, unit)
+            for _ in self.panels:
+                nothing = T.broadcast(T.int32(0), PANEL)
+                sums.append([T.broadcast(start, PANEL)] + [nothing] * (self.chains - 1))
+        first = T.Bind(unit * i64(words))
+        step_words = params.unit_words if len(self.rows) == 1 else 1
+        steps, tail = divmod(words, step_words)
+        if steps == 1 or (steps == 2 and not tail):
+            sums = self._words(sums, first, words)
+            tail = 0
+        elif steps:
+            carried = _integers(self.size * self.chains)
+            flat = [s for chain in sums for s in chain]
+            for i, value in enumerate(flat):
+                put(carried, i, value)
+            with T.serial(i64(steps)) as step:
+                self._load(carried, sums)
+                at = T.Bind(first + step * i64(step_words))
+                done = self._words(sums, at, step_words)
+                for i, value in enumerate(s for chain in done for s in chain):
+                    put(carried, i, value)
+            self._load(carried, sums)
+        if tail:
+            sums = self._words(sums, first + i64(words - tail), tail)
+        totals = [chain[0] if len(chain) == 1 else chain[0] + chain[1] for chain in sums]
+        return [T.Bind(T.Cast(F32X16, total)) for total in totals]
+
+    def _load(self, carried: Expr, sums: list[list[Expr]]) -> None:
+        for i, chain in enumerate(sums):
+            for c in range(self.chains):
+                chain[c] = get(carried, i * self.chains + c)
+
+    def _words(self, sums: list[list[Expr]], first: Expr, count: int) -> list[list[Expr]]:
+        """Adds `count` stored words from word `first` of every panel."""
+        weights, width = self.weights, self.weights.width
+        sums = [list(chain) for chain in sums]
+        step = 0
+        for j in range(count):
+            word = T.Bind(first + i64(j))
+            if self.params.prefetch_words:
+                for panel in self.panels:
+                    ahead = word + i64(self.params.prefetch_words)
+                    prefetch(weights.word_address(i64(0), panel, ahead))
+            stored = [T.Bind(weights.word(i64(0), p, word)) for p in self.panels]
+            for part in range(width // 4):
+                codes = [T.Bind(_bytes(weights.fmt, s, part)) for s in stored]
+                chain = step % self.chains
+                for r, row in enumerate(self.rows):
+                    x = T.Bind(self.x.word(row, word * i64(width // 4) + i64(part)))
+                    for p, code in enumerate(codes):
+                        i = r * len(self.panels) + p
+                        sums[i][chain] = T.Bind(self._dot(sums[i][chain], code, x))
+                step += 1
+        return sums
+
+    def _dot(self, total: Expr, codes: Expr, x: Expr) -> Expr:
+        return T.call_llvm_pure_intrin(I32X16, self.params.dot, total, codes, x)
+
+    def result(self) -> list[list[Expr]]:
+        """The totals by row and panel; a row's own scale is multiplied here."""
+        count = len(self.panels)
+        values = [get(self.totals, i) for i in range(self.size)]
+        if not self.weights.fmt.group:
+            scales = [T.Bind(self.weights.scale(i64(0), p, i64(0))) for p in self.panels]
+            values = [v * scales[i % count] for i, v in enumerate(values)]
+        return [values[r * count : (r + 1) * count] for r in range(len(self.rows))]
+
+
+def _integers(count: int) -> Expr:
+    """`count` vectors of 16 int32 that a loop carries, as `registers` are."""
+    return T.alloc_buffer(
+        [i64(count), i64(PANEL)],
+        "int32",
+        scope="local",
+        annotations={"disable_lower_builtin": True},
+    )
+
+
+def _bytes(fmt: WeightFormat, word: Expr, part: int) -> Expr:
+    """Four consecutive features' codes of each of 16 rows, as uint8x64."""
+    if fmt.bits == 4:
+        if part:
+            word = T.shift_right(word, T.broadcast(T.int32(4), PANEL))
+        word = T.bitwise_and(word, T.broadcast(T.int32(0x0F0F0F0F), PANEL))
+    return T.reinterpret("uint8x64", word)
