@@ -13,7 +13,6 @@ from pathlib import Path
 
 import click
 import psutil
-from rich.console import Console
 
 from benchmarks import llama_cpp
 from benchmarks.llama_cpp import LlamaCpp
@@ -25,6 +24,7 @@ from benchmarks.session import PAGE_FILE, RECORD_FILE, Session, publish
 from llmc import __version__
 from llmc.artifact import Manifest
 from llmc.cli.bench import cpu_name
+from llmc.cli.console import console
 from llmc.cli.profile import measure_limits
 from llmc.cpu_features import num_cores
 from llmc.errors import LlmcError
@@ -71,7 +71,7 @@ def bench_cpu(
     out: Path,
 ) -> None:
     """Measures llmc and llama.cpp in turns on this machine's CPU."""
-    talk = Console(stderr=True, highlight=False)
+    talk = console(err=True)
     if quick:
         models, repeat, gen_tokens, out = _QUICK_MODELS, 1, 8, cache / "quick"
     if page_only:
