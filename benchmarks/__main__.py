@@ -37,7 +37,7 @@ _BUSY = 0.5  # load a CPU above which figures are noise
 @click.option("--models", default="smollm2,llama-1b", help="Names or their beginnings.")
 @click.option("--repeat", type=click.IntRange(min=1), default=3, help="Rounds.")
 @click.option("--gen-tokens", type=click.IntRange(min=4), default=32, help="Tokens a sequence.")
-@click.option("--quick", is_flag=True, help=f"One short round of {_QUICK_MODELS}; no page.")
+@click.option("--quick", is_flag=True, help=f"A short round of {_QUICK_MODELS}, into the cache.")
 @click.option("--page-only", is_flag=True, help="Make the page from the record again.")
 @click.option(
     "--cache",
