@@ -168,11 +168,11 @@ class _Kernel:
         def work(index: Expr) -> None:
             # Neighbours come from both ends, because the late tiles of a prompt see more tokens
             # than the early ones.
-            rank = named(T.floormod(index, num_items))
+            rank = named(T.floordiv(index, kv_heads))
             half = T.floordiv(rank, i64(2))
             back = num_items - i64(1) - half
             item = named(T.Select(T.floormod(rank, i64(2)) == i64(0), half, back))
-            self._attend(items, item, named(T.floordiv(index, num_items)), state)
+            self._attend(items, item, named(T.floormod(index, kv_heads)), state)
 
         # A short context is one task: the code exists once.
         short = counts[i64(0)] * kv_heads <= i64(plan.serial_pages)

@@ -102,7 +102,7 @@ class TileAttention:
                 self._unpack_keys(first, count)
             self._score(first, count)
             with T.serial(self._num_rows) as row:
-                self._soften(row, count)
+                self._soften(row, first, count)
             if self.tile.unpack:
                 self._unpack_values(first, count)
             self._weigh_values(first, count)
@@ -290,7 +290,7 @@ class TileAttention:
             score = T.Select(index > passed, score, hidden)
         return score
 
-    def _soften(self, row: Expr, count: Expr) -> None:
+    def _soften(self, row: Expr, first: Expr, count: Expr) -> None:
         """Turns a row of scores into weights; updates its maximum and its sum."""
         plan = self.plan
         lanes = plan.page_lanes
@@ -308,6 +308,8 @@ class TileAttention:
         total = self.totals[row, all_lanes] * spread(self._corrections[row], lanes)
         T.buffer_store(acc, total, [all_lanes])
         with T.serial(num_vectors) as c:
+            if not self.tile.unpack:
+                self._prefetch_keys(first, row, c)
             column = at(c * i64(lanes), lanes)
             softened = exp2(self._scores[row, column] - spread(maximum[zero], lanes))
             T.buffer_store(power, softened, [all_lanes])
@@ -318,6 +320,17 @@ class TileAttention:
             stored = bfloat16.from_float32(weight) if self.tile.bf16 else weight
             T.buffer_store(self._weights, stored, [row, column])
         T.buffer_store(self.totals, acc[all_lanes], [row, all_lanes])
+
+    def _prefetch_keys(self, first: Expr, row: Expr, c: Expr) -> None:
+        """Asks for some of the next block's keys: memory should not idle while rows soften."""
+        plan = self.plan
+        number = T.floordiv(c * i64(plan.page_lanes), i64(plan.page_size))
+        keys = self._keys(self._page(first + number + i64(plan.block_pages)))
+        page_lines = -(-plan.keys.num_bytes // LINE_BYTES)
+        lines = -(-page_lines // (plan.tuning.soften_lines * self.tile.rows))
+        for line in range(lines):
+            offset = (row * i64(lines) + i64(line)) * i64(LINE_BYTES)
+            prefetch(keys.address(T.min(offset, i64(plan.keys.num_bytes - 1))))
 
     def _weigh_values(self, first: Expr, count: Expr) -> None:
         """Sums = sums · correction + weights · V of the block's pages."""

@@ -23,7 +23,8 @@ class AttentionTuning:
     tile_rows: int = 48  # most query rows (tokens times heads of a group) of a tile
     block_tokens: int = 128  # K/V tokens between two rescalings
     work_items: int = 64  # parts that a step's contexts are cut into, if they are long enough
-    part_bytes: int = 65_536  # K/V of one head that are worth a part of their own
+    part_bytes: int = 131_072  # K/V of one head that are worth a part of their own
+    soften_lines: int = 3  # one of so many lines of the next keys is asked for while rows soften
     serial_bytes: int = 262_144  # K/V of a layer that one thread reads sooner than others wake up
     bf16_dot: bool = False  # multiply bfloat16 and int8 K/V in bfloat16, summed in float32
 

@@ -94,7 +94,7 @@ def exp(x: tirx.Expr) -> tirx.Expr:
 
 
 def exp2(x: tirx.Expr) -> tirx.Expr:
-    """2^x within 2 ulp for -126 <= x < 127.5; 2^-126 below, down to -inf.
+    """2^x within 3 ulp for -126 <= x < 127.5; 2^-126 below, down to -inf.
 
     The cheapest form, for softmax: its weights never are exactly zero.
     """
