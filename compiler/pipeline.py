@@ -21,7 +21,7 @@ from llmc.compiler.passes.fuse_rope import fuse_rope
 from llmc.compiler.passes.fuse_rope_kv_write import fuse_rope_kv_write
 from llmc.compiler.passes.lower_attention import Page, lower_attention
 from llmc.compiler.passes.quantize import Chooser, quantize
-from llmc.compiler.passes.quantize_activations import quantize_activations
+from llmc.compiler.passes.quantize_activations import quantize_activations, round_activations
 from llmc.compiler.passes.rewrite_gqa import rewrite_gqa
 from llmc.compiler.passes.specialize import specialize
 from llmc.compiler.rewriter import count_uses, relax_functions, with_params
@@ -79,8 +79,10 @@ def graph_phases(
             value=target.value_page(kv_heads, v_head_dim, kv_dtype),
         )
 
-    def quantize_inputs(mod: tvm.IRModule) -> tvm.IRModule:
-        return quantize_activations(mod, target.activation_blocks) if activations == "int8" else mod
+    def narrow_activations(mod: tvm.IRModule) -> tvm.IRModule:
+        if activations == "int8":
+            return quantize_activations(mod, target.activation_blocks)
+        return round_activations(mod) if activations == "bfloat16" else mod
 
     def lower(mod: tvm.IRModule) -> tvm.IRModule:
         return lower_attention(mod, page_size=target.page_size, kv_dtype=kv_dtype, page_layout=page)
@@ -105,7 +107,7 @@ def graph_phases(
             [
                 fuse_rope_kv_write,
                 fuse_epilogue,
-                quantize_inputs,
+                narrow_activations,
                 relax.transform.EliminateCommonSubexpr(),
             ],
         ),

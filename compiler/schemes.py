@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmc.errors import UnsupportedError, UsageError
 from llmc.formats import FORMATS
@@ -18,8 +18,9 @@ class Scheme:
 
     matrices is the format of products, vocabulary that of embeddings and output projections,
     fallback that of matrices whose rows the group does not divide. keep takes each tensor's own
-    format. activations is the type that products of quantized weights take theirs in; "best" means
-    int8 where the target has integer products.
+    format. activations is the type that products take theirs in: int8 with quantized weights,
+    bfloat16 with bf16 ones (float32 where the target has no such products), or "best", which is
+    int8 where the target has integer products and float32 elsewhere.
     """
 
     name: str
@@ -32,18 +33,20 @@ class Scheme:
     max_mean_abs: float  # what verify accepts, mean over positions, in nats
     max_abs: float  # of any position
 
-    def resolved(self, target: str, *, integer_products: bool) -> Scheme:
+    def resolved(self, target: str, narrow_products: frozenset[str]) -> Scheme:
         """The scheme on a target; raises UnsupportedError for int8 where it has no such products.
 
         A scheme with the target's best activations becomes the one that names them.
         """
         if self.activations == "best":
-            return SCHEMES[f"{self.name}-a8" if integer_products else f"{self.name}-a16"]
-        if self.activations == "int8" and not integer_products:
+            return SCHEMES[f"{self.name}-a8" if "int8" in narrow_products else f"{self.name}-a16"]
+        if self.activations == "int8" and "int8" not in narrow_products:
             raise UnsupportedError(
                 f"{self.name}: {target} has no dot products of bytes",
                 hint=f"choose {self.name.replace('a8', 'a16')}, or a target level that has them",
             )
+        if self.activations == "bfloat16" and "bfloat16" not in narrow_products:
+            return replace(self, activations="float32")
         return self
 
     def choose(self, stored: Mapping[str, str]) -> FormatChooser:
@@ -93,7 +96,7 @@ SCHEMES: dict[str, Scheme] = {
     s.name: s
     for s in (
         _scheme("f32", "f32", "f32", fallback="f32", kv="f32", max_mean_abs=1e-3, max_abs=1e-2),
-        _scheme("bf16", "bf16", "bf16", fallback="bf16"),
+        _scheme("bf16", "bf16", "bf16", fallback="bf16", activations="bfloat16"),
         _scheme("f16", "f16", "f16", fallback="f16"),
         _scheme("w8a16", "w8", "w8"),
         _scheme("w4a16-g32", "w4-g32", "w8"),

@@ -160,6 +160,27 @@ class IntegerLinear(Operator):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoundActivations(Operator):
+    """x float32 -> the nearest bfloat16, as uint16."""
+
+    name: ClassVar[str] = "round_activations"
+    operands: ClassVar[tuple[str, ...]] = ("x",)
+
+    def call(self, x: Expr) -> relax.Call:
+        """The call."""
+        return self.emit(relax.TensorType(list(x.ty.shape), "uint16"), x)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bfloat16Linear(Operator):
+    """Linear on what RoundActivations made of x, weight `[M, K]` in bf16 -> float32."""
+
+    name: ClassVar[str] = "bfloat16_linear"
+    operands: ClassVar[tuple[str, ...]] = ("x", "weight", "bias?", "residual?")
+    format: str = "bf16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Embedding(Operator):
     """Rows of weight `[V, E]` for ids `[1, T]` -> `[1, T, E]` float32."""
 
@@ -390,6 +411,8 @@ OPERATORS: dict[str, type[Operator]] = {
         Linear,
         QuantizeActivations,
         IntegerLinear,
+        RoundActivations,
+        Bfloat16Linear,
         Embedding,
         GroupedLinear,
         Attention,

@@ -87,7 +87,7 @@ class Target(Protocol):
     library_name: str
     layout: str
     page_size: int
-    integer_products: bool  # whether it multiplies bytes faster than floats
+    narrow_products: frozenset[str]  # of int8 and bfloat16: what it multiplies faster than float32
     few_tokens: int  # largest T of the entry point for small batches
     pass_config: dict[str, object]
     kernel_rules: Sequence[tuple[str, KernelRule]]

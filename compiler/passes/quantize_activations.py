@@ -1,12 +1,14 @@
-"""Products with quantized weights take quantized activations, where the target multiplies bytes.
+"""Products take narrow activations: bytes with quantized weights, bfloat16 with bfloat16 ones.
 
     y = linear(x, W, bias, residual)
     ->   codes, scales, sums = quantize_activations(x)
          y = integer_linear(codes, scales, sums, W, bias, residual)
+    or   y = bfloat16_linear(round_activations(x), W, bias, residual)
 
 Stands after fuse_epilogue; the elimination of common subexpressions behind it lets products of one
-x share its codes. The target says which blocks of features share a scale, or that it has no integer
-product for a format. Experts (grouped_linear) keep float activations.
+x share its codes. The scheme says which of the two; for bytes, the target says which blocks of
+features share a scale, or that it has no integer product for a format. Experts (grouped_linear)
+keep float activations.
 """
 
 from __future__ import annotations
@@ -47,6 +49,24 @@ def quantize_activations(mod: tvm.IRModule, blocks: Blocks) -> tvm.IRModule:
             operands["weight"],
             operands.get("bias"),
             operands.get("residual"),
+        )
+
+    return apply_rule(mod, rewrite)
+
+
+def round_activations(mod: tvm.IRModule) -> tvm.IRModule:
+    """Rewrites every product of `mod` with bf16 weights and an even number of input features."""
+
+    def rewrite(call: Expr, scope: Scope) -> Expr | None:
+        found = dialect.Linear.match(call)
+        if found is None or found[0].format != "bf16":
+            return None
+        operands = found[1]
+        if int(operands["weight"].ty.shape[1]) % 2:
+            return None
+        rounded = scope.emit(dialect.RoundActivations().call(operands["x"]))
+        return dialect.Bfloat16Linear().emit(
+            call.ty, rounded, operands["weight"], operands.get("bias"), operands.get("residual")
         )
 
     return apply_rule(mod, rewrite)

@@ -34,36 +34,60 @@ class LinearParameters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IntegerParameters:
-    """How a product of quantized activations is tiled; `block` decides numbers, the rest speed.
+class Tiling:
+    """How a product is cut into register tiles and tasks; every value changes speed only.
 
-    A tile of `token_tiles[i]` tokens by `16 · panels` outputs keeps its int32 sums in registers.
+    A tile of `token_tiles[i]` tokens by `16 · panels` outputs keeps its sums in registers.
     """
 
-    dot: str  # LLVM's intrinsic: int32x16 += uint8x64 · int8x64, four at a time
-    block: int = 32  # activation features that share a scale, or a weight group if that is larger
-    panels: int = 2
-    token_tiles: tuple[int, ...] = (6, 4, 3, 2, 1)
-    min_chains: int = 4  # independent sums below which a tile splits each in two
-    unit_words: int = 4  # stored words of one step of an inner loop
+    panels: int
+    token_tiles: tuple[int, ...]  # largest first, ending in 1
     row_block_bytes: int = 393216  # activations that a task meets again in the L2 cache
-    prefetch_words: int = 0  # word vectors (64 bytes each) asked for ahead
     serial_weights: int = 65536  # products of one token with fewer weights start no threads
 
     def __post_init__(self) -> None:
-        assert self.token_tiles[-1] == 1, self.token_tiles
+        tiles = self.token_tiles
+        assert tiles[-1] == 1, tiles
+        assert list(tiles) == sorted(set(tiles), reverse=True), tiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegerParameters:
+    """Products of quantized activations; `block` decides numbers, the rest speed."""
+
+    dot: str  # LLVM's intrinsic: int32x16 += uint8x64 · int8x64, four at a time
+    block: int = 32  # activation features that share a scale, or a weight group if that is larger
+    tiling: Tiling = field(default_factory=lambda: Tiling(panels=2, token_tiles=(6, 4, 3, 2, 1)))
+    min_chains: int = 4  # independent sums below which a tile splits each in two
+    unit_words: int = 4  # stored words of one step of a one-token product
+    prefetch_words: int = 0  # word vectors (64 bytes each) asked for ahead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bfloat16Parameters:
+    """Products of bfloat16 activations and weights, summed in float32; all values change speed
+    only.
+    """
+
+    tiling: Tiling = field(
+        default_factory=lambda: Tiling(panels=2, token_tiles=(12, 8, 6, 4, 2, 1))
+    )
+    chains: int = 8  # independent sums that hide the latency of a dot product
+    words: int = 4  # stored words of one step of a one-token product
+    prefetch_words: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuParameters:
     """Tunables of one instruction set: `linear` for any number of tokens, `few` for at most 8.
 
-    `integer` is None where the instruction set has no dot products of bytes.
+    `integer` and `bfloat16` are None where the instruction set has no dot products of such pairs.
     """
 
     linear: LinearParameters
     few: LinearParameters
     integer: IntegerParameters | None = None
+    bfloat16: Bfloat16Parameters | None = None
     attention: AttentionTuning = field(default_factory=AttentionTuning)
 
 
@@ -93,7 +117,9 @@ _AVX512 = CpuParameters(
 _VNNI = replace(_AVX512, integer=IntegerParameters(dot="llvm.x86.avx512.vpdpbusd.512"))
 
 PARAMETERS: dict[str, CpuParameters] = {
-    "avx512bf16": replace(_VNNI, attention=AttentionTuning(bf16_dot=True)),
+    "avx512bf16": replace(
+        _VNNI, bfloat16=Bfloat16Parameters(), attention=AttentionTuning(bf16_dot=True)
+    ),
     "avx512vnni": _VNNI,
     "avx512": _AVX512,
     # 16 registers of 8 floats: a panel takes two, 6 x 2 accumulators.

@@ -10,6 +10,7 @@ from llmc.targets.base import Kernel, KernelRule, Site
 from llmc.targets.cpu.kernels.activation import gated_activation
 from llmc.targets.cpu.kernels.attention import paged_attention
 from llmc.targets.cpu.kernels.attention_tile import AttentionTuning
+from llmc.targets.cpu.kernels.bfloat16_linear import bfloat16_linear, round_activations
 from llmc.targets.cpu.kernels.embedding import embedding
 from llmc.targets.cpu.kernels.grouped_linear import grouped_linear
 from llmc.targets.cpu.kernels.integer_linear import integer_linear
@@ -19,7 +20,12 @@ from llmc.targets.cpu.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from llmc.targets.cpu.kernels.quantize_activations import quantize_activations
 from llmc.targets.cpu.kernels.rope import rope, rope_kv_write
 from llmc.targets.cpu.kernels.top_k import top_k
-from llmc.targets.cpu.parameters import CpuParameters, IntegerParameters, LinearParameters
+from llmc.targets.cpu.parameters import (
+    Bfloat16Parameters,
+    CpuParameters,
+    IntegerParameters,
+    LinearParameters,
+)
 
 
 def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, KernelRule]]:
@@ -36,6 +42,9 @@ def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, 
 
     def integer(site: Site) -> Kernel | None:
         return _integer_linear(site, parameters.integer)
+
+    def bfloat16(site: Site) -> Kernel | None:
+        return _bfloat16_linear(site, parameters.bfloat16)
 
     def experts(site: Site) -> Kernel | None:
         if not isinstance(site.op, dialect.GroupedLinear):
@@ -63,7 +72,9 @@ def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, 
         ("cpu.few", few),
         ("cpu.gemm", gemm),
         ("cpu.integer", integer),
+        ("cpu.bfloat16", bfloat16),
         ("cpu.quantize", _quantize_activations),
+        ("cpu.round", _round_activations),
         ("cpu.experts", experts),
         ("cpu.attention", attention),
         ("cpu.embedding", _embedding),
@@ -119,6 +130,27 @@ def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | No
         params=params,
     )
     return _kernel(func, site, ("codes", "scales", "sums", "weight", "bias", "residual"))
+
+
+def _bfloat16_linear(site: Site, params: Bfloat16Parameters | None) -> Kernel | None:
+    if not isinstance(site.op, dialect.Bfloat16Linear) or params is None:
+        return None
+    m, k = site.extents("weight")
+    func = bfloat16_linear(
+        m,
+        k,
+        1 if site.tokens == 1 and int(site.types["x"].shape[1]) == 1 else None,
+        bias="bias" in site.types,
+        residual="residual" in site.types,
+        params=params,
+    )
+    return _kernel(func, site, ("x", "weight", "bias", "residual"))
+
+
+def _round_activations(site: Site) -> Kernel | None:
+    if not isinstance(site.op, dialect.RoundActivations):
+        return None
+    return _kernel(round_activations(site.extents("x")[2]), site, ("x",))
 
 
 def _quantize_activations(site: Site) -> Kernel | None:

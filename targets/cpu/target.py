@@ -95,7 +95,8 @@ class CpuTarget:
         # TVM's storage rewriting would move the kernels' accumulators out of registers.
         self.pass_config: dict[str, object] = {"tirx.disable_storage_rewrite": True}
         self._parameters = parameters_for(self.isa)
-        self.integer_products = self._parameters.integer is not None
+        narrow = {"int8": self._parameters.integer, "bfloat16": self._parameters.bfloat16}
+        self.narrow_products = frozenset(name for name, has in narrow.items() if has is not None)
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = kernel_rules(
             self._parameters, self.few_tokens
         )

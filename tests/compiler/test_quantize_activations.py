@@ -1,11 +1,14 @@
 """Which products take their activations in bytes, and that siblings share them."""
 
+import pytest
 from graphs import T, assert_idempotent, assert_unchanged, graph
 from tvm import relax
 
 from llmc import dialect
-from llmc.compiler.passes.quantize_activations import quantize_activations
+from llmc.compiler.passes.quantize_activations import quantize_activations, round_activations
 from llmc.compiler.rewriter import bindings
+from llmc.compiler.schemes import scheme_of
+from llmc.errors import UnsupportedError
 from llmc.targets.base import ActivationBlocks
 
 X = [1, T, 64]
@@ -61,3 +64,32 @@ def test_products_of_one_input_share_its_codes():
     kinds = [type(op) for op in operators(mod)]
     assert kinds.count(dialect.QuantizeActivations) == 1
     assert kinds.count(dialect.IntegerLinear) == 2
+
+
+def test_bfloat16_weights_take_bfloat16_activations():
+    linear = dialect.Linear(format="bf16")
+    mod = round_activations(
+        graph(lambda emit, x, w, r: linear.call(x, w, None, r), x=X, w=[16, 64], r=[1, T, 16])
+    )
+    assert operators(mod) == [dialect.RoundActivations(), dialect.Bfloat16Linear()]
+    assert_idempotent(round_activations, mod)
+
+
+def test_an_odd_number_of_features_has_no_pairs():
+    linear = dialect.Linear(format="bf16")
+    odd = graph(lambda emit, x, w: linear.call(x, w), x=[1, T, 63], w=[16, 63])
+    assert_unchanged(round_activations, odd)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8-g32", "keep-a8"])
+def test_bytes_are_refused_where_the_target_has_no_products_of_them(name):
+    with pytest.raises(UnsupportedError, match="dot products of bytes"):
+        scheme_of(name).resolved("cpu:avx2", frozenset())
+
+
+def test_keep_takes_the_activations_that_suit_the_target():
+    assert scheme_of("keep").resolved("cpu", frozenset({"int8"})).name == "keep-a8"
+    assert scheme_of("keep").resolved("cpu", frozenset()).name == "keep-a16"
+    bf16 = scheme_of("bf16")
+    assert bf16.resolved("cpu", frozenset({"bfloat16"})).activations == "bfloat16"
+    assert bf16.resolved("cpu", frozenset()).activations == "float32"

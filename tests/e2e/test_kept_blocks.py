@@ -65,7 +65,9 @@ def test_projections_that_a_file_holds_transposed_become_float32(
         for name, values in renamed(parameters(model), NAMES, 2).items()
     }
     path = write_gguf(tmp_path / "m.gguf", "gpt2", METADATA, written, matrices_as(type_))
-    result = llmc.compile(path, quant="keep-a16", kv="f32", out=tmp_path / "art", max_batch_tokens=32)
+    result = llmc.compile(
+        path, quant="keep-a16", kv="f32", out=tmp_path / "art", max_batch_tokens=32
+    )
 
     formats = {s: w.format for w in result.manifest.weights for s in w.sources}
     matrices = {name: fmt for name, fmt in formats.items() if not name.endswith("bias")}

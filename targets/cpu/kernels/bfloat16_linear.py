@@ -1,0 +1,158 @@
+"""y = x · Wᵀ (+ bias) (+ residual) of bfloat16 numbers, two products an instruction and lane.
+
+Buffers in order: x `[1, T, K]` bfloat16 (as uint16), the values of a bf16 matrix as `packed_arrays`
+says, bias `[M]` f32 where asked, residual `[1, T, M]` f32 where asked, y `[1, T, M]` f32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tvm
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from llmc.formats import FORMATS
+from llmc.targets.cpu.kernels.bfloat16 import dot, from_float32, with_dot
+from llmc.targets.cpu.kernels.dot import sum_pairwise
+from llmc.targets.cpu.kernels.panels import (
+    Rows,
+    WeightPanels,
+    argument,
+    get,
+    i64,
+    lanes,
+    prefetch,
+    put,
+    registers,
+    size_var,
+    splat,
+)
+from llmc.targets.cpu.kernels.register_tiles import for_each_tile, store_tile
+from llmc.targets.cpu.kernels.tiles import Product
+from llmc.targets.cpu.kernels.vector import SERIAL_FLOATS
+from llmc.targets.cpu.layout import PANEL
+from llmc.targets.cpu.parameters import Bfloat16Parameters
+
+Expr = Any
+
+
+def bfloat16_linear(
+    m: int,
+    k: int,
+    tokens: int | None,
+    *,
+    bias: bool,
+    residual: bool,
+    params: Bfloat16Parameters,
+) -> tvm.tirx.PrimFunc:
+    """The product with a matrix `[m, k]`, k even, for exactly one token (`tokens=1`) or any number.
+
+    Products are exact, sums float32; denormal numbers count as zero.
+    """
+    assert tokens in (1, None), tokens
+    assert k % 2 == 0, k
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("bfloat16_linear")
+            T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+            count = i64(1) if tokens == 1 else size_var("num_tokens")
+            x = argument("x", (1, count, k), "uint16")
+            weights = WeightPanels.arguments(FORMATS["bf16"], m, k)
+            biases = [argument("bias", (m,))] if bias else []
+            residuals = [argument("residual", (1, count, m))] if residual else []
+            y = argument("y", (1, count, m))
+
+            def start(expert: Expr, row: Expr, index: Expr) -> Expr:
+                values = [b[index] for b in biases] + [r[i64(0), row, index] for r in residuals]
+                return sum(values[1:], start=values[0])
+
+            product = Product(
+                weights=weights,
+                x=Rows(x),
+                y=Rows(y),
+                x_row=lambda position: position,
+                y_row=lambda position: position,
+                start=start if bias or residual else None,
+            )
+
+            def tile(panels: list[Expr], rows: list[Expr]) -> None:
+                store_tile(product, panels, rows, _tile(weights, panels, x, rows, params))
+
+            with with_dot():
+                for_each_tile(weights, tokens, count, 2 * k, params.tiling, tile)
+    return builder.get()
+
+
+def _tile(
+    weights: WeightPanels,
+    panels: Sequence[Expr],
+    x: Expr,
+    rows: Sequence[Expr],
+    params: Bfloat16Parameters,
+) -> list[list[Expr]]:
+    """The products of rows with panels: a float32x16 for each [row][panel]."""
+    size = len(rows) * len(panels)
+    chains = max(1, min(params.words, params.chains // size))
+    sums = registers(size * chains)
+    for i in range(size * chains):
+        put(sums, i, splat(0.0))
+
+    def add(first: Expr, count: int) -> None:
+        values = [get(sums, i) for i in range(size * chains)]
+        for j in range(count):
+            word = T.Bind(first + i64(j))
+            if params.prefetch_words:
+                for panel in panels:
+                    ahead = word + i64(params.prefetch_words)
+                    prefetch(weights.word_address(i64(0), panel, ahead))
+            stored = [T.Bind(weights.word(i64(0), panel, word)) for panel in panels]
+            for r, row in enumerate(rows):
+                pair = x[i64(0), row, T.ramp(word * i64(2), i64(1), 2)]
+                both = T.Bind(T.broadcast(T.reinterpret("int32", pair), PANEL))
+                for p, weight in enumerate(stored):
+                    i = (r * len(panels) + p) * chains + j % chains
+                    values[i] = T.Bind(dot(values[i], weight, both))
+        for i, value in enumerate(values):
+            put(sums, i, value)
+
+    step = params.words if chains > 1 else 1
+    with T.serial(i64(weights.words // step)) as number:
+        add(T.Bind(number * i64(step)), step)
+    if weights.words % step:
+        add(i64(weights.words - weights.words % step), weights.words % step)
+    totals = [sum_pairwise([get(sums, i * chains + c) for c in range(chains)]) for i in range(size)]
+    return [totals[r * len(panels) : (r + 1) * len(panels)] for r in range(len(rows))]
+
+
+def round_activations(features: int) -> tvm.tirx.PrimFunc:
+    """Rounds x `[1, T, K]` f32 to bfloat16 `[1, T, K]` (as uint16); buffers x, y."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("round_activations")
+            T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+            count = size_var("num_tokens")
+            x = argument("x", (1, count, features))
+            y = argument("y", (1, count, features), "uint16")
+
+            def store(row: Expr, at: Expr) -> None:
+                T.buffer_store(y, from_float32(x[i64(0), row, at]), [i64(0), row, at])
+
+            def convert(row: Expr) -> None:
+                with T.serial(i64(features // PANEL)) as vector:
+                    store(row, lanes(vector * i64(PANEL)))
+                if features % PANEL:
+                    with T.serial(i64(features % PANEL)) as lane:
+                        store(row, i64(features - features % PANEL) + lane)
+
+            # Relax looks for reshapes among functions of one argument, and wants a block there.
+            with T.sblock("rows"):
+                T.reads([])
+                T.writes([])
+                with T.If(count * i64(features) <= i64(SERIAL_FLOATS)):
+                    with T.Then(), T.serial(count) as row:
+                        convert(row)
+                    with T.Else(), T.parallel(count) as row:
+                        convert(row)
+    return builder.get()

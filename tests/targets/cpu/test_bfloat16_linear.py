@@ -1,0 +1,68 @@
+"""bfloat16 products against float64 on the same numbers.
+
+Tolerance: products are exact, 300 pairs are summed in float32 in up to eight chains: about √300 ·
+2^-24 = 1e-6 of Σ|x·w| at worst.
+"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matrices import HOST, build, tensor
+
+from llmc.formats import FORMATS
+from llmc.targets.cpu.kernels.bfloat16_linear import bfloat16_linear, round_activations
+from llmc.targets.cpu.layout import pack
+from llmc.targets.cpu.parameters import PARAMETERS
+
+PARAMS = PARAMETERS["avx512bf16"].bfloat16
+HAS_DOT = tvm.target.codegen.target_has_features(
+    "avx512bf16", tvm.target.Target({"kind": "llvm", "mcpu": HOST})
+)
+M, K = 72, 602  # four panels and a half; a number of pairs that no step divides
+
+
+@pytest.fixture(scope="module")
+def library():
+    if not HAS_DOT:
+        pytest.skip("this CPU has no AVX-512 BF16")
+    functions = {
+        "one": bfloat16_linear(M, K, 1, bias=True, residual=False, params=PARAMS),
+        "many": bfloat16_linear(M, K, None, bias=False, residual=True, params=PARAMS),
+    }
+    return build(functions)
+
+
+def check(function, tokens, *, bias, residual):
+    rng = np.random.default_rng(tokens)
+    weights = rng.standard_normal((M, K)).astype(ml_dtypes.bfloat16)
+    x = rng.standard_normal((1, tokens, K)).astype(ml_dtypes.bfloat16)
+    extra = [rng.standard_normal(M).astype(np.float32)] if bias else []
+    extra += [rng.standard_normal((1, tokens, M)).astype(np.float32)] if residual else []
+    y = tensor(np.full((1, tokens, M), np.nan, np.float32))
+    function(*(tensor(a) for a in (x.view(np.uint16), *pack(FORMATS["bf16"], weights), *extra)), y)
+    exact, factors = weights.astype(np.float64), x[0].astype(np.float64)
+    expected = factors @ exact.T + sum(e.reshape(-1, M) for e in extra)
+    magnitude = np.abs(factors) @ np.abs(exact.T) + 1
+    assert (np.abs(y.numpy()[0] - expected) <= 1e-6 * magnitude).all()
+
+
+def test_one_token(library):
+    check(library["one"], 1, bias=True, residual=False)
+
+
+@settings(max_examples=20, deadline=None)
+@given(tokens=st.integers(0, 40))
+def test_any_number_of_tokens(library, tokens):
+    check(library["many"], tokens, bias=False, residual=True)
+
+
+def test_activations_are_rounded_to_the_nearest_with_ties_to_even():
+    rounded = build({"round": round_activations(K)})["round"]
+    x = np.random.default_rng(0).standard_normal((1, 3, K)).astype(np.float32)
+    x[0, 0, :4] = [1 + 2**-8, 1 + 3 * 2**-8, 0.0, -1e30]
+    y = tensor(np.zeros(x.shape, np.uint16))
+    rounded(tensor(x), y)
+    assert (y.numpy() == x.astype(ml_dtypes.bfloat16).view(np.uint16)).all()
