@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from paged_reference import attention, make_batch
 
 from llmc.cpu_features import host_features
@@ -88,7 +90,7 @@ CASES = {
     "int8_one_token_in_parts": Case(
         tokens=1, lengths=((1, 333),), kv_dtype="int8", tuning=NARROW, page_size=32
     ),
-    "f32_unpacked_by_nobody": Case(num_heads=2, num_kv_heads=2, page_size=24, lengths=((30, 77),)),
+    "pages_of_24_tokens": Case(num_heads=2, num_kv_heads=2, page_size=24, lengths=((30, 77),)),
     "eight_tokens": Case(tokens=8, lengths=((1, 60), (1, 20), (6, 6))),
 }
 
@@ -151,6 +153,20 @@ def test_attention_matches_float64(kernels, name):
 @pytest.mark.parametrize("name", DOT_CASES)
 def test_attention_by_bfloat16_products_is_as_good_as_bfloat16(dot_kernels, name):
     check(dot_kernels[name], DOT_CASES[name], DOT_TOLERANCE)
+
+
+SEQUENCES = st.tuples(st.integers(0, 40), st.integers(0, 200)).map(
+    lambda s: (s[0], s[0] + s[1] if s[0] else 0)
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["long_contexts_in_parts", "window_of_pages", "mixed_f16", "bf16", "int8"]
+)
+@given(lengths=st.lists(SEQUENCES, min_size=1, max_size=6).filter(lambda s: any(n for n, _ in s)))
+@settings(max_examples=15, deadline=None)
+def test_any_ragged_batch_matches_float64(kernels, name, lengths):
+    check(kernels[name], replace(CASES[name], lengths=tuple(lengths)), TOLERANCE)
 
 
 def check(kernel, case, tolerance):
