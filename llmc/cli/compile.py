@@ -66,7 +66,9 @@ _COMPILE_EXTRA = ("accelerate", "gguf", "huggingface_hub", "onnx", "torch", "tra
     show_default="the model's",
     help="Most tokens of one sequence.",
 )
-@click.option("--kv", show_default="the target's", help="Type of the KV cache: f32, f16.")
+@click.option(
+    "--kv", show_default="the target's", help="Type of the KV cache: f32, f16, bf16, int8."
+)
 @json_option
 def compile_command(source: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Compile SOURCE into an artifact folder and print the folder.
