@@ -17,7 +17,8 @@ BOUNDS = StepBounds(max_tokens=16, max_sequences=4, max_logits_rows=4)
 
 def run_until(name, mod):
     """The module after the phase `name`."""
-    phases = graph_phases(open_target("cpu"), scheme_of("f32").choose({}), "float32", BOUNDS)
+    choose = scheme_of("f32").choose({})
+    phases = graph_phases(open_target("cpu"), choose, "float32", "float32", BOUNDS)
     for phase, apply in phases:
         mod = apply(mod)
         if phase == name:
