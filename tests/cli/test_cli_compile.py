@@ -34,6 +34,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict]:
             manifest=manifest,
             phases=[("trace", 1.25), ("weights", 0.5)],
             seconds=1.8,
+            notes=["two experts saw no token"],
         )
 
     module = types.ModuleType("llmc.compiler.compile")
@@ -50,14 +51,15 @@ def test_stdout_is_the_folder_and_stderr_the_phases(llmc, compiler, tmp_path: Pa
     # A pipe gets one line for each finished phase; brackets are text, not markup.
     assert lines[0].split() == ["trace", "1.2", "s", "[212", "operators]"]
     assert lines[1].split() == ["weights", "500", "ms"]
-    assert "compiled in 1.8 s" in lines[2]
+    assert lines[2] == "note: two experts saw no token"
+    assert "compiled in 1.8 s" in lines[3]
 
 
 def test_options_reach_the_compiler(llmc, compiler) -> None:
     code, _, err = llmc(
         *("compile", "org/model", "--target", "cpu", "--quant", "w4a16-g32", "-o", "there"),
         *("--name", "mine", "--force", "--dump-ir", "ir", "--max-batch-tokens", "64"),
-        *("--max-sequences", "4", "--context", "1024", "--kv", "f16"),
+        *("--max-sequences", "4", "--context", "1024", "--kv", "f16", "--calibrate", __file__),
     )
     assert code == 0, err
     assert compiler == [
@@ -73,6 +75,7 @@ def test_options_reach_the_compiler(llmc, compiler) -> None:
             "max_sequences": 4,
             "context_length": 1024,
             "kv": "f16",
+            "calibrate": Path(__file__),
         }
     ]
 
@@ -86,6 +89,7 @@ def test_json_is_one_object_with_phases_and_sizes(llmc, compiler, tmp_path: Path
     sizes = [path.stat().st_size for path in (tmp_path / "out").iterdir()]
     assert report["artifact_bytes"] == sum(sizes)
     assert report["kv_bytes_per_token"] == 8
+    assert report["notes"] == ["two experts saw no token"]
 
 
 def test_a_missing_package_is_answered_by_the_extra(llmc, monkeypatch) -> None:

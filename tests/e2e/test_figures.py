@@ -73,14 +73,18 @@ def test_run_answers_on_stdout_and_times_on_stderr(run_llmc, demo_keep: Path) ->
     assert "[44 prompt tokens, 9 generated; first token after" in err
 
 
-@pytest.mark.parametrize("artifact", ["demo_keep", "tiny_artifact"])
+# Activations of 8 bits leave noise of a known size: the tolerance is not far above it.
+@pytest.mark.parametrize(
+    ("artifact", "agreement", "share"),
+    [("demo_keep", 0.95, 1 / 2), ("demo_keep_a16", 0.99, 1 / 10), ("tiny_artifact", 0.99, 1 / 10)],
+)
 def test_a_fresh_artifact_passes_its_own_verification(
-    run_llmc, request: pytest.FixtureRequest, artifact: str
+    run_llmc, request: pytest.FixtureRequest, artifact: str, agreement: float, share: float
 ) -> None:
     code, out, err = run_llmc("verify", request.getfixturevalue(artifact), "--json")
     assert code == 0, err
     report = json.loads(out)
     assert report["passed"]
-    assert report["total"]["top1_agreement"] > 0.99
-    assert report["total"]["mean_abs"] < report["tolerance"]["max_mean_abs"] / 10
+    assert report["total"]["top1_agreement"] > agreement
+    assert report["total"]["mean_abs"] < report["tolerance"]["max_mean_abs"] * share
     assert {prompt["entry_point"] for prompt in report["prompts"]} == {"step_1", "step_8", "step"}
