@@ -151,7 +151,7 @@ def test_loops_of_every_kind_and_nested_branches():
                 n[1] = n[1] + 1
             for i in T.unroll(3):
                 n[1] = n[1] + i
-            for i in T.serial(x[thread]):
+            for _ in T.serial(x[thread]):
                 n[1] = n[1] + 1
             y[thread] = n[1]
 
