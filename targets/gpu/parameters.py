@@ -71,6 +71,19 @@ class GemmParameters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionParameters:
+    """Paged attention: decodes by one thread a position, longer sequences by tiles."""
+
+    decode_threads: int = 64
+    decode_steps: int = 2  # positions of a thread before values are weighed
+    decode_heads: int = 8  # most query heads of a block
+    tile_rows: int = 32  # tokens times heads of a block
+    tile_positions: int = 64  # positions scored at a time
+    tile_threads: int = 128
+    stage_floats: int = 1024  # shared memory that keys and values pass through
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuParameters:
     """Tunables of one device; every value changes speed only."""
 
@@ -80,3 +93,4 @@ class GpuParameters:
     gemv: GemvParameters = field(default_factory=lambda: GemvParameters(splits=8))
     few: GemvParameters = field(default_factory=GemvParameters)
     gemm: GemmParameters = field(default_factory=GemmParameters)
+    attention: AttentionParameters = field(default_factory=AttentionParameters)

@@ -116,6 +116,17 @@ def when(condition: Expr) -> Iterator[None]:
 
 
 @contextmanager
+def when_all(condition: Expr) -> Iterator[None]:
+    """Only where the condition holds, which has to be the same for the whole block.
+
+    The body may hold barriers. It is a loop of one turn or none, because TVM takes every condition
+    for one that threads differ in.
+    """
+    with T.serial(T.Select(condition, i64(1), i64(0))):
+        yield
+
+
+@contextmanager
 def strided(start: Expr, extent: Extent, step: int) -> Iterator[Expr]:
     """start, start + step, … below `extent`, which may be symbolic; the body holds no barrier."""
     if isinstance(extent, int) and extent % step == 0:
@@ -154,28 +165,41 @@ def reduce(value: Expr, combine: Combine, thread: Expr, threads: int, features: 
 
     The order of the additions depends on nothing but `threads` and the subgroup's width.
     """
+    [result] = reduce_all([value], combine, thread, threads, features)
+    return result
+
+
+def reduce_all(
+    values: list[Expr], combine: Combine, thread: Expr, threads: int, features: Features
+) -> list[Expr]:
+    """`reduce` of several values behind the same barriers."""
+    count = len(values)
     width = features.subgroup if threads % features.subgroup == 0 else 1
     if width > 1:
-        value = T.Bind(features.combine_subgroup(value, combine is maximum))
+        values = [T.Bind(features.combine_subgroup(v, combine is maximum)) for v in values]
         if threads == width:
-            return value
+            return values
         parts = threads // width
-        partial = shared((parts,))
+        partial = shared((count, parts))
         with when(T.floormod(thread, i64(width)) == i64(0)):
-            put(partial, value, T.floordiv(thread, i64(width)))
+            for number, value in enumerate(values):
+                put(partial, value, number, T.floordiv(thread, i64(width)))
     else:
         # Two rounds of about the square root of all threads need two barriers, a tree log2.
         parts = _near_root(threads)
-        every = shared((threads,))
-        partial = shared((parts,))
-        put(every, value, thread)
+        every = shared((count, threads))
+        partial = shared((count, parts))
+        for number, value in enumerate(values):
+            put(every, value, number, thread)
         sync()
         with when(thread < i64(parts)):
-            put(partial, _fold(every, combine, thread, threads // parts, parts), thread)
+            for number in range(count):
+                folded = _fold(every, number, combine, thread, threads // parts, parts)
+                put(partial, folded, number, thread)
     sync()
-    result = T.Bind(_fold(partial, combine, i64(0), parts, 1))
+    results = [T.Bind(_fold(partial, n, combine, i64(0), parts, 1)) for n in range(count)]
     sync()  # the memory may be written again
-    return result
+    return results
 
 
 def _near_root(threads: int) -> int:
@@ -183,8 +207,8 @@ def _near_root(threads: int) -> int:
     return max(d for d in range(1, math.isqrt(threads) + 1) if threads % d == 0)
 
 
-def _fold(buffer: Expr, combine: Combine, first: Expr, count: int, step: int) -> Expr:
-    value = buffer[first]
+def _fold(buffer: Expr, number: int, combine: Combine, first: Expr, count: int, step: int) -> Expr:
+    value = buffer[i64(number), first]
     for i in range(1, count):
-        value = combine(value, buffer[first + i64(i * step)])
+        value = combine(value, buffer[i64(number), first + i64(i * step)])
     return value
