@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,7 +31,8 @@ def new_folder(where: Path, *, force: bool) -> Iterator[Path]:
     try:
         try:
             where.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".{where.name}-", dir=where.parent))
+            folder = _beside(where)  # known before it exists: a signal may follow at once
+            folder.mkdir(mode=0o700)
         except OSError as exc:
             raise UsageError(
                 f"{where} cannot be written: {exc.filename}: {exc.strerror}",
@@ -56,14 +57,19 @@ def _move(folder: Path, where: Path) -> None:
     if not where.exists():
         folder.rename(where)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{where.name}-", dir=where.parent))
-    where.replace(old)
+    old = _beside(where)
+    where.rename(old)
     try:
         folder.rename(where)
     except BaseException:
-        old.replace(where)
+        old.rename(where)
         raise
     shutil.rmtree(old)
+
+
+def _beside(where: Path) -> Path:
+    """A hidden name that nothing has."""
+    return where.parent / f".{where.name}-{secrets.token_hex(8)}"
 
 
 def _umask() -> int:

@@ -50,7 +50,7 @@ def quantize_activations(
                     with T.sblock("unit"):
                         T.reads()
                         T.writes()
-                        total = T.sblock_alloc_buffer((LANES,), "int32", scope="local")
+                        total = registers(LANES, "int32")
                         total[at(0, LANES)] = spread(T.int32(0), LANES)
                         start: T.let = b * block + u * unit
                         for c in range(unit // LANES):

@@ -48,13 +48,13 @@ def convert(value: Expr, dtype: str) -> Expr:
     return T.Cast(dtype if lanes == 1 else f"{dtype}x{lanes}", value)
 
 
-def registers(num_floats: int) -> Buffer:
-    """Float32 accumulators: always on the stack, where LLVM turns them into registers.
+def registers(count: int, dtype: str = "float32") -> Buffer:
+    """Accumulators: always on the stack, where LLVM turns them into registers.
 
     TVM would take more than 1 KiB from its workspace pool, which no register allocation reaches.
     """
     return T.alloc_buffer(
-        (num_floats,), "float32", scope="local", annotations={"disable_lower_builtin": True}
+        (count,), dtype, scope="local", annotations={"disable_lower_builtin": True}
     )
 
 
@@ -64,10 +64,7 @@ def named(value: Expr) -> Expr:
     A binding would not do: TVM's analysis puts the values of bindings in place of their names, and
     takes minutes over what becomes of a chain of divisions and choices.
     """
-    dtype = str(value.ty.dtype)
-    register = T.alloc_buffer(
-        (1,), dtype, scope="local", annotations={"disable_lower_builtin": True}
-    )
+    register = registers(1, str(value.ty.dtype))
     T.buffer_store(register, value, [0])
     return register[0]
 
