@@ -1,0 +1,254 @@
+"""Attention of single new tokens: a block for each sequence, K/V head and tile of query heads.
+
+The block walks the context in steps of `positions`. A thread scores positions of its own for all
+heads of the tile, so that a key is read once; softmax is online in float32 (Dao et al., 2022) with
+powers of two; then threads lie across the features of V, several positions at a time.
+
+Masked scores are LOWEST, which is finite. V is never read where the token does not see, so that
+stale pages cannot put a NaN in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from llmc.targets.gpu.kernels.attention_inputs import Inputs, Shape
+from llmc.targets.gpu.kernels.block import (
+    LOWEST,
+    add,
+    f32,
+    i64,
+    launch,
+    maximum,
+    put,
+    reduce_all,
+    registers,
+    shared,
+    strided,
+    sync,
+    to_f32,
+    when,
+    when_all,
+)
+from llmc.targets.gpu.layout import ceildiv
+from llmc.targets.gpu.parameters import AttentionParameters, Features
+
+Expr = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlan:
+    """How a block is used."""
+
+    heads: int  # query heads of a block
+    threads: int
+    steps: int  # positions that a thread scores before values are weighed
+    lanes: int  # features of V that a thread has
+    features: Features
+
+    @classmethod
+    def of(cls, shape: Shape, params: AttentionParameters, features: Features) -> DecodePlan:
+        """As the table says, within the device's limits."""
+        heads = max(h for h in range(1, params.decode_heads + 1) if shape.heads % h == 0)
+        lanes = 4 if shape.v_head_dim % 4 == 0 else 1
+        columns = ceildiv(shape.v_head_dim // lanes, 32) * 32
+        threads = max(params.decode_threads, columns)
+        return cls(
+            heads=heads,
+            threads=threads,
+            steps=params.decode_steps,
+            lanes=lanes,
+            features=features,
+        )
+
+    @property
+    def positions(self) -> int:
+        """Positions scored at a time."""
+        return self.threads * self.steps
+
+
+def decode(shape: Shape, inputs: Inputs, plan: DecodePlan) -> None:
+    """Emits the launch for all sequences with one new token."""
+    tiles = shape.heads // plan.heads
+    grid = (inputs.sequences, shape.num_kv_heads * tiles)
+    with launch(grid, (plan.threads,)) as (sequence, tile, thread):
+        row = T.Bind(inputs.start(sequence))
+        with when_all(inputs.start(sequence + i64(1)) - row == i64(1)):
+            _Decode(shape, inputs, plan, sequence, row, tile, thread).emit()
+
+
+class _Decode:
+    """One block's token and heads."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        inputs: Inputs,
+        plan: DecodePlan,
+        sequence: Expr,
+        row: Expr,
+        tile: Expr,
+        thread: Expr,
+    ) -> None:
+        self.shape, self.inputs, self.plan = shape, inputs, plan
+        self.sequence, self.row, self.thread = sequence, row, thread
+        self.first_head = T.Bind(tile * i64(plan.heads))
+        self.kv_head = T.Bind(T.floordiv(self.first_head, i64(shape.heads)))
+        self.q = shared((plan.heads, shape.keys.padded))
+        self.weights = shared((plan.heads, plan.positions))
+        # Where a position lies: its page times the page size, plus its place in the page.
+        self.slots = shared((plan.positions,), "int32")
+        self.highest = registers((plan.heads,))
+        self.totals = registers((plan.heads,))
+        self.sums = registers((plan.heads, plan.lanes))
+        columns = shape.v_head_dim // plan.lanes
+        self.groups = plan.threads // columns
+        self.column = T.Bind(T.floormod(thread, i64(columns)) * i64(plan.lanes))
+        self.group = T.Bind(T.floordiv(thread, i64(columns)))
+
+    def emit(self) -> None:
+        """Walks the context and stores the outputs."""
+        shape, plan = self.shape, self.plan
+        self._load_queries()
+        end = T.Bind(self.inputs.length(self.sequence))
+        begin = i64(0)
+        if shape.window is not None:
+            begin = T.Bind(T.max(end - i64(shape.window), i64(0)))
+        with T.serial(T.ceildiv(end - begin, i64(plan.positions))) as block:
+            first = T.Bind(begin + block * i64(plan.positions))
+            count = T.Bind(T.min(end - first, i64(plan.positions)))
+            self._score(first, end)
+            sync()
+            self._weigh(count)
+            sync()
+        self._store()
+
+    def _load_queries(self) -> None:
+        shape, plan = self.shape, self.plan
+        width = shape.keys.padded
+        with strided(self.thread, plan.heads * width, plan.threads) as item:
+            head = T.Bind(T.floordiv(item, i64(width)))
+            feature = T.Bind(T.floormod(item, i64(width)))
+            query = to_f32(self.inputs.q[i64(0), self.row, self.first_head + head, feature])
+            query = query * f32(shape.query_scale)
+            if width != shape.head_dim:
+                query = T.if_then_else(feature < i64(shape.head_dim), query, f32(0))
+            put(self.q, query, head, feature)
+        for head in range(plan.heads):
+            put(self.highest, f32(LOWEST), head)
+            put(self.totals, f32(0), head)
+            for lane in range(plan.lanes):
+                put(self.sums, f32(0), head, lane)
+        sync()
+
+    def _score(self, first: Expr, end: Expr) -> None:
+        """Scores the thread's positions, then turns them into weights for all to see."""
+        shape, plan = self.shape, self.plan
+        scores = registers((plan.steps, plan.heads))
+        for step in range(plan.steps):
+            position = T.Bind(first + i64(step * plan.threads) + self.thread)
+            for head in range(plan.heads):
+                put(scores, f32(LOWEST), step, head)
+            with when(position < end):
+                page = T.Bind(self.inputs.page(shape, self.sequence, position))
+                offset = T.Bind(T.floormod(position, i64(shape.page_size)))
+                slot = page * i64(shape.page_size) + offset
+                put(self.slots, slot, i64(step * plan.threads) + self.thread)
+                self._dot(scores, step, page, offset)
+        largest = []
+        for head in range(plan.heads):
+            value = scores[i64(0), i64(head)]
+            for step in range(1, plan.steps):
+                value = T.max(value, scores[i64(step), i64(head)])
+            largest.append(T.Bind(value))
+        whole = reduce_all(largest, maximum, self.thread, plan.threads, plan.features)
+        for head, value in enumerate(whole):
+            before = T.Bind(self.highest[i64(head)])
+            highest = T.Bind(T.max(before, value))
+            factor = T.Bind(T.exp2(before - highest))
+            put(self.highest, highest, head)
+            put(self.totals, self.totals[i64(head)] * factor, head)
+            for lane in range(plan.lanes):
+                put(self.sums, self.sums[i64(head), i64(lane)] * factor, head, lane)
+            for step in range(plan.steps):
+                position = i64(step * plan.threads) + self.thread
+                weight = T.exp2(scores[i64(step), i64(head)] - highest)
+                weight = T.Bind(T.if_then_else(first + position < end, weight, f32(0)))
+                put(self.totals, self.totals[i64(head)] + weight, head)
+                put(self.weights, weight, head, position)
+
+    def _dot(self, scores: Expr, step: int, page: Expr, offset: Expr) -> None:
+        """One key times the queries of all heads."""
+        shape, plan = self.shape, self.plan
+        keys, lanes = shape.keys, 4
+        totals = registers((plan.heads,))
+        for head in range(plan.heads):
+            put(totals, f32(0), head)
+        with T.serial(i64(keys.padded // keys.vector)) as vector:
+            for part in range(keys.vector // lanes):
+                feature = T.Bind(vector * i64(keys.vector) + i64(part * lanes))
+                place = T.Bind(
+                    (vector * i64(shape.page_size) + offset) * i64(keys.vector) + i64(part * lanes)
+                )
+                key = keys.load(self.inputs.k_pages, page, self.kv_head, place, lanes)
+                for head in range(plan.heads):
+                    total = totals[i64(head)]
+                    for lane, value in enumerate(key):
+                        total = total + value * self.q[i64(head), feature + i64(lane)]
+                    put(totals, total, head)
+        factor = keys.load_scale(self.inputs.k_pages, page, self.kv_head, offset)
+        for head in range(plan.heads):
+            total = totals[i64(head)]
+            total = total * factor if shape.kv.scaled else total
+            put(scores, shape.capped(total), step, head)
+
+    def _weigh(self, count: Expr) -> None:
+        """Adds the weighted values: each group of threads takes every groups-th position."""
+        shape, plan, values = self.shape, self.plan, self.shape.values
+        with when(self.group < i64(self.groups)), T.serial(T.ceildiv(count, i64(self.groups))) as i:
+            position = T.Bind(i * i64(self.groups) + self.group)
+            with when(position < count):
+                slot = T.Bind(T.Cast("int64", self.slots[position]))
+                page = T.Bind(T.floordiv(slot, i64(shape.page_size)))
+                offset = T.Bind(T.floormod(slot, i64(shape.page_size)))
+                place = T.Bind(values.place(offset, self.column))
+                pages = self.inputs.v_pages
+                loaded = values.load(pages, page, self.kv_head, place, plan.lanes)
+                scale = values.load_scale(pages, page, self.kv_head, offset)
+                for head in range(plan.heads):
+                    weight = self.weights[i64(head), position]
+                    weight = T.Bind(weight * scale if shape.kv.scaled else weight)
+                    for lane, value in enumerate(loaded):
+                        total = self.sums[i64(head), i64(lane)] + weight * value
+                        put(self.sums, total, head, lane)
+
+    def _store(self) -> None:
+        """Brings the groups' sums together and divides by the weights' sum."""
+        shape, plan = self.shape, self.plan
+        totals = [T.Bind(self.totals[i64(h)]) for h in range(plan.heads)]
+        totals = reduce_all(totals, add, self.thread, plan.threads, plan.features)
+        partial = shared((self.groups, shape.v_head_dim))
+        for head in range(plan.heads):
+            number = T.Bind(self.first_head + i64(head))
+            factor: Expr = f32(1)
+            total = totals[head]
+            if self.inputs.sinks is not None:
+                sink = T.Bind(self.inputs.sink(number))
+                highest = T.Bind(T.max(self.highest[i64(head)], sink))
+                factor = T.Bind(T.exp2(self.highest[i64(head)] - highest))
+                total = total * factor + T.exp2(sink - highest)
+            inverse = T.Bind(factor / total)
+            with when(self.group < i64(self.groups)):
+                for lane in range(plan.lanes):
+                    value = self.sums[i64(head), i64(lane)]
+                    put(partial, value, self.group, self.column + i64(lane))
+            sync()
+            with strided(self.thread, shape.v_head_dim, plan.threads) as feature:
+                value = partial[i64(0), feature]
+                for group in range(1, self.groups):
+                    value = value + partial[i64(group), feature]
+                put(self.inputs.out, value * inverse, 0, self.row, number, feature)
+            sync()

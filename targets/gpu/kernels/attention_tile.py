@@ -1,0 +1,411 @@
+"""Attention of several new tokens of a sequence: a block for each tile of them and K/V head.
+
+A tile's rows are its tokens times the query heads that share the K/V head (token-major), so that
+keys and values are read once for all of them. The block walks the context in steps of `positions`:
+scores, online softmax in float32 (FlashAttention, Dao et al., 2022) with powers of two, weighted
+values. Queries stay in shared memory; keys and values pass through a small stage there. 16 threads
+lie across positions or features, the others across rows.
+
+Masked scores are LOWEST, which is finite: a block of which a row sees nothing adds nothing that
+lasts. V is never read past the last token that the tile sees, so that stale pages cannot put a NaN
+in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from llmc.targets.gpu.kernels.attention_inputs import Inputs, Shape
+from llmc.targets.gpu.kernels.block import (
+    LOWEST,
+    f32,
+    i64,
+    launch,
+    put,
+    registers,
+    shared,
+    strided,
+    sync,
+    to_f32,
+    when,
+    when_all,
+)
+from llmc.targets.gpu.layout import ceildiv
+from llmc.targets.gpu.parameters import AttentionParameters, Features
+
+Expr = Any
+ACROSS = 16
+"""Threads across positions, then across features."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TilePlan:
+    """How a block is used."""
+
+    heads: int  # query heads of a tile
+    tokens: int
+    positions: int
+    threads: int
+    stage_features: int  # of keys in the stage
+    stage_positions: int  # of values in the stage
+    stage_floats: int
+
+    @classmethod
+    def of(cls, shape: Shape, params: AttentionParameters, features: Features) -> TilePlan:
+        """As the table says; fewer rows where queries would not leave room for the rest."""
+        rows_limit, positions = params.tile_rows, params.tile_positions
+        row_threads = params.tile_threads // ACROSS
+        padded = ceildiv(shape.v_head_dim, ACROSS) * ACROSS
+        stage = max(params.stage_floats, padded, positions * 4)
+
+        def floats(rows: int) -> int:
+            # Besides, the block has one float a thread.
+            return rows * (shape.keys.padded + positions + 1) + stage + params.tile_threads
+
+        while rows_limit > row_threads and 4 * floats(rows_limit) > features.shared_bytes:
+            rows_limit -= row_threads
+        heads = max(h for h in range(1, rows_limit + 1) if shape.heads % h == 0)
+        divisors = [d for d in range(4, shape.keys.padded + 1, 4) if shape.keys.padded % d == 0]
+        return cls(
+            heads=heads,
+            tokens=rows_limit // heads,
+            positions=positions,
+            threads=params.tile_threads,
+            stage_features=max(d for d in divisors if d * positions <= stage),
+            stage_positions=min(positions, stage // padded),
+            stage_floats=stage,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows with work."""
+        return self.heads * self.tokens
+
+    @property
+    def row_threads(self) -> int:
+        """Threads across rows."""
+        return self.threads // ACROSS
+
+    @property
+    def thread_rows(self) -> int:
+        """Rows of a thread; the last ones may stand for nothing."""
+        return ceildiv(self.rows, self.row_threads)
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows that threads compute."""
+        return self.thread_rows * self.row_threads
+
+
+def prefill(shape: Shape, inputs: Inputs, plan: TilePlan) -> None:
+    """Emits the launch for all sequences with more than one new token."""
+    head_tiles = shape.heads // plan.heads
+    # Every sequence may end in a tile that is not full.
+    tiles = T.floordiv(inputs.rows, i64(plan.tokens)) + inputs.sequences
+    grid = (tiles, shape.num_kv_heads * head_tiles)
+    with launch(grid, (plan.threads,)) as (tile, head_tile, thread):
+        found = registers((2,), "int32")
+        _find(inputs, plan, tile, found)
+        with when_all(found[i64(0)] >= T.int32(0)):
+            _Tile(shape, inputs, plan, found, head_tile, thread).emit()
+
+
+def _find(inputs: Inputs, plan: TilePlan, tile: Expr, found: Expr) -> None:
+    """found = (sequence or -1, tile within the sequence) of the batch's tile number `tile`."""
+    put(found, T.int32(-1), 0)
+    left = registers((1,), "int32")
+    put(left, T.Cast("int32", tile), 0)
+    with T.serial(inputs.sequences) as sequence:
+        new = T.Bind(inputs.q_starts[sequence + i64(1)] - inputs.q_starts[sequence])
+        tiles = T.floordiv(new + T.int32(plan.tokens - 1), T.int32(plan.tokens))
+        tiles = T.Bind(T.if_then_else(new > T.int32(1), tiles, T.int32(0)))
+        inside = T.And(left[i64(0)] >= T.int32(0), left[i64(0)] < tiles)
+        with when(inside):
+            put(found, T.Cast("int32", sequence), 0)
+            put(found, left[i64(0)], 1)
+        put(left, left[i64(0)] - tiles, 0)
+
+
+class _Tile:
+    """One block's tokens and heads."""
+
+    def __init__(
+        self, shape: Shape, inputs: Inputs, plan: TilePlan, found: Expr, head: Expr, thread: Expr
+    ) -> None:
+        self.shape, self.inputs, self.plan, self.thread = shape, inputs, plan, thread
+        self.sequence = T.Bind(T.Cast("int64", found[i64(0)]))
+        start = T.Bind(inputs.start(self.sequence))
+        new = T.Bind(inputs.start(self.sequence + i64(1)) - start)
+        first = T.Bind(T.Cast("int64", found[i64(1)]) * i64(plan.tokens))
+        self.first_row = T.Bind(start + first)
+        self.count = T.Bind(T.min(new - first, i64(plan.tokens)))
+        self.position = T.Bind(inputs.length(self.sequence) - new + first)
+        self.first_head = T.Bind(head * i64(plan.heads))
+        self.kv_head = T.Bind(T.floordiv(self.first_head, i64(shape.heads)))
+        self.across = T.Bind(T.floormod(thread, i64(ACROSS)))
+        self.down = T.Bind(T.floordiv(thread, i64(ACROSS)))
+        self.q = shared((shape.keys.padded, plan.padded_rows))
+        self.weights = shared((plan.padded_rows, plan.positions))
+        self.factors = shared((plan.padded_rows,))
+        self.stage = shared((plan.stage_floats,))
+        self.columns = ceildiv(shape.v_head_dim, ACROSS)
+        self.sums = registers((plan.thread_rows, self.columns))
+        # In softmax a thread has a part of one row; row r's parts are spread over the block.
+        self.parts = plan.threads // plan.padded_rows
+        self.partial = shared((self.parts, plan.padded_rows))
+        self.row = T.Bind(T.floormod(thread, i64(plan.padded_rows)))
+        self.part = T.Bind(T.floordiv(thread, i64(plan.padded_rows)))
+        self.highest = registers((1,))
+        self.total = registers((1,))
+
+    def emit(self) -> None:
+        """Walks the context and stores the outputs."""
+        shape, plan = self.shape, self.plan
+        self._start()
+        end = T.Bind(self.position + self.count)
+        begin = i64(0)
+        if shape.window is not None:
+            begin = T.Bind(T.max(self.position - i64(shape.window - 1), i64(0)))
+        with T.serial(T.ceildiv(end - begin, i64(plan.positions))) as block:
+            first = T.Bind(begin + block * i64(plan.positions))
+            self._score(first, end)
+            self._soften(first)
+            self._weigh(first, end)
+        self._store()
+
+    def _token(self, row: Expr) -> Expr:
+        return T.floordiv(row, i64(self.plan.heads))
+
+    def _head(self, row: Expr) -> Expr:
+        return self.first_head + T.floormod(row, i64(self.plan.heads))
+
+    def _rows(self) -> list[Expr]:
+        """The thread's rows, side by side threads having rows that lie side by side."""
+        return [self.down + i64(r * self.plan.row_threads) for r in range(self.plan.thread_rows)]
+
+    def _start(self) -> None:
+        """Scaled queries, features first; rows without a token repeat the last one."""
+        shape, plan = self.shape, self.plan
+        width = shape.keys.padded
+        with strided(self.thread, width * plan.padded_rows, plan.threads) as item:
+            feature = T.Bind(T.floormod(item, i64(width)))
+            row = T.Bind(T.floordiv(item, i64(width)))
+            token = T.min(self._token(row), self.count - i64(1))
+            query = to_f32(self.inputs.q[i64(0), self.first_row + token, self._head(row), feature])
+            query = query * f32(shape.query_scale)
+            if width != shape.head_dim:
+                query = T.if_then_else(feature < i64(shape.head_dim), query, f32(0))
+            put(self.q, query, feature, row)
+        for row in range(plan.thread_rows):
+            for column in range(self.columns):
+                put(self.sums, f32(0), row, column)
+        put(self.highest, f32(LOWEST), 0)
+        put(self.total, f32(0), 0)
+
+    def _score(self, first: Expr, end: Expr) -> None:
+        """Scores of all rows and positions, masked, into `weights`."""
+        shape, plan = self.shape, self.plan
+        across = plan.positions // ACROSS
+        scores = registers((plan.thread_rows, across))
+        for row in range(plan.thread_rows):
+            for column in range(across):
+                put(scores, f32(0), row, column)
+        with T.serial(i64(shape.keys.padded // plan.stage_features)) as step:
+            start = T.Bind(step * i64(plan.stage_features))
+            sync()  # the stage is free, queries are there
+            self._stage_keys(first, end, start)
+            sync()
+            with T.serial(i64(plan.stage_features)) as feature:
+                base = T.Bind(feature * i64(plan.positions) + self.across)
+                keys = [T.Bind(self.stage[base + i64(c * ACROSS)]) for c in range(across)]
+                for number, row in enumerate(self._rows()):
+                    query = T.Bind(self.q[start + feature, row])
+                    for column, key in enumerate(keys):
+                        total = scores[i64(number), i64(column)] + query * key
+                        put(scores, total, number, column)
+        for number, row in enumerate(self._rows()):
+            limit = T.Bind(self.position + self._token(row))
+            for column in range(across):
+                place = T.Bind(self.across + i64(column * ACROSS))
+                position = T.Bind(first + place)
+                seen = position <= limit
+                if shape.window is not None:
+                    seen = T.And(seen, position > limit - i64(shape.window))
+                score = shape.capped(scores[i64(number), i64(column)])
+                put(self.weights, T.if_then_else(seen, score, f32(LOWEST)), row, place)
+        sync()
+
+    def _shares(self, total: int, body: Callable[[Expr], None]) -> None:
+        with strided(self.thread, total, self.plan.threads) as item:
+            body(item)
+
+    def _stage_keys(self, first: Expr, end: Expr, start: Expr) -> None:
+        """`stage_features` features of the block's keys, features first; zeros past the end."""
+        shape, plan, keys = self.shape, self.plan, self.shape.keys
+        lanes = 4
+        position_count = i64(plan.positions)
+
+        def load(item: Expr) -> None:
+            place = T.Bind(T.floormod(item, position_count))
+            within = T.Bind(T.floordiv(item, position_count) * i64(lanes))
+            position = T.Bind(first + place)
+            at = T.Bind(within * position_count + place)
+            with T.If(position < end):
+                with T.Then():
+                    page = T.Bind(self.inputs.page(shape, self.sequence, position))
+                    offset = T.Bind(T.floormod(position, i64(shape.page_size)))
+                    source = T.Bind(keys.place(offset, T.Bind(start + within)))
+                    pages = self.inputs.k_pages
+                    key = keys.load(pages, page, self.kv_head, source, lanes)
+                    scale = keys.load_scale(pages, page, self.kv_head, offset)
+                    for lane, value in enumerate(key):
+                        value = value * scale if shape.kv.scaled else value
+                        put(self.stage, value, at + i64(lane * plan.positions))
+                with T.Else():
+                    for lane in range(lanes):
+                        put(self.stage, f32(0), at + i64(lane * plan.positions))
+
+        self._shares(plan.stage_features // lanes * plan.positions, load)
+
+    def _soften(self, first: Expr) -> None:
+        """Scores to weights 2^(score - the row's highest); earlier sums are scaled to it."""
+        plan, row = self.plan, self.row
+        share = ceildiv(plan.positions, self.parts)
+        active = self.thread < i64(self.parts * plan.padded_rows)
+        with when(active):
+            value = registers((1,))
+            put(value, f32(LOWEST), 0)
+            self._row_part(
+                share, lambda at: put(value, T.max(value[i64(0)], self.weights[row, at]), 0)
+            )
+            put(self.partial, value[i64(0)], self.part, row)
+        sync()
+        with when(active):
+            before = T.Bind(self.highest[i64(0)])
+            largest = before
+            for part in range(self.parts):
+                largest = T.max(largest, self.partial[i64(part), row])
+            highest = T.Bind(largest)
+            factor = T.Bind(T.exp2(before - highest))
+            put(self.highest, highest, 0)
+            put(self.total, self.total[i64(0)] * factor, 0)
+
+            def weigh(at: Expr) -> None:
+                # A score of LOWEST gives no weight, even where the row has seen nothing yet.
+                score = T.Bind(self.weights[row, at])
+                weight = T.exp2(score - highest)
+                weight = T.Bind(T.if_then_else(score > f32(LOWEST), weight, f32(0)))
+                put(self.weights, weight, row, at)
+                put(self.total, self.total[i64(0)] + weight, 0)
+
+            self._row_part(share, weigh)
+            with when(self.part == i64(0)):
+                put(self.factors, factor, row)
+        sync()
+        for number, own in enumerate(self._rows()):
+            factor = T.Bind(self.factors[own])
+            for column in range(self.columns):
+                put(self.sums, self.sums[i64(number), i64(column)] * factor, number, column)
+
+    def _row_part(self, share: int, body: Callable[[Expr], None]) -> None:
+        """body(the row's positions that are this thread's)."""
+        parts, positions = self.parts, self.plan.positions
+        with T.serial(i64(share)) as i:
+            # Starting at its own row number, a thread meets no other one in a bank.
+            number = T.Bind(i * i64(parts) + self.part)
+            if share * parts == positions:
+                body(T.Bind(T.floormod(number + self.row, i64(positions))))
+            else:
+                with when(number < i64(positions)):
+                    body(T.Bind(T.floormod(number + self.row, i64(positions))))
+
+    def _weigh(self, first: Expr, end: Expr) -> None:
+        """Adds the weighted values of the block's positions."""
+        plan = self.plan
+        padded = self.columns * ACROSS
+        with T.serial(i64(ceildiv(plan.positions, plan.stage_positions))) as step:
+            start = T.Bind(step * i64(plan.stage_positions))
+            with when(first + start < end):
+                self._stage_values(first + start, end)
+            sync()
+            count = T.min(i64(plan.positions) - start, i64(plan.stage_positions))
+            with T.serial(T.max(T.min(count, end - first - start), i64(0))) as place:
+                base = T.Bind(place * i64(padded) + self.across)
+                values = [T.Bind(self.stage[base + i64(c * ACROSS)]) for c in range(self.columns)]
+                for number, row in enumerate(self._rows()):
+                    weight = T.Bind(self.weights[row, start + place])
+                    for column, value in enumerate(values):
+                        total = self.sums[i64(number), i64(column)] + weight * value
+                        put(self.sums, total, number, column)
+            sync()
+
+    def _stage_values(self, first: Expr, end: Expr) -> None:
+        """Values of `stage_positions` positions, zeros past the end and behind the features."""
+        shape, plan, values = self.shape, self.plan, self.shape.values
+        padded = self.columns * ACROSS
+        lanes = 4 if shape.v_head_dim % 4 == 0 else 1
+
+        def load(item: Expr) -> None:
+            place = T.Bind(T.floordiv(item, i64(padded // lanes)))
+            feature = T.Bind(T.floormod(item, i64(padded // lanes)) * i64(lanes))
+            position = T.Bind(first + place)
+            at = T.Bind(place * i64(padded) + feature)
+            inside = position < end
+            if padded != shape.v_head_dim:
+                inside = T.And(inside, feature < i64(shape.v_head_dim))
+            with T.If(inside):
+                with T.Then():
+                    page = T.Bind(self.inputs.page(shape, self.sequence, position))
+                    offset = T.Bind(T.floormod(position, i64(shape.page_size)))
+                    source = T.Bind(values.place(offset, feature))
+                    pages = self.inputs.v_pages
+                    loaded = values.load(pages, page, self.kv_head, source, lanes)
+                    scale = values.load_scale(pages, page, self.kv_head, offset)
+                    for lane, value in enumerate(loaded):
+                        value = value * scale if shape.kv.scaled else value
+                        put(self.stage, value, at + i64(lane))
+                with T.Else():
+                    for lane in range(lanes):
+                        put(self.stage, f32(0), at + i64(lane))
+
+        self._shares(plan.stage_positions * padded // lanes, load)
+
+    def _store(self) -> None:
+        """Divides by the rows' sums of weights and stores."""
+        shape, plan, row = self.shape, self.plan, self.row
+        active = self.thread < i64(self.parts * plan.padded_rows)
+        with when(active):
+            put(self.partial, self.total[i64(0)], self.part, row)
+        sync()
+        with when(T.And(active, self.part == i64(0))):
+            total = self.partial[i64(0), row]
+            for part in range(1, self.parts):
+                total = total + self.partial[i64(part), row]
+            factor: Expr = f32(1)
+            if self.inputs.sinks is not None:
+                sink = T.Bind(self.inputs.sink(self._head(row)))
+                highest = T.Bind(T.max(self.highest[i64(0)], sink))
+                factor = T.Bind(T.exp2(self.highest[i64(0)] - highest))
+                total = total * factor + T.exp2(sink - highest)
+            put(self.factors, factor / total, row)
+        sync()
+        for number, own in enumerate(self._rows()):
+            token = T.Bind(self._token(own))
+            inside = token < self.count
+            if plan.padded_rows != plan.rows:
+                inside = T.And(inside, own < i64(plan.rows))
+            with when(inside):
+                factor = T.Bind(self.factors[own])
+                for column in range(self.columns):
+                    feature = T.Bind(self.across + i64(column * ACROSS))
+                    value = self.sums[i64(number), i64(column)] * factor
+                    at = (0, self.first_row + token, self._head(own), feature)
+                    if (column + 1) * ACROSS <= shape.v_head_dim:
+                        put(self.inputs.out, value, *at)
+                    else:
+                        with when(feature < i64(shape.v_head_dim)):
+                            put(self.inputs.out, value, *at)

@@ -1,0 +1,214 @@
+"""A thread block: launching it, its memory, its barriers and its reductions.
+
+Everything here runs while an IRBuilder frame is open: Python loops become straight code, `T.serial`
+a loop. Indices are int64, so that no weight or cache is too large; code generators narrow them
+where they can prove that 32 bits do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from llmc.targets.gpu.parameters import Features
+
+Expr = Any
+Extent = int | Expr
+LOWEST = -3.0e38
+"""Below every score, and finite: LOWEST - LOWEST is 0, not NaN."""
+
+
+def i64(value: int) -> Expr:
+    """An int64 constant."""
+    return tirx.IntImm("int64", value)
+
+
+def index(value: Extent) -> Expr:
+    """An extent or an index as an expression."""
+    return i64(value) if isinstance(value, int) else value
+
+
+def f32(value: float) -> Expr:
+    """A float32 constant."""
+    return T.float32(value)
+
+
+def to_f32(value: Expr) -> Expr:
+    """Any number as float32: what all sums are made in."""
+    return T.Cast("float32", value)
+
+
+def size_var(name: str) -> Expr:
+    """A symbolic dimension."""
+    return tirx.Var(name, "int64")
+
+
+def rows_of(tokens: int | None) -> Expr:
+    """T: fixed, or a symbolic dimension."""
+    return size_var("num_tokens") if tokens is None else i64(tokens)
+
+
+class Building:
+    """A kernel under construction; `func` is there once the frame is closed."""
+
+    func: tvm.tirx.PrimFunc
+
+
+@contextmanager
+def kernel(name: str) -> Iterator[Building]:
+    """Opens a PrimFunc; its arguments, then its launches follow inside."""
+    building = Building()
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+            yield building
+    building.func = builder.get()
+
+
+def argument(name: str, shape: tuple[Extent, ...], dtype: str = "float32") -> Expr:
+    """Declares the kernel's next buffer argument."""
+    return T.arg(name, T.Buffer([index(d) for d in shape], dtype))
+
+
+def shared(shape: tuple[int, ...], dtype: str = "float32") -> Expr:
+    """Memory of the block."""
+    return T.alloc_buffer([i64(d) for d in shape], dtype, scope="shared")
+
+
+def registers(shape: tuple[int, ...], dtype: str = "float32") -> Expr:
+    """Memory of one thread: registers where every index is a constant once loops are unrolled."""
+    return T.alloc_buffer([i64(d) for d in shape], dtype, scope="local")
+
+
+def sync() -> None:
+    """Waits for the block's threads; what they wrote to shared memory is seen after it."""
+    T.evaluate(T.tvm_storage_sync("shared"))
+
+
+@contextmanager
+def launch(blocks: tuple[Extent, ...], threads: tuple[int, ...]) -> Iterator[tuple[Expr, ...]]:
+    """Blocks (x, y, z) of threads (x, y); yields their indices, all int64, blocks first."""
+    frames = [T.launch_thread(f"blockIdx.{a}", index(n)) for a, n in zip("xyz", blocks)]
+    frames += [T.launch_thread(f"threadIdx.{a}", i64(n)) for a, n in zip("xy", threads)]
+    opened: list[Expr] = []
+    try:
+        for frame in frames:
+            opened.append(frame.__enter__())
+        yield tuple(opened)
+    finally:
+        for frame in reversed(frames[: len(opened)]):
+            frame.__exit__(None, None, None)
+
+
+@contextmanager
+def when(condition: Expr) -> Iterator[None]:
+    """Only where the condition holds."""
+    with T.If(condition), T.Then():
+        yield
+
+
+@contextmanager
+def when_all(condition: Expr) -> Iterator[None]:
+    """Only where the condition holds, which has to be the same for the whole block.
+
+    The body may hold barriers. It is a loop of one turn or none, because TVM takes every condition
+    for one that threads differ in.
+    """
+    with T.serial(T.Select(condition, i64(1), i64(0))):
+        yield
+
+
+@contextmanager
+def strided(start: Expr, extent: Extent, step: int) -> Iterator[Expr]:
+    """start, start + step, … below `extent`, which may be symbolic; the body holds no barrier."""
+    if isinstance(extent, int) and extent % step == 0:
+        with T.serial(i64(extent // step)) as i:
+            yield T.Bind(i * i64(step) + start)
+        return
+    with T.serial(T.ceildiv(index(extent), i64(step))) as i:
+        element = T.Bind(i * i64(step) + start)
+        with when(element < index(extent)):
+            yield element
+
+
+def put(buffer: Expr, value: Expr, *indices: Extent) -> None:
+    """Stores a value in the buffer's own type."""
+    dtype = str(buffer.ty.dtype)
+    if str(value.ty.dtype) != dtype:
+        value = T.Cast(dtype, value)
+    T.buffer_store(buffer, value, [index(i) for i in indices])
+
+
+def add(a: Expr, b: Expr) -> Expr:
+    """The sum, for `reduce`."""
+    return a + b
+
+
+def maximum(a: Expr, b: Expr) -> Expr:
+    """The larger, for `reduce`."""
+    return T.max(a, b)
+
+
+Combine = Callable[[Expr, Expr], Expr]
+
+
+def reduce(value: Expr, combine: Combine, thread: Expr, threads: int, features: Features) -> Expr:
+    """`value` of all threads combined, known to each; all threads of the block have to come here.
+
+    The order of the additions depends on nothing but `threads` and the subgroup's width.
+    """
+    [result] = reduce_all([value], combine, thread, threads, features)
+    return result
+
+
+def reduce_all(
+    values: list[Expr], combine: Combine, thread: Expr, threads: int, features: Features
+) -> list[Expr]:
+    """`reduce` of several values behind the same barriers."""
+    count = len(values)
+    width = features.subgroup if threads % features.subgroup == 0 else 1
+    if width > 1:
+        values = [T.Bind(features.combine_subgroup(v, combine is maximum)) for v in values]
+        if threads == width:
+            return values
+        parts = threads // width
+        partial = shared((count, parts))
+        with when(T.floormod(thread, i64(width)) == i64(0)):
+            for number, value in enumerate(values):
+                put(partial, value, number, T.floordiv(thread, i64(width)))
+    else:
+        # Two rounds of about the square root of all threads need two barriers, a tree log2.
+        parts = _near_root(threads)
+        every = shared((count, threads))
+        partial = shared((count, parts))
+        for number, value in enumerate(values):
+            put(every, value, number, thread)
+        sync()
+        with when(thread < i64(parts)):
+            for number in range(count):
+                folded = _fold(every, number, combine, thread, threads // parts, parts)
+                put(partial, folded, number, thread)
+    sync()
+    results = [T.Bind(_fold(partial, n, combine, i64(0), parts, 1)) for n in range(count)]
+    sync()  # the memory may be written again
+    return results
+
+
+def _near_root(threads: int) -> int:
+    """The divisor of `threads` that is nearest to its square root from below."""
+    return max(d for d in range(1, math.isqrt(threads) + 1) if threads % d == 0)
+
+
+def _fold(buffer: Expr, number: int, combine: Combine, first: Expr, count: int, step: int) -> Expr:
+    value = buffer[i64(number), first]
+    for i in range(1, count):
+        value = combine(value, buffer[i64(number), first + i64(i * step)])
+    return value

@@ -1,0 +1,96 @@
+"""The tunable numbers of the GPU kernels and what the kernels know of a device: one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+Expr = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """What a kernel may use of a device.
+
+    Threads of a subgroup run together and read each other's registers; with a width of 1 every
+    reduction goes through shared memory, which all devices have. `subgroup_extern` names the
+    device's own reduction functions (sum, maximum); without them values are shuffled.
+    """
+
+    subgroup: int = 1
+    subgroup_extern: tuple[str, str] | None = None
+    max_threads: int = 256
+    shared_bytes: int = 32768
+    bfloat16: bool = False
+
+    def combine_subgroup(self, value: Expr, is_maximum: bool) -> Expr:
+        """The sum, or the maximum, of `value` over the subgroup; every thread gets it."""
+        if self.subgroup_extern is not None:
+            name = self.subgroup_extern[int(is_maximum)]
+            return T.call_pure_extern("float32", name, value)
+        mask = T.Bind(T.tvm_warp_activemask())
+        offset = self.subgroup // 2
+        while offset:
+            other = T.tvm_warp_shuffle_xor(mask, value, offset, self.subgroup, self.subgroup)
+            value = T.Bind(T.max(value, other) if is_maximum else value + other)
+            offset //= 2
+        return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemvParameters:
+    """Products of few tokens: blocks of 32 · splits threads."""
+
+    splits: int = 4  # threads that share a row's chunks
+    panels: int = 1  # rows of a thread, each 32 apart
+    token_tile: int = 4  # tokens that a block multiplies each loaded weight with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmParameters:
+    """Products of many tokens: tiles of rows by tokens, thread_rows by thread_tokens a thread."""
+
+    rows: int = 64
+    tokens: int = 32
+    depth: int = 32  # input features in shared memory at a time
+    thread_rows: int = 4
+    thread_tokens: int = 4
+    padding: int = 1  # of a feature's tokens in shared memory, so that banks differ
+
+    def __post_init__(self) -> None:
+        assert self.rows % 32 == 0, self
+        assert self.rows % self.thread_rows == 0, self
+        assert self.tokens % self.thread_tokens == 0, self
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return (self.rows // self.thread_rows) * (self.tokens // self.thread_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionParameters:
+    """Paged attention: decodes by one thread a position, longer sequences by tiles."""
+
+    decode_threads: int = 64
+    decode_steps: int = 2  # positions of a thread before values are weighed
+    decode_heads: int = 8  # most query heads of a block
+    tile_rows: int = 32  # tokens times heads of a block
+    tile_positions: int = 64  # positions scored at a time
+    tile_threads: int = 128
+    stage_floats: int = 1024  # shared memory that keys and values pass through
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuParameters:
+    """Tunables of one device; every value changes speed only."""
+
+    features: Features = field(default_factory=Features)
+    row_threads: int = 64  # threads that share a row of a norm, an embedding, a rotation
+    flat_threads: int = 128  # threads of a block in element-wise kernels
+    gemv: GemvParameters = field(default_factory=lambda: GemvParameters(splits=8))
+    few: GemvParameters = field(default_factory=GemvParameters)
+    gemm: GemmParameters = field(default_factory=GemmParameters)
+    attention: AttentionParameters = field(default_factory=AttentionParameters)
