@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UsageError
+from llmc.targets.status import Lack, TargetStatus
 
 if TYPE_CHECKING:
     from llmc.targets.base import Target
@@ -17,23 +18,11 @@ _COMPILE_PACKAGES = ("accelerate", "gguf", "huggingface_hub", "onnx", "torch", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetEntry:
-    """One target: the functions of TVM that must exist to build for it and to run it."""
+    """One target; modules are imported when they are asked for, `module:name` each."""
 
     name: str
-    code_generator: str  # TVM's global function that builds device code
-    device: str  # TVM's name of the device
-    implementation: str  # module:class, imported when the target is asked for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetStatus:
-    """What this machine can do with a target; `reasons` say what it lacks, `hint` how to get it."""
-
-    name: str
-    can_build: bool
-    can_run: bool
-    reasons: list[str]
-    hint: str  # empty where nothing is missing
+    implementation: str  # a class, see llmc.targets.base.Target
+    lacks: str  # a function without arguments that returns a list of Lack
 
 
 TARGETS: dict[str, TargetEntry] = {
@@ -41,9 +30,13 @@ TARGETS: dict[str, TargetEntry] = {
     for entry in (
         TargetEntry(
             name="cpu",
-            code_generator="target.build.llvm",
-            device="cpu",
             implementation="llmc.targets.cpu.target:CpuTarget",
+            lacks="llmc.targets.cpu.status:lacks",
+        ),
+        TargetEntry(
+            name="vulkan",
+            implementation="llmc.targets.vulkan.target:VulkanTarget",
+            lacks="llmc.targets.vulkan.status:lacks",
         ),
     )
 }
@@ -54,33 +47,35 @@ def open_target(spec: str) -> Target:
     name, _, level = spec.partition(":")
     if name not in TARGETS:
         raise UsageError(f"unknown target {name!r}", hint=f"choose one of {', '.join(TARGETS)}")
-    module, _, attribute = TARGETS[name].implementation.partition(":")
-    target: Target = getattr(importlib.import_module(module), attribute)(level or None)
+    target: Target = _load(TARGETS[name].implementation)(level or None)
     return target
 
 
 def list_targets() -> list[TargetStatus]:
     """The state of every target on this machine, in the table's order."""
-    return [_status(entry) for entry in TARGETS.values()]
-
-
-def _status(entry: TargetEntry) -> TargetStatus:
     missing = [name for name in _COMPILE_PACKAGES if importlib.util.find_spec(name) is None]
-    reasons = [f"compiling needs {name}, which is not installed" for name in missing]
-    # A second or two: only this question needs TVM, the table does not.
-    import tvm
+    packages = [
+        Lack(
+            reason=f"compiling needs {name}, which is not installed",
+            hint='pip install "llmc[compile]"',
+            run=False,
+        )
+        for name in missing
+    ]
+    return [_status(entry, packages) for entry in TARGETS.values()]
 
-    has_generator = tvm.get_global_func(entry.code_generator, allow_missing=True) is not None
-    if not has_generator:
-        reasons.append(f"this TVM has no {entry.code_generator}")
-    has_runtime = tvm.get_global_func(f"device_api.{entry.device}", allow_missing=True) is not None
-    exists = has_runtime and bool(tvm.device(entry.device).exist)
-    if not exists:
-        reasons.append(f"no {entry.device} device was found")
+
+def _status(entry: TargetEntry, packages: list[Lack]) -> TargetStatus:
+    lacks: list[Lack] = [*packages, *_load(entry.lacks)()]
     return TargetStatus(
         name=entry.name,
-        can_build=has_generator and not missing,
-        can_run=exists,
-        reasons=reasons,
-        hint='pip install "llmc[compile]"' if missing else "",
+        can_build=not any(lack.build for lack in lacks),
+        can_run=not any(lack.run for lack in lacks),
+        reasons=[lack.reason for lack in lacks],
+        hint="; ".join(dict.fromkeys(lack.hint for lack in lacks if lack.hint)),
     )
+
+
+def _load(place: str) -> Any:  # noqa: ANN401 - a class or a function
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -56,7 +56,7 @@ class _Kernels:
         if key not in self._chosen:
             kernel = self._first_match(site)
             name = f"{kernel.rule.partition('.')[2]}_{len(self._chosen)}"
-            func = kernel.func.with_attr("global_symbol", name)
+            func = _with_root_block(kernel.func).with_attr("global_symbol", name)
             self.functions[name] = func.with_attr(RULE, kernel.rule).with_attr("op_pattern", 8)
             variable = tvm.ir.GlobalVar(name)
             relax.expr._update_type(variable, func.ty)
@@ -74,6 +74,17 @@ class _Kernels:
         raise UnsupportedError(
             f"target {self.target.name} has no kernel for operator {site.op.name} on {shapes}"
         )
+
+
+def _with_root_block(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
+    """The kernel in the form that Relax's passes expect, its body one block without iterators.
+
+    Kernels made of launches and loops alone come without.
+    """
+    if isinstance(func.body, tvm.s_tir.SBlockRealize):
+        return func
+    block = tvm.s_tir.SBlock([], [], [], "root", func.body)
+    return func.with_body(tvm.s_tir.SBlockRealize([], True, block))
 
 
 def _site_key(site: Site) -> str:
