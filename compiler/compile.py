@@ -110,7 +110,7 @@ def compile_model(
         built = _build(model, traced, scheme, KV_DTYPES[kv_name], device, bounds, timer, dump_ir)
         library = folder / device.library_name
         with timer.phase("link"):
-            device.link(built.executable, library)
+            features = device.link(built.executable, library)
         notes: list[str] = []
         scratch = folder / "calibration"
         if windows is not None:
@@ -128,7 +128,7 @@ def compile_model(
         with timer.phase("package"):
             _write_tokenizer(folder, model)
             manifest = _manifest(
-                title, model, traced, scheme, device, bounds, built, weights, length
+                title, model, traced, scheme, device, features, bounds, built, weights, length
             )
             manifest = replace(manifest, files=_hashes(folder))
             # As bytes: no platform's line ends may get into what is compared byte by byte.
@@ -230,6 +230,7 @@ def _manifest(
     traced: Trace,
     scheme: Scheme,
     target: Target,
+    features: list[str],
     bounds: StepBounds,
     built: _Built,
     weights: list[artifact.WeightTensor],
@@ -274,7 +275,7 @@ def _manifest(
                 library=target.library_name,
                 device_kind=target.device_kind,
                 target=str(target.tvm_target),
-                features=target.features,
+                features=features,
             )
         ],
         memory=artifact.MemoryPlan(

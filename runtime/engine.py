@@ -42,13 +42,13 @@ class Engine:
         self,
         path: str | Path,
         *,
-        device: str = "cpu",
+        device: str | None = None,
         kv_cache_tokens: int | None = None,
         max_batch_tokens: int | None = None,
         max_sequences: int | None = None,
         max_waiting: int = 1024,
     ) -> None:
-        """Opens the artifact folder `path` on `device`.
+        """Opens the artifact folder `path` on `device` (KIND or KIND:INDEX; else its own kind).
 
         `kv_cache_tokens`: see `plan_num_pages`. `max_batch_tokens` (a step's) and `max_sequences`
         (computed together) can be lower than compiled. `max_waiting`: sequences in the queue.

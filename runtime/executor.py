@@ -2,71 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from llmc.artifact import Manifest
-from llmc.errors import ArtifactError
+from llmc.errors import ArtifactError, LlmcError
 from llmc.runtime import tvm_runtime
-from llmc.runtime.devices import DEVICES, choose_variant
+from llmc.runtime.devices import Place
 from llmc.runtime.devices.cpu import num_threads
+from llmc.runtime.devices.device import Device
 from llmc.runtime.step import Float32, StepInputs
 from llmc.runtime.weights import load_weights
 
 
 def load_executor(
-    directory: Path, manifest: Manifest, *, num_pages: list[int], device: str = "cpu"
+    directory: Path, manifest: Manifest, *, num_pages: list[int], place: Place
 ) -> Executor:
-    """Loads the artifact's variant for `device` with pools of `num_pages` pages a group.
+    """Loads the artifact's variant for `place` with pools of `num_pages` pages a group.
 
-    Raises ArtifactError where no variant fits this machine or the library does not load.
+    Raises ArtifactError where the library does not load, and CapacityError where the device has
+    less memory than it said.
     """
-    variant = choose_variant(manifest, device)
-    DEVICES[device].prepare()
-    return Executor(
-        directory, manifest, variant.library, num_pages, tvm_device=DEVICES[device].tvm_name
-    )
+    with _explained(place.device):
+        return Executor(directory, manifest, num_pages, place)
+
+
+@contextmanager
+def _explained(device: Device) -> Iterator[None]:
+    """Turns the device's own errors into llmc's."""
+    try:
+        yield
+    except LlmcError:
+        raise
+    except Exception as exc:
+        explained = device.explain(exc)
+        if explained is None:
+            raise
+        raise explained from exc
 
 
 class Executor:
     """Implements StepExecutor."""
 
     def __init__(
-        self,
-        directory: Path,
-        manifest: Manifest,
-        library: str,
-        num_pages: list[int],
-        *,
-        tvm_device: str,
+        self, directory: Path, manifest: Manifest, num_pages: list[int], place: Place
     ) -> None:
         ffi = tvm_runtime.tvm_ffi()
-        device = ffi.device(tvm_device, 0)
+        library = place.variant.library
+        self._place = place
+        self._device = ffi.device(place.device.tvm_name, place.index)
         try:
-            vm = tvm_runtime.load_vm(directory / library, device, num_threads=num_threads())
+            vm = tvm_runtime.load_vm(directory / library, self._device, num_threads=num_threads())
             self._entries = [(e.max_tokens, vm[e.name]) for e in manifest.entry_points]
-        except (RuntimeError, AttributeError, OSError) as exc:
-            raise ArtifactError(
+        except (RuntimeError, AttributeError, OSError, ValueError) as exc:
+            raise place.device.explain(exc) or ArtifactError(
                 f"{library} does not load: {str(exc)[-300:]}",
                 hint="compile the model again with this version of llmc",
             ) from exc
         caches = [
-            tvm_runtime.empty((num_pages[c.group], *c.page_shape), c.dtype, device)
+            tvm_runtime.empty((num_pages[c.group], *c.page_shape), c.dtype, self._device)
             for c in manifest.caches
         ]
         self._vm = vm
         self._shape = ffi.Shape
         self.caches = caches
-        self.weights = load_weights(directory, manifest)
+        self.weights = load_weights(directory, manifest, self._tensor)
         self._state = [*caches, *self.weights]
+
+    def _tensor(self, array: npt.NDArray[Any]) -> Any:  # noqa: ANN401 - a tensor of TVM's
+        """The array as the device takes it: in place on the host, else copied."""
+        if self._place.device.is_host:
+            return tvm_runtime.from_numpy(array)
+        return tvm_runtime.copy_to(array, self._device)
 
     def step(self, inputs: StepInputs) -> Float32:
         """Runs the entry point for this number of tokens; logits `[L, V]` float32."""
+        with _explained(self._place.device):
+            return self._step(inputs)
+
+    def _step(self, inputs: StepInputs) -> Float32:
         num_tokens = len(inputs.input_ids)
         run = next(run for max_tokens, run in self._entries if num_tokens <= max_tokens)
-        tensor = tvm_runtime.from_numpy
+        tensor = self._tensor
         logits = run(
             tensor(inputs.input_ids),
             tensor(inputs.positions),
@@ -79,6 +101,8 @@ class Executor:
             self._shape([inputs.num_decodes, inputs.max_q_len, inputs.max_kv_len]),
             *self._state,
         )
+        if not self._place.device.is_host:
+            return tvm_runtime.copy_from(logits)
         result: Float32 = np.asarray(np.from_dlpack(logits), np.float32)  # a view
         return result
 
@@ -88,4 +112,12 @@ class Executor:
 
         It returns 0; an exception in it ends the step with that exception.
         """
-        self._vm["set_instrument"](callback)
+        instrument = callback
+        if callback is not None and not self._place.device.is_host:
+            device = self._device
+
+            def instrument(*arguments: Any) -> int:  # noqa: ANN401 - whatever the VM passes
+                tvm_runtime.wait_for(device)  # a call returns before the device has done it
+                return callback(*arguments)
+
+        self._vm["set_instrument"](instrument)

@@ -14,8 +14,9 @@ from llmc.artifact import (
 )
 from llmc.errors import UsageError
 from llmc.runtime.chat_template import ChatTemplate
+from llmc.runtime.devices import choose_place
 from llmc.runtime.generation_config import load_sampling_defaults
-from llmc.runtime.memory import available_host_bytes, plan_num_pages
+from llmc.runtime.memory import plan_num_pages
 from llmc.runtime.step import StepExecutor
 from llmc.runtime.tokenizer import Tokenizer
 from llmc.strict_json import read_text
@@ -58,12 +59,12 @@ class LoadedModel:
 def load_model(
     directory: Path,
     *,
-    device: str,
+    device: str | None,
     kv_cache_tokens: int | None,
     max_batch_tokens: int | None,
     max_sequences: int | None,
 ) -> LoadedModel:
-    """Opens the artifact in `directory` on `device`.
+    """Opens the artifact in `directory` on `device`, or on the first of its kind.
 
     ArtifactError where it is damaged, CapacityError where it does not fit into memory.
     """
@@ -71,12 +72,13 @@ def load_model(
     # Compiled artifacts are code: nothing of them is used before the hashes are right.
     manifest.check_files(directory)
     limits = Limits.of(manifest, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+    place = choose_place(manifest, device)
     num_pages = plan_num_pages(
         manifest,
         kv_cache_tokens=kv_cache_tokens,
         max_sequences=limits.max_sequences,
         max_batch_tokens=limits.max_batch_tokens,
-        available_bytes=available_host_bytes(),
+        available_bytes=place.device.available_bytes(place.index),
     )
     tokenizer = None
     if TOKENIZER_FILE in manifest.files:
@@ -90,7 +92,7 @@ def load_model(
     # TVM is imported here and not with this module: the engine's other parts do without it.
     from llmc.runtime.executor import load_executor
 
-    executor = load_executor(directory, manifest, num_pages=num_pages, device=device)
+    executor = load_executor(directory, manifest, num_pages=num_pages, place=place)
     return LoadedModel(
         manifest=manifest,
         executor=executor,

@@ -83,6 +83,28 @@ def from_numpy(array: npt.NDArray[Any]) -> Any:  # noqa: ANN401
     return tvm_ffi().from_dlpack(array)
 
 
+def copy_to(array: npt.NDArray[Any], device: Any) -> Any:  # noqa: ANN401
+    """A tensor on `device` with the array's contents."""
+    array = np.ascontiguousarray(array)
+    tensor = empty(array.shape, str(array.dtype), device)
+    copy = tvm_ffi().get_global_func("runtime.TVMTensorCopyFromBytes")
+    copy(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+    return tensor
+
+
+def copy_from(tensor: Any) -> npt.NDArray[np.float32]:  # noqa: ANN401
+    """The contents of a float32 tensor on any device; waits for what computes them."""
+    array = np.empty(tuple(tensor.shape), np.float32)
+    copy = tvm_ffi().get_global_func("runtime.TVMTensorCopyToBytes")
+    copy(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+    return array
+
+
+def wait_for(device: Any) -> None:  # noqa: ANN401
+    """Waits until the device has done everything that it was given."""
+    tvm_ffi().get_global_func("runtime.Device_StreamSync")(device, 0)
+
+
 def _aligned_copy(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     raw = np.empty(array.nbytes + ALIGNMENT, np.uint8)
     begin = -raw.ctypes.data % ALIGNMENT

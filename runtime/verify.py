@@ -86,12 +86,13 @@ class VerifyReport:
 
 
 def verify(
-    directory: Path, *, device: str = "cpu", engine: LogitsSource | None = None
+    directory: Path, *, device: str | None = None, engine: LogitsSource | None = None
 ) -> VerifyReport:
     """Compares the artifact's log-probabilities on this device with its `reference.json`.
 
-    `engine` is used where given; otherwise one is opened on `device`. Raises ArtifactError where
-    the artifact or its reference is damaged; wrong numbers are reported, not raised.
+    `engine` is used where given; otherwise one is opened on `device`, or on the first of the kind
+    that the artifact was compiled for. Raises ArtifactError where the artifact or its reference is
+    damaged; wrong numbers are reported, not raised.
     """
     manifest = engine.manifest if engine else Manifest.load(directory)
     if REFERENCE_FILE in manifest.files:

@@ -1,8 +1,9 @@
-"""Memory-maps an artifact's weights and hands them to TVM without a copy."""
+"""Memory-maps an artifact's weights and hands them to the device, to a host's without a copy."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ import numpy.typing as npt
 
 from llmc.artifact import Manifest, WeightTensor
 from llmc.errors import ArtifactError
-from llmc.runtime.tvm_runtime import from_numpy
 
 
-def load_weights(directory: Path, manifest: Manifest) -> list[Any]:
-    """The weights in argument order; raises ArtifactError where file and manifest disagree."""
+def load_weights(
+    directory: Path, manifest: Manifest, tensor: Callable[[npt.NDArray[Any]], Any]
+) -> list[Any]:
+    """The weights in argument order, each made a tensor of the device's by `tensor`.
+
+    Raises ArtifactError where file and manifest disagree.
+    """
     files = {
         name: _Mapped(directory / name) for name in dict.fromkeys(w.file for w in manifest.weights)
     }
     # Large tensors lie aligned in the file and are not copied; small odd-sized ones may be.
-    return [from_numpy(files[w.file].view(w)) for w in manifest.weights]
+    return [tensor(files[w.file].view(w)) for w in manifest.weights]
 
 
 class _Mapped:

@@ -82,7 +82,6 @@ class Target(Protocol):
 
     name: str
     device_kind: str
-    features: list[str]
     tvm_target: tvm.target.Target
     library_name: str
     layout: str
@@ -108,5 +107,5 @@ class Target(Protocol):
     def pack(self, fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool) -> list[Array]:
         """Packs one matrix, or a stack of them, in the order of `packed_parts`."""
 
-    def link(self, executable: tvm.runtime.Executable, path: Path) -> None:
-        """Writes the library that the runtime loads."""
+    def link(self, executable: tvm.runtime.Executable, path: Path) -> list[str]:
+        """Writes the library that the runtime loads; returns the features that its code needs."""

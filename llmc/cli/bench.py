@@ -63,7 +63,7 @@ class _Plan:
 @device_option
 @json_option
 def bench(
-    directory: Path, batches: str, device: str, profile: bool, as_json: bool, **plan: int
+    directory: Path, batches: str, device: str | None, profile: bool, as_json: bool, **plan: int
 ) -> None:
     """Measure prefill and decode speed with random prompts, all sequences of a batch at once."""
     report = (_profile if profile else _report)(
@@ -82,7 +82,7 @@ def _kv_cache_tokens(sizes: list[int], plan: _Plan) -> int:
     return max(sizes) * (plan.prompt_tokens + plan.gen_tokens + 64)
 
 
-def _profile(directory: Path, sizes: list[int], plan: _Plan, device: str) -> dict[str, Any]:
+def _profile(directory: Path, sizes: list[int], plan: _Plan, device: str | None) -> dict[str, Any]:
     from llmc.cli.profile import Profiler, measure_limits
     from llmc.runtime.engine import Engine
     from llmc.runtime.load import load_model
@@ -118,7 +118,7 @@ def _profile(directory: Path, sizes: list[int], plan: _Plan, device: str) -> dic
     }
 
 
-def _report(directory: Path, sizes: list[int], plan: _Plan, device: str) -> dict[str, Any]:
+def _report(directory: Path, sizes: list[int], plan: _Plan, device: str | None) -> dict[str, Any]:
     from llmc.cli.bandwidth import METHOD, read_bandwidth
 
     engine = open_engine(directory, device=device, kv_cache_tokens=_kv_cache_tokens(sizes, plan))
@@ -164,7 +164,7 @@ def _check_fits(engine: Engine, sizes: list[int], plan: _Plan) -> None:
         )
 
 
-def _setting(engine: Engine, device: str) -> dict[str, Any]:
+def _setting(engine: Engine, device: str | None) -> dict[str, Any]:
     from llmc.cpu_features import num_cores
 
     manifest = engine.manifest
@@ -173,7 +173,7 @@ def _setting(engine: Engine, device: str) -> dict[str, Any]:
         "quantization": manifest.quantization,
         "llmc_version": __version__,
         "tvm_version": manifest.tvm_version,
-        "device": device,
+        "device": device or manifest.variants[0].device_kind,
         "machine": f"{platform.system()} {platform.machine()}, {cpu_name()}, {num_cores()} CPUs",
         "weights_bytes": manifest.memory.weights_bytes,
         "kv_bytes_per_token": manifest.memory.kv_bytes_per_token,

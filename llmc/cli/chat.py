@@ -45,7 +45,7 @@ _HELP = """/reset  forget the conversation
 def chat(
     directory: Path,
     system: str | None,
-    device: str,
+    device: str | None,
     kv_cache_tokens: int | None,
     **sampling: Any,  # noqa: ANN401
 ) -> None:

@@ -24,7 +24,9 @@ from llmc.errors import UsageError
 @click.option("--window", default=512, help="Tokens of one window; its second half is scored.")
 @device_option
 @json_option
-def eval_command(directory: Path, text_file: Path, window: int, device: str, as_json: bool) -> None:
+def eval_command(
+    directory: Path, text_file: Path, window: int, device: str | None, as_json: bool
+) -> None:
     """Measure perplexity and bits per byte on a text.
 
     The text is cut into windows that do not overlap, and the second half of each is scored, as

@@ -19,7 +19,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 artifact_argument = click.argument(
     "directory", metavar="DIR", type=click.Path(file_okay=False, path_type=Path)
 )
-device_option = click.option("--device", default="cpu", help="Device to run on.")
+device_option = click.option(
+    "--device",
+    metavar="KIND[:INDEX]",
+    show_default="the artifact's",
+    help="Such as cpu or vulkan:1.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 kv_cache_option = click.option(
     "--kv-cache-tokens",

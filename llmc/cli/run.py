@@ -47,7 +47,7 @@ def run(
     prompt: str | None,
     ids: str | None,
     raw: bool,
-    device: str,
+    device: str | None,
     kv_cache_tokens: int | None,
     as_json: bool,
     **sampling: Any,  # noqa: ANN401

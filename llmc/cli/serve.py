@@ -42,7 +42,7 @@ def serve(
     max_waiting: int,
     drain_timeout: float,
     kv_cache_tokens: int | None,
-    device: str,
+    device: str | None,
 ) -> None:
     """Serve OpenAI's API: completions, chat completions, models, /health and /metrics.
 

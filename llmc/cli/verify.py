@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @artifact_argument
 @device_option
 @json_option
-def verify_command(directory: Path, device: str, as_json: bool) -> None:
+def verify_command(directory: Path, device: str | None, as_json: bool) -> None:
     """Compare the artifact's log-probabilities on this machine with those of the model itself.
 
     The reference was computed at compile time; every entry point is checked against it. Exit code 7

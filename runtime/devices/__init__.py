@@ -2,37 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 
 from llmc.artifact import Manifest, Variant
 from llmc.errors import ArtifactError, UsageError
-from llmc.runtime.devices import cpu
+from llmc.runtime.devices.cpu import Cpu
+from llmc.runtime.devices.device import Device
+from llmc.runtime.devices.vulkan import Vulkan
+
+DEVICES: dict[str, Device] = {"cpu": Cpu(), "vulkan": Vulkan()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """How a kind of device is asked for its features and prepared before TVM starts."""
+class Place:
+    """A device of this machine and the variant of an artifact that runs on it."""
 
-    tvm_name: str
-    features: Callable[[], frozenset[str]]
-    prepare: Callable[[], None]
+    kind: str
+    index: int
+    variant: Variant
+
+    @property
+    def device(self) -> Device:
+        """The kind's entry."""
+        return DEVICES[self.kind]
 
 
-DEVICES: dict[str, Device] = {
-    "cpu": Device(tvm_name="cpu", features=cpu.features, prepare=cpu.prepare),
-}
+def choose_place(manifest: Manifest, name: str | None) -> Place:
+    """The device that `KIND` or `KIND:INDEX` names, prepared, and what to run on it.
 
-
-def choose_variant(manifest: Manifest, kind: str) -> Variant:
-    """The first variant for `kind` whose features this machine has.
-
-    Raises UsageError for an unknown kind and ArtifactError, with what is missing, where none fits:
-    code for a missing feature would kill the process at its first instruction.
+    Without a name: the kind that the artifact was compiled for first. Raises UsageError for an
+    unknown device, ArtifactError where the artifact has nothing for it.
     """
+    kind, _, number = (name or manifest.variants[0].device_kind).partition(":")
     if kind not in DEVICES:
         raise UsageError(f"unknown device {kind!r}", hint=f"known: {', '.join(DEVICES)}")
-    present = DEVICES[kind].features()
+    if ":" in (name or "") and not re.fullmatch("[0-9]{1,3}", number):
+        raise UsageError(f"device {name!r}: {number!r} is no number", hint=f"for example {kind}:0")
+    if not any(v.device_kind == kind for v in manifest.variants):
+        built = ", ".join(sorted({v.device_kind for v in manifest.variants}))
+        raise ArtifactError(
+            f"the artifact was built for {built}, not for {kind}",
+            hint=f"run it with a {built} device, or compile with --target {kind}",
+        )
+    device = DEVICES[kind]
+    index = int(number) if number else device.default_index()
+    device.prepare(index)
+    variant = _choose_variant(manifest, kind, device.features(index))
+    return Place(kind=kind, index=index, variant=variant)
+
+
+def _choose_variant(manifest: Manifest, kind: str, present: frozenset[str]) -> Variant:
+    """The first variant for `kind` that needs no more than what is present.
+
+    Raises ArtifactError, with what is missing, where there is none: code for a missing feature
+    would kill the process at its first instruction.
+    """
     missing: list[str] = []
     for variant in manifest.variants:
         if variant.device_kind != kind:
@@ -41,13 +66,7 @@ def choose_variant(manifest: Manifest, kind: str) -> Variant:
         if not lacking:
             return variant
         missing.append(f"{variant.target} needs {', '.join(lacking)}")
-    if missing:
-        raise ArtifactError(
-            f"this machine's {kind} lacks what the artifact was built for: {'; '.join(missing)}",
-            hint="compile the model again on (or for) a machine like this one",
-        )
-    built = ", ".join(sorted({v.device_kind for v in manifest.variants}))
     raise ArtifactError(
-        f"the artifact was built for {built}, not for {kind}",
-        hint=f"run it with a {built} device, or compile with --target {kind}",
+        f"this machine's {kind} lacks what the artifact was built for: {'; '.join(missing)}",
+        hint="compile the model again on (or for) a machine like this one",
     )

@@ -6,23 +6,43 @@ import os
 import re
 
 from llmc.cpu_features import host_features, num_cores
-from llmc.errors import UsageError
+from llmc.errors import LlmcError, UsageError
+from llmc.runtime.memory import available_host_bytes
 
 MAX_THREADS = 1024  # what the libraries' thread pool has room for
 _NUM_THREADS = "LLMC_NUM_THREADS"
 
 
-def features() -> frozenset[str]:
-    """Instruction sets, by Linux's names."""
-    return host_features()
+class Cpu:
+    """Implements Device."""
 
+    tvm_name = "cpu"
+    is_host = True
 
-def prepare() -> None:
-    """Sets the threads of TVM's own pool, which libraries without one of theirs fall back on.
+    def default_index(self) -> int:
+        """There is one."""
+        return 0
 
-    Raises UsageError as `num_threads` does: before anything is loaded.
-    """
-    os.environ.setdefault("TVM_NUM_THREADS", str(num_threads()))
+    def prepare(self, index: int) -> None:
+        """Sets the threads of TVM's own pool, which libraries without one of theirs fall back on.
+
+        Raises UsageError as `num_threads` does: before anything is loaded.
+        """
+        if index:
+            raise UsageError(f"there is no device cpu:{index}", hint="the machine's CPUs are cpu")
+        os.environ.setdefault("TVM_NUM_THREADS", str(num_threads()))
+
+    def features(self, index: int) -> frozenset[str]:
+        """Instruction sets, by Linux's names."""
+        return host_features()
+
+    def available_bytes(self, index: int) -> int:
+        """The machine's free memory, or what the process's control group allows."""
+        return available_host_bytes()
+
+    def explain(self, error: Exception) -> LlmcError | None:
+        """A CPU has no errors of its own."""
+        return None
 
 
 def num_threads() -> int:

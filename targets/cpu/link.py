@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,15 +56,20 @@ def host_machine() -> str:
     return {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
 
 
-def link(executable: tvm.runtime.Executable, path: Path, target: Platform) -> None:
-    """Writes the shared library `path` for `target`.
+def link(
+    executable: tvm.runtime.Executable,
+    path: Path,
+    target: Platform,
+    sources: Sequence[Path] = (THREADS,),
+) -> None:
+    """Writes the shared library `path` for `target`, with C `sources` of ours compiled into it.
 
     Raises CompileError where no compiler is found or the compiler fails.
     """
     compiler = _compiler(target)
 
     def run(output: str, objects: list[str]) -> None:
-        _run([*compiler, *_arguments(output, objects, target)], path.name)
+        _run([*compiler, *_arguments(output, [*map(str, sources), *objects], target)], path.name)
 
     executable.export_library(str(path), fcompile=run)
 
@@ -91,7 +97,7 @@ def _compiler(target: Platform) -> list[str]:
     return found[0]
 
 
-def _arguments(output: str, objects: list[str], target: Platform) -> list[str]:
+def _arguments(output: str, inputs: list[str], target: Platform) -> list[str]:
     """Options of any compiler that understands GCC's; warnings are for our own tests."""
     undefined = ["-undefined", "dynamic_lookup"] if target.system == "Darwin" else []
     includes = {tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()}
@@ -99,7 +105,7 @@ def _arguments(output: str, objects: list[str], target: Platform) -> list[str]:
         *("-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", "-pthread"),
         *undefined,
         *(f"-I{folder}" for folder in sorted(includes)),
-        *("-o", output, str(THREADS), *objects, "-lm"),
+        *("-o", output, *inputs, "-lm"),
     ]
 
 

@@ -55,7 +55,7 @@ ISA_LEVELS: dict[str, IsaLevel] = {
     "avx2": IsaLevel(machine="x86_64", mcpu="x86-64-v3", mattr=(), features=_AVX2),
     "neon": IsaLevel(machine="aarch64", mcpu="generic", mattr=(), features=()),
 }
-_TRIPLES = {
+TRIPLES = {
     ("x86_64", "Linux"): "x86_64-unknown-linux-gnu",
     ("aarch64", "Linux"): "aarch64-unknown-linux-gnu",
     ("x86_64", "Darwin"): "x86_64-apple-macos13.0",
@@ -80,12 +80,12 @@ class CpuTarget:
                 f"unknown CPU level {level!r}", hint=f"choose one of {', '.join(ISA_LEVELS)}"
             )
         isa = ISA_LEVELS[self.isa]
-        self.features = list(isa.features)
+        self._features = list(isa.features)
         self.platform = Platform(machine=isa.machine, system=platform.system())
         self.library_name = "model.dylib" if self.platform.system == "Darwin" else "model.so"
         description: dict[str, object] = {
             "kind": "llvm",
-            "mtriple": _TRIPLES[self.platform.machine, self.platform.system],
+            "mtriple": TRIPLES[self.platform.machine, self.platform.system],
             "mcpu": isa.mcpu,
             "opt-level": 3,
         }
@@ -134,9 +134,10 @@ class CpuTarget:
         """Packs one matrix, or a stack of experts."""
         return layout.pack(fmt, list(matrices) if stacked else matrices[0])
 
-    def link(self, executable: tvm.runtime.Executable, path: Path) -> None:
+    def link(self, executable: tvm.runtime.Executable, path: Path) -> list[str]:
         """Links the object code with the thread pool; raises CompileError."""
         link(executable, path, self.platform)
+        return self._features
 
 
 def _host_level(machine: str) -> str:

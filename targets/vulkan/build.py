@@ -23,8 +23,10 @@ from llmc.targets.vulkan.glsl_kernel import Kernel, print_kernel
 from llmc.targets.vulkan.spirv import compile_glsl
 
 MAGIC = b"LLMCVK01"
+FEATURES = "llmc_features"  # the module's function that names them
 FOLDS_X = 1
 ARGUMENTS_IN_BUFFER = 2
+_ALWAYS = {"bufferDeviceAddress", "scalarBlockLayout", "timelineSemaphore"}
 _LIMITS = {  # names of limits that the runtime knows, smallest first
     "threads": (128, 256, 512, 1024),
     "shared": (16384, 32768, 49152, 65536, 98304),
@@ -65,7 +67,7 @@ def module_bytes(kernels: list[Kernel]) -> bytes:
 
 def required_features(kernels: list[Kernel]) -> set[str]:
     """What a device needs to run all of `kernels`, by the names that the runtime knows."""
-    features = {feature for kernel in kernels for feature in kernel.features}
+    features = _ALWAYS | {feature for kernel in kernels for feature in kernel.features}
     for kernel in kernels:
         x, y, z = kernel.workgroup
         features.add(_limit("threads", x * y * z))

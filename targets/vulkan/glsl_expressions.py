@@ -266,6 +266,8 @@ class ExpressionPrinter:
             return self._infix(_INFIX[name], *arguments)
         if name in WARP_SHUFFLES:
             return self._function(WARP_SHUFFLES[name], arguments[1:3])
+        if name == "tvm_warp_activemask":
+            return "0u"  # shuffles of a subgroup take no mask
         if name == "bitwise_not":
             return f"(~{self.print(arguments[0])})"
         if name == "if_then_else":

@@ -288,7 +288,11 @@ class _KernelPrinter:
     def bind(self, stmt: tvm.tirx.Stmt) -> None:
         """A variable that is set once."""
         printer = self.expressions
-        kind = printer.type_of(dtype_of(stmt.var))
+        dtype = dtype_of(stmt.var)
+        kind = printer.type_of(dtype)
+        if dtype in ("int32", "int64"):
+            # So that what is known of the value is known of the variable, alignment above all.
+            printer.analyzer.bind(stmt.var, stmt.value)
         self._emit(f"{kind} {printer.name_of(stmt.var)} = {printer.print(stmt.value)};")
 
     def store(self, stmt: tvm.tirx.Stmt) -> None:

@@ -131,6 +131,10 @@ TVM_FFI_STATIC_INIT_BLOCK() {
            [] { return static_cast<int64_t>(Devices::Get().size()); })
       .def("llmc.vulkan.problem", [] { return ffi::String(Devices::Get().problem()); })
       .def("llmc.vulkan.features", FeaturesOf)
+      .def("llmc.vulkan.device_name",
+           [](int64_t index) {
+             return ffi::String(Devices::Get().info(static_cast<int>(index)).properties.deviceName);
+           })
       .def("llmc.vulkan.simulate_device_lost", [](int64_t index) {
         Devices::Get().Open(static_cast<int>(index)).stream->SimulateDeviceLost();
       });

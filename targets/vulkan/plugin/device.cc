@@ -109,6 +109,7 @@ DeviceInfo Describe(VkPhysicalDevice physical) {
   }
   if (v11.subgroupSupportedStages & VK_SHADER_STAGE_COMPUTE_BIT) {
     AddSubgroupFeatures(v11.subgroupSupportedOperations, info.features);
+    info.features.push_back("subgroupSize" + std::to_string(v11.subgroupSize));
   }
   for (uint32_t limit : kThreadLimits) {
     if (limit <= info.properties.limits.maxComputeWorkGroupInvocations) {

@@ -1,0 +1,29 @@
+"""What the runtime asks of a kind of device."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from llmc.errors import LlmcError
+
+
+class Device(Protocol):
+    """A kind of device; `index` counts those of the kind on this machine, from 0."""
+
+    tvm_name: str
+    is_host: bool  # computes in the host's memory: nothing is copied
+
+    def default_index(self) -> int:
+        """The device to use where none is named; raises UsageError."""
+
+    def prepare(self, index: int) -> None:
+        """Loads what TVM needs for the device; raises UsageError or ArtifactError without it."""
+
+    def features(self, index: int) -> frozenset[str]:
+        """What variants of artifacts may require; asked after `prepare`."""
+
+    def available_bytes(self, index: int) -> int:
+        """Memory this process can still take; asked after `prepare`."""
+
+    def explain(self, error: Exception) -> LlmcError | None:
+        """An error of TVM's as one of llmc's, where it is the device's."""

@@ -1,0 +1,126 @@
+"""Vulkan as a target: kinds of devices as data, the kernels of all GPUs, SPIR-V in the library."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tvm
+
+from llmc.errors import UsageError
+from llmc.formats import WeightFormat
+from llmc.targets.base import ActivationBlocks, Array, KernelRule, Matrix, PackedPart, ScheduleRule
+from llmc.targets.cpu.link import Platform, host_machine, link
+from llmc.targets.cpu.target import TRIPLES
+from llmc.targets.gpu import layout
+from llmc.targets.gpu.parameters import Features, GpuParameters
+from llmc.targets.gpu.rules import kernel_rules, key_page, value_page
+from llmc.targets.gpu.schedule import schedule_rules
+from llmc.targets.vulkan.build import FEATURES, register
+
+_EXTERNS = ("subgroupAdd", "subgroupMax")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VulkanLevel:
+    """What kernels may presume of a device; `features` are checked before they are loaded."""
+
+    subgroup: int = 1  # 1: whatever the device has, reductions go through shared memory
+    max_threads: int = 256
+    shared_bytes: int = 32768
+
+    @property
+    def features(self) -> list[str]:
+        """By the names that the runtime knows."""
+        return [f"subgroupSize{self.subgroup}"] if self.subgroup > 1 else []
+
+
+# Lavapipe has subgroups of 8, Intel's GPUs of 8 to 32, NVIDIA's of 32, AMD's of 32 or 64.
+LEVELS: dict[str, VulkanLevel] = {
+    "portable": VulkanLevel(),
+    "subgroup8": VulkanLevel(subgroup=8),
+    "subgroup16": VulkanLevel(subgroup=16),
+    "subgroup32": VulkanLevel(subgroup=32),
+    "subgroup64": VulkanLevel(subgroup=64),
+}
+
+
+class VulkanTarget:
+    """Implements llmc.targets.base.Target; raises CompileError where the tools are missing."""
+
+    name = "vulkan"
+    device_kind = "vulkan"
+    library_name = "model.dylib" if platform.system() == "Darwin" else "model.so"
+    layout = layout.LAYOUT
+    page_size = 16
+    few_tokens = 8
+    narrow_products: frozenset[str] = frozenset()
+
+    def __init__(self, level: str | None = None) -> None:
+        if level is not None and level not in LEVELS:
+            raise UsageError(
+                f"unknown Vulkan level {level!r}", hint=f"choose one of {', '.join(LEVELS)}"
+            )
+        register()
+        self._level = LEVELS[level or "portable"]
+        # The library's host code launches kernels, no more: any CPU of the kind runs it.
+        self.platform = Platform(machine=host_machine(), system=platform.system())
+        triple = TRIPLES[self.platform.machine, self.platform.system]
+        self.tvm_target = tvm.target.Target(
+            {
+                "kind": "vulkan",
+                "max_num_threads": self._level.max_threads,
+                "max_threads_per_block": self._level.max_threads,
+                "max_shared_memory_per_block": self._level.shared_bytes,
+                "thread_warp_size": self._level.subgroup,
+                "supports_float16": True,
+                "supports_16bit_buffer": True,
+                "supports_int8": True,
+                "supports_8bit_buffer": True,
+                "supports_int16": True,
+                "supports_int64": True,
+            },
+            host={"kind": "llvm", "mtriple": triple},
+        )
+        self.pass_config: dict[str, object] = {}
+        features = Features(
+            subgroup=self._level.subgroup,
+            subgroup_extern=_EXTERNS if self._level.subgroup > 1 else None,
+            max_threads=self._level.max_threads,
+            shared_bytes=self._level.shared_bytes,
+        )
+        parameters = GpuParameters(features=features)
+        self.kernel_rules: Sequence[tuple[str, KernelRule]] = kernel_rules(
+            parameters, self.few_tokens
+        )
+        self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = schedule_rules(self.tvm_target)
+
+    def key_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
+        """`[Kv, elements]`."""
+        return key_page(kv_heads, head_dim, kv_dtype, self.page_size)
+
+    def value_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
+        """`[Kv, elements]` likewise."""
+        return value_page(kv_heads, head_dim, kv_dtype, self.page_size)
+
+    def activation_blocks(self, fmt: WeightFormat, features: int) -> ActivationBlocks | None:
+        """None: products are made in floats."""
+        return None
+
+    def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
+        """The arrays of layout chunk32."""
+        *experts, m, k = shape
+        return layout.packed_parts(fmt, m, k, num_experts=experts[0] if experts else None)
+
+    def pack(self, fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool) -> list[Array]:
+        """Packs one matrix, or a stack of experts."""
+        return layout.pack(fmt, matrices, stacked=stacked)
+
+    def link(self, executable: tvm.runtime.Executable, path: Path) -> list[str]:
+        """Links the host code with the SPIR-V inside; what the kernels need of a device."""
+        link(executable, path, self.platform, sources=())
+        needed = executable.mod.get_function(FEATURES, query_imports=True)
+        kernels = [] if needed is None else [str(name) for name in needed()]
+        return sorted({*kernels, *self._level.features})
