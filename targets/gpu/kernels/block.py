@@ -176,7 +176,12 @@ def reduce_all(
     count = len(values)
     width = features.subgroup if threads % features.subgroup == 0 else 1
     if width > 1:
-        values = [T.Bind(features.combine_subgroup(v, combine is maximum)) for v in values]
+        whole = registers((count,))
+        for number, value in enumerate(values):
+            # Stored, not bound: TVM would move a bound value under the condition below, where most
+            # of the subgroup is missing.
+            put(whole, features.combine_subgroup(value, combine is maximum), number)
+        values = [T.Bind(whole[i64(number)]) for number in range(count)]
         if threads == width:
             return values
         parts = threads // width

@@ -2,7 +2,8 @@
 
 RMSNorm: Zhang and Sennrich, 2019: y = x / sqrt(mean(x²) + eps) · (weight + offset). LayerNorm: Ba
 et al., 2016, with the variance taken around the mean (a second pass over the row), not as a
-difference of squares. All sums are float32.
+difference of squares. Activations are of `dtype`, weights and biases of `vector_dtype`; all sums
+are float32.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ def rms_norm(
     heads: int | None,
     tokens: int | None,
     dtype: str,
+    vector_dtype: str,
     params: GpuParameters,
 ) -> PrimFunc:
-    """RMSNorm over the last axis; buffers x, weight `[features]` f32, y.
+    """RMSNorm over the last axis; buffers x, weight `[features]`, y.
 
     x and y are `[1, T, features]`, or `[1, T, heads, features]` with `heads` (a norm of each head),
     both of `dtype`.
@@ -51,7 +53,7 @@ def rms_norm(
         rows = rows_of(tokens)
         shape = (1, rows, features) if heads is None else (1, rows, heads, features)
         x = argument("x", shape, dtype)
-        weight = argument("weight", (features,))
+        weight = argument("weight", (features,), vector_dtype)
         y = argument("y", shape, dtype)
         count = rows if heads is None else rows * i64(heads)
         with launch((count,), (params.row_threads,)) as (row, thread):
@@ -82,9 +84,10 @@ def add_rms_norm(
     offset: float,
     tokens: int | None,
     dtype: str,
+    vector_dtype: str,
     params: GpuParameters,
 ) -> PrimFunc:
-    """Residual addition and RMSNorm; buffers x, residual, weight `[features]` f32, sum, y.
+    """Residual addition and RMSNorm; buffers x, residual, weight `[features]`, sum, y.
 
     x, residual, sum = x + residual and y are `[1, T, features]` of `dtype`.
     """
@@ -93,7 +96,7 @@ def add_rms_norm(
         shape = (1, rows, features)
         x = argument("x", shape, dtype)
         residual = argument("residual", shape, dtype)
-        weight = argument("weight", (features,))
+        weight = argument("weight", (features,), vector_dtype)
         total = argument("sum", shape, dtype)
         y = argument("y", shape, dtype)
         with launch((rows,), (params.row_threads,)) as (row, thread):
@@ -115,17 +118,23 @@ def add_rms_norm(
 
 
 def layer_norm(
-    *, features: int, eps: float, tokens: int | None, dtype: str, params: GpuParameters
+    *,
+    features: int,
+    eps: float,
+    tokens: int | None,
+    dtype: str,
+    vector_dtype: str,
+    params: GpuParameters,
 ) -> PrimFunc:
-    """LayerNorm over the last axis; buffers x, weight and bias `[features]` f32, y.
+    """LayerNorm over the last axis; buffers x, weight and bias `[features]`, y.
 
     x and y are `[1, T, features]` of `dtype`.
     """
     with kernel("layer_norm") as built:
         rows = rows_of(tokens)
         x = argument("x", (1, rows, features), dtype)
-        weight = argument("weight", (features,))
-        bias = argument("bias", (features,))
+        weight = argument("weight", (features,), vector_dtype)
+        bias = argument("bias", (features,), vector_dtype)
         y = argument("y", (1, rows, features), dtype)
         with launch((rows,), (params.row_threads,)) as (row, thread):
 
@@ -136,7 +145,9 @@ def layer_norm(
             variance = _mean(lambda c: _square(load(c) - mean), features, thread, params)
             scale = T.Bind(f32(1) / T.sqrt(variance + f32(eps)))
             with strided(thread, features, params.row_threads) as column:
-                value = (load(column) - mean) * scale * weight[column] + bias[column]
+                value = (load(column) - mean) * scale * to_f32(weight[column]) + to_f32(
+                    bias[column]
+                )
                 put(y, value, 0, row, column)
     return built.func
 
@@ -170,5 +181,6 @@ def _normalize(
     mean = _mean(lambda c: _square(load(c)), features, thread, params)
     scale = T.Bind(f32(1) / T.sqrt(mean + f32(eps)))
     with strided(thread, features, params.row_threads) as column:
-        factor = weight[column] + f32(offset) if offset else weight[column]
+        factor = to_f32(weight[column])
+        factor = factor + f32(offset) if offset else factor
         store(column, load(column) * scale * factor)
