@@ -60,14 +60,23 @@ class _Plan:
 @click.option(
     "--profile", is_flag=True, help="Show each kernel's time and what it takes at least, instead."
 )
+@click.option(
+    "--random-weights", is_flag=True, help="Make weights up: the artifact's may be missing."
+)
 @device_option
 @json_option
 def bench(
-    directory: Path, batches: str, device: str | None, profile: bool, as_json: bool, **plan: int
+    directory: Path,
+    batches: str,
+    device: str | None,
+    profile: bool,
+    random_weights: bool,
+    as_json: bool,
+    **plan: int,
 ) -> None:
     """Measure prefill and decode speed with random prompts, all sequences of a batch at once."""
     report = (_profile if profile else _report)(
-        directory, _parse_batches(batches), _Plan(**plan), device
+        directory, _parse_batches(batches), _Plan(**plan), device, random_weights
     )
     if as_json:
         print_json(report)
@@ -82,7 +91,9 @@ def _kv_cache_tokens(sizes: list[int], plan: _Plan) -> int:
     return max(sizes) * (plan.prompt_tokens + plan.gen_tokens + 64)
 
 
-def _profile(directory: Path, sizes: list[int], plan: _Plan, device: str | None) -> dict[str, Any]:
+def _profile(
+    directory: Path, sizes: list[int], plan: _Plan, device: str | None, random_weights: bool
+) -> dict[str, Any]:
     from llmc.cli.profile import Profiler, measure_limits
     from llmc.runtime.engine import Engine
     from llmc.runtime.load import load_model
@@ -94,6 +105,7 @@ def _profile(directory: Path, sizes: list[int], plan: _Plan, device: str | None)
             kv_cache_tokens=_kv_cache_tokens(sizes, plan),
             max_batch_tokens=None,
             max_sequences=None,
+            random_weights=random_weights,
         )
     executor = cast("Executor", model.executor)  # what the loader makes
     profiler = Profiler(executor, model.manifest)
@@ -118,10 +130,17 @@ def _profile(directory: Path, sizes: list[int], plan: _Plan, device: str | None)
     }
 
 
-def _report(directory: Path, sizes: list[int], plan: _Plan, device: str | None) -> dict[str, Any]:
+def _report(
+    directory: Path, sizes: list[int], plan: _Plan, device: str | None, random_weights: bool
+) -> dict[str, Any]:
     from llmc.cli.bandwidth import METHOD, read_bandwidth
 
-    engine = open_engine(directory, device=device, kv_cache_tokens=_kv_cache_tokens(sizes, plan))
+    engine = open_engine(
+        directory,
+        device=device,
+        kv_cache_tokens=_kv_cache_tokens(sizes, plan),
+        random_weights=random_weights,
+    )
     _check_fits(engine, sizes, plan)
     measured = [_measure_batch(engine, batch, plan) for batch in sizes]
     # Last, because its buffers would be in every figure of peak memory.
