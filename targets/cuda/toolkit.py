@@ -87,7 +87,9 @@ def load_cuda_runtime() -> None:
         _load(_stub_driver())
     runtime = find_cudart()
     if runtime is None:
-        raise CompileError(f"building for CUDA needs {_RUNTIME}, which was not found", NVCC_HINT)
+        raise CompileError(
+            f"building for CUDA needs {_RUNTIME}, which was not found", hint=NVCC_HINT
+        )
     _load(runtime)
     spec = importlib.util.find_spec("tvm")
     assert spec is not None, "tvm is a dependency of this package"
