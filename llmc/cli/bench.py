@@ -94,7 +94,7 @@ def _kv_cache_tokens(sizes: list[int], plan: _Plan) -> int:
 def _profile(
     directory: Path, sizes: list[int], plan: _Plan, device: str | None, random_weights: bool
 ) -> dict[str, Any]:
-    from llmc.cli.profile import Profiler, measure_limits
+    from llmc.cli.profile import Profiler, device_limits, measure_limits
     from llmc.runtime.engine import Engine
     from llmc.runtime.load import load_model
 
@@ -119,7 +119,8 @@ def _profile(
         _measure_batch(engine, batch, measured)
         with profiler.instrumented():
             _measure_batch(engine, batch, measured)
-    limits = measure_limits()
+    own_memory = _own_memory(engine, device)
+    limits = measure_limits() if own_memory is None else device_limits(own_memory)
     return {
         "command": shlex.join(["llmc", *sys.argv[1:]]),
         **_setting(engine, device),
@@ -133,7 +134,7 @@ def _profile(
 def _report(
     directory: Path, sizes: list[int], plan: _Plan, device: str | None, random_weights: bool
 ) -> dict[str, Any]:
-    from llmc.cli.bandwidth import METHOD, read_bandwidth
+    from llmc.cli.bandwidth import COPY_METHOD, METHOD, copy_bandwidth, read_bandwidth
 
     engine = open_engine(
         directory,
@@ -144,15 +145,27 @@ def _report(
     _check_fits(engine, sizes, plan)
     measured = [_measure_batch(engine, batch, plan) for batch in sizes]
     # Last, because its buffers would be in every figure of peak memory.
-    bytes_per_s = read_bandwidth()
+    own_memory = _own_memory(engine, device)
+    bytes_per_s = read_bandwidth() if own_memory is None else copy_bandwidth(own_memory)
     return {
         "command": shlex.join(["llmc", *sys.argv[1:]]),
         **_setting(engine, device),
         **dataclasses.asdict(plan),
         "read_bandwidth_bytes_per_s": bytes_per_s,
-        "read_bandwidth_method": METHOD,
+        "read_bandwidth_method": METHOD if own_memory is None else COPY_METHOD,
         "results": [_result(engine, batch, bytes_per_s) for batch in measured],
     }
+
+
+def _own_memory(engine: Engine, device: str | None) -> Any:  # noqa: ANN401 - tvm_ffi's device
+    """The device that the engine runs on, None where it computes in the host's memory."""
+    from llmc.runtime.devices import choose_place
+    from llmc.runtime.tvm_runtime import tvm_ffi
+
+    place = choose_place(engine.manifest, device)
+    if place.device.is_host:
+        return None
+    return tvm_ffi().device(place.device.tvm_name, place.index)
 
 
 def _parse_batches(text: str) -> list[int]:
