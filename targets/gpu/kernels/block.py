@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
@@ -36,8 +37,8 @@ def index(value: Extent) -> Expr:
 
 
 def f32(value: float) -> Expr:
-    """A float32 constant."""
-    return T.float32(value)
+    """A float32 constant, rounded here: generators print more digits than a float has."""
+    return T.float32(float(np.float32(value)))
 
 
 def to_f32(value: Expr) -> Expr:
