@@ -77,6 +77,7 @@ class AttentionParameters:
     decode_threads: int = 64
     decode_steps: int = 2  # positions of a thread before values are weighed
     decode_heads: int = 8  # most query heads of a block
+    decode_parts: int = 1  # blocks that share the context of a sequence
     tile_rows: int = 32  # tokens times heads of a block
     tile_positions: int = 64  # positions scored at a time
     tile_threads: int = 128
