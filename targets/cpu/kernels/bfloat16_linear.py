@@ -29,7 +29,7 @@ from llmc.targets.cpu.kernels.panels import (
     size_var,
     splat,
 )
-from llmc.targets.cpu.kernels.register_tiles import for_each_tile, store_tile
+from llmc.targets.cpu.kernels.register_tiles import fetch_residual, for_each_tile, store_tile
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.kernels.vector import SERIAL_FLOATS
 from llmc.targets.cpu.layout import PANEL
@@ -78,6 +78,7 @@ def bfloat16_linear(
             )
 
             def tile(panels: list[Expr], rows: list[Expr]) -> None:
+                fetch_residual(residuals, panels, rows)
                 store_tile(product, panels, rows, _tile(weights, panels, x, rows, params))
 
             with with_dot():
