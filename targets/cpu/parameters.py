@@ -61,6 +61,7 @@ class IntegerParameters:
     min_chains: int = 4  # independent sums below which a tile splits each in two
     unit_words: int = 4  # stored words of one step of a one-token product
     prefetch_words: int = 0  # word vectors (64 bytes each) asked for ahead
+    next_panels: int = 2  # panels ahead whose words a tile of several tokens asks for; 0: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +76,7 @@ class Bfloat16Parameters:
     chains: int = 8  # independent sums that hide the latency of a dot product
     words: int = 4  # stored words of one step of a one-token product
     prefetch_words: int = 0
+    next_panels: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

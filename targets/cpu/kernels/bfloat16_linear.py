@@ -108,6 +108,10 @@ def _tile(
                 for panel in panels:
                     ahead = word + i64(params.prefetch_words)
                     prefetch(weights.word_address(i64(0), panel, ahead))
+            if params.next_panels and len(rows) > 1:
+                for panel in panels:
+                    ahead = panel + i64(params.next_panels)
+                    prefetch(weights.word_address(i64(0), ahead, word))
             stored = [T.Bind(weights.word(i64(0), panel, word)) for panel in panels]
             for r, row in enumerate(rows):
                 pair = x[i64(0), row, T.ramp(word * i64(2), i64(1), 2)]
