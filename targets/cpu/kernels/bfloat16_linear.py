@@ -104,7 +104,7 @@ def _tile(
         values = [get(sums, i) for i in range(size * chains)]
         for j in range(count):
             word = T.Bind(first + i64(j))
-            if params.prefetch_words:
+            if params.prefetch_words and len(rows) == 1:
                 for panel in panels:
                     ahead = word + i64(params.prefetch_words)
                     prefetch(weights.word_address(i64(0), panel, ahead))

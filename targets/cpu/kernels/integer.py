@@ -223,7 +223,7 @@ class _Tile:
         step = 0
         for j in range(count):
             word = T.Bind(first + i64(j))
-            if self.params.prefetch_words:
+            if self.params.prefetch_words and len(self.rows) == 1:
                 for panel in self.panels:
                     ahead = word + i64(self.params.prefetch_words)
                     prefetch(weights.word_address(i64(0), panel, ahead))

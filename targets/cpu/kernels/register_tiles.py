@@ -33,7 +33,7 @@ def for_each_tile(
     Tasks are row blocks × columns of a few panels, rows outermost: a block's rows, of `row_bytes`
     each, stay in the cache while weights stream by.
     """
-    width = min(tiling.panels, weights.panels)
+    width = min(tiling.one_token_panels if tokens == 1 else tiling.panels, weights.panels)
     columns = ceildiv(weights.panels, width)
     if tokens == 1:
         loop = T.serial if weights.m * weights.k <= tiling.serial_weights else T.parallel
