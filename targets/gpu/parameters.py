@@ -44,7 +44,7 @@ class GemvParameters:
     """Products of few tokens: blocks of 32 · splits threads."""
 
     splits: int = 4  # threads that share a row's chunks
-    panels: int = 1  # rows of a thread, each 32 apart
+    panels: int = 2  # rows of a thread, each 32 apart: they share a load of activations
     token_tile: int = 4  # tokens that a block multiplies each loaded weight with
 
 
@@ -53,10 +53,10 @@ class GemmParameters:
     """Products of many tokens: tiles of rows by tokens, thread_rows by thread_tokens a thread."""
 
     rows: int = 64
-    tokens: int = 32
+    tokens: int = 64
     depth: int = 32  # input features in shared memory at a time
-    thread_rows: int = 4
-    thread_tokens: int = 4
+    thread_rows: int = 8
+    thread_tokens: int = 8
     padding: int = 1  # of a feature's tokens in shared memory, so that banks differ
 
     def __post_init__(self) -> None:
@@ -77,6 +77,7 @@ class AttentionParameters:
     decode_threads: int = 64
     decode_steps: int = 2  # positions of a thread before values are weighed
     decode_heads: int = 8  # most query heads of a block
+    decode_parts: int = 1  # blocks that share the context of a sequence
     tile_rows: int = 32  # tokens times heads of a block
     tile_positions: int = 64  # positions scored at a time
     tile_threads: int = 128
@@ -90,7 +91,7 @@ class GpuParameters:
     features: Features = field(default_factory=Features)
     row_threads: int = 64  # threads that share a row of a norm, an embedding, a rotation
     flat_threads: int = 128  # threads of a block in element-wise kernels
-    gemv: GemvParameters = field(default_factory=lambda: GemvParameters(splits=8))
+    gemv: GemvParameters = field(default_factory=lambda: GemvParameters(splits=8, panels=2))
     few: GemvParameters = field(default_factory=GemvParameters)
     gemm: GemmParameters = field(default_factory=GemmParameters)
     attention: AttentionParameters = field(default_factory=AttentionParameters)

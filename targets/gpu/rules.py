@@ -10,12 +10,13 @@ from collections.abc import Callable
 import tvm
 
 from llmc import dialect
-from llmc.formats import FORMATS
+from llmc.formats import FORMATS, WeightFormat
 from llmc.targets.base import Kernel, KernelRule, Site
 from llmc.targets.gpu.kernels.activation import gated_activation
 from llmc.targets.gpu.kernels.attention import paged_attention
 from llmc.targets.gpu.kernels.embedding import embedding
 from llmc.targets.gpu.kernels.grouped_linear import grouped_linear
+from llmc.targets.gpu.kernels.grouped_tiles import grouped_tiles
 from llmc.targets.gpu.kernels.kv_pages import key_shape, kv_type, value_shape
 from llmc.targets.gpu.kernels.kv_write import kv_write, rope, rope_kv_write
 from llmc.targets.gpu.kernels.linear import linear_few, linear_many
@@ -49,8 +50,11 @@ def kernel_rules(parameters: GpuParameters, few_tokens: int) -> list[tuple[str, 
             return None
         return _linear_few(site, None, parameters.few)
 
+    def few_experts(site: Site) -> Kernel | None:
+        return _grouped_linear(site, parameters) if site.max_tokens <= few_tokens else None
+
     rules = _rules(parameters)
-    return [("gpu.gemv", gemv), ("gpu.few", few), *rules]
+    return [("gpu.gemv", gemv), ("gpu.few", few), ("gpu.few_experts", few_experts), *rules]
 
 
 def _max_rows(site: Site) -> int:
@@ -64,7 +68,7 @@ def _rules(parameters: GpuParameters) -> list[tuple[str, KernelRule]]:
 
     named: list[tuple[str, _Rule]] = [
         ("gpu.gemm", _linear_many),
-        ("gpu.experts", _grouped_linear),
+        ("gpu.experts", _grouped_tiles),
         ("gpu.attention", _attention),
         ("gpu.embedding", _embedding),
         ("gpu.norm", _norm),
@@ -129,23 +133,43 @@ def _linear_many(site: Site, params: GpuParameters) -> Kernel | None:
 def _grouped_linear(site: Site, params: GpuParameters) -> Kernel | None:
     if not isinstance(site.op, dialect.GroupedLinear):
         return None
-    num_experts, m, k = site.extents("weight")
-    rows = [str(site.types[n].shape[0]) for n in ("x", "expert_ids")]
-    tokens, top = site.extents("expert_ids")
     func = grouped_linear(
-        FORMATS[site.op.format or "f32"],
-        num_experts,
-        m,
-        k,
-        top,
-        tokens=tokens or None,
-        per_token_input=rows[0] == rows[1],
+        *_experts(site),
+        tokens=site.extents("expert_ids")[0] or None,
+        per_token_input=_serves_all_choices(site),
         bias="bias" in site.types,
         dtype=_dtype(site, "x"),
         vector_dtype=_dtype(site, "bias"),
         params=params.gemv,
     )
     return _kernel(func, site, ("x", "expert_ids", "weight", "bias"))
+
+
+def _grouped_tiles(site: Site, params: GpuParameters) -> Kernel | None:
+    if not isinstance(site.op, dialect.GroupedLinear):
+        return None
+    func = grouped_tiles(
+        *_experts(site),
+        per_token_input=_serves_all_choices(site),
+        bias="bias" in site.types,
+        dtype=_dtype(site, "x"),
+        vector_dtype=_dtype(site, "bias"),
+        params=params.gemm,
+    )
+    return _kernel(func, site, ("x", "expert_ids", "weight", "bias"))
+
+
+def _experts(site: Site) -> tuple[WeightFormat, int, int, int, int]:
+    """(format, X, M, K, top_k)."""
+    assert isinstance(site.op, dialect.GroupedLinear)
+    num_experts, m, k = site.extents("weight")
+    return FORMATS[site.op.format or "f32"], num_experts, m, k, site.extents("expert_ids")[1]
+
+
+def _serves_all_choices(site: Site) -> bool:
+    """True where a row of x is a token's, not a choice's."""
+    rows = [str(site.types[n].shape[0]) for n in ("x", "expert_ids")]
+    return rows[0] == rows[1]
 
 
 def _attention(site: Site, params: GpuParameters) -> Kernel | None:

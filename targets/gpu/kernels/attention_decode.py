@@ -1,8 +1,13 @@
-"""Attention of single new tokens: a block for each sequence, K/V head and tile of query heads.
+"""Attention of single new tokens: a block for each sequence, tile of query heads and part of the
+context.
 
 The block walks the context in steps of `positions`. A thread scores positions of its own for all
 heads of the tile, so that a key is read once; softmax is online in float32 (Dao et al., 2022) with
 powers of two; then threads lie across the features of V, several positions at a time.
+
+Where a context is cut into parts (flash-decoding, Dao et al., 2023), each leaves its sums, its
+weights' total and its highest score in memory, and a second launch brings them together: a kernel
+of its own, because blocks of one launch cannot wait for each other.
 
 Masked scores are LOWEST, which is finite. V is never read where the token does not see, so that
 stale pages cannot put a NaN in.
@@ -24,14 +29,18 @@ from llmc.targets.gpu.kernels.block import (
     launch,
     maximum,
     put,
+    quotient,
+    quotient_up,
     reduce_all,
     registers,
+    remainder,
     shared,
     strided,
     sync,
     to_f32,
     when,
     when_all,
+    workspace,
 )
 from llmc.targets.gpu.layout import ceildiv
 from llmc.targets.gpu.parameters import AttentionParameters, Features
@@ -47,6 +56,7 @@ class DecodePlan:
     threads: int
     steps: int  # positions that a thread scores before values are weighed
     lanes: int  # features of V that a thread has
+    parts: int  # blocks that share a context
     features: Features
 
     @classmethod
@@ -61,6 +71,7 @@ class DecodePlan:
             threads=threads,
             steps=params.decode_steps,
             lanes=lanes,
+            parts=params.decode_parts,
             features=features,
         )
 
@@ -71,13 +82,64 @@ class DecodePlan:
 
 
 def decode(shape: Shape, inputs: Inputs, plan: DecodePlan) -> None:
-    """Emits the launch for all sequences with one new token."""
-    tiles = shape.heads // plan.heads
-    grid = (inputs.sequences, shape.num_kv_heads * tiles)
-    with launch(grid, (plan.threads,)) as (sequence, tile, thread):
+    """Emits the launches for all sequences with one new token."""
+    tiles = shape.num_kv_heads * shape.heads // plan.heads
+    partial = None
+    if plan.parts > 1:
+        heads = shape.num_kv_heads * shape.heads
+        # Behind a part's sums stand its total and its highest score.
+        partial = workspace((inputs.sequences, heads, plan.parts, shape.v_head_dim + 2))
+    with launch((inputs.sequences, tiles, plan.parts), (plan.threads,)) as (
+        sequence,
+        tile,
+        part,
+        thread,
+    ):
         row = T.Bind(inputs.start(sequence))
-        with when_all(inputs.start(sequence + i64(1)) - row == i64(1)):
-            _Decode(shape, inputs, plan, sequence, row, tile, thread).emit()
+        with when_all(_is_decode(inputs, sequence, row)):
+            _Decode(shape, inputs, plan, sequence, row, tile, part, thread, partial).emit()
+    if partial is not None:
+        _merge(shape, inputs, plan, partial)
+
+
+def _is_decode(inputs: Inputs, sequence: Expr, row: Expr) -> Expr:
+    return inputs.start(sequence + i64(1)) - row == i64(1)
+
+
+def _with_sink(inputs: Inputs, head: Expr, highest: Expr, total: Expr) -> tuple[Expr, Expr]:
+    """(factor of the sums, total) once the head's sink, if there is one, has joined the softmax."""
+    if inputs.sinks is None:
+        return f32(1), total
+    sink = T.Bind(inputs.sink(head))
+    above = T.Bind(T.max(highest, sink))
+    factor = T.Bind(T.exp2(highest - above))
+    return factor, total * factor + T.exp2(sink - above)
+
+
+def _merge(shape: Shape, inputs: Inputs, plan: DecodePlan, partial: Expr) -> None:
+    """Scales the parts' sums to the highest score of all and divides by the total."""
+    width, threads = shape.v_head_dim, 32
+    heads = shape.num_kv_heads * shape.heads
+    with launch((inputs.sequences, heads), (threads,)) as (sequence, head, thread):
+        row = T.Bind(inputs.start(sequence))
+        with when(_is_decode(inputs, sequence, row)):
+            parts = [(sequence, head, i64(part)) for part in range(plan.parts)]
+            scores = [T.Bind(partial[(*at, i64(width + 1))]) for at in parts]
+            highest = scores[0]
+            for score in scores[1:]:
+                highest = T.max(highest, score)
+            highest = T.Bind(highest)
+            factors = [T.Bind(T.exp2(score - highest)) for score in scores]
+            total: Expr = f32(0)
+            for at, factor in zip(parts, factors, strict=True):
+                total = total + partial[(*at, i64(width))] * factor
+            scale, total = _with_sink(inputs, head, highest, T.Bind(total))
+            inverse = T.Bind(scale / total)
+            with strided(thread, width, threads) as feature:
+                value: Expr = f32(0)
+                for at, factor in zip(parts, factors, strict=True):
+                    value = value + partial[(*at, feature)] * factor
+                put(inputs.out, value * inverse, 0, row, head, feature)
 
 
 class _Decode:
@@ -91,12 +153,15 @@ class _Decode:
         sequence: Expr,
         row: Expr,
         tile: Expr,
+        part: Expr,
         thread: Expr,
+        partial: Expr | None,
     ) -> None:
         self.shape, self.inputs, self.plan = shape, inputs, plan
-        self.sequence, self.row, self.thread = sequence, row, thread
+        self.sequence, self.row, self.part, self.thread = sequence, row, part, thread
+        self.partial = partial
         self.first_head = T.Bind(tile * i64(plan.heads))
-        self.kv_head = T.Bind(T.floordiv(self.first_head, i64(shape.heads)))
+        self.kv_head = T.Bind(quotient(self.first_head, shape.heads))
         self.q = shared((plan.heads, shape.keys.padded))
         self.weights = shared((plan.heads, plan.positions))
         # Where a position lies: its page times the page size, plus its place in the page.
@@ -106,8 +171,8 @@ class _Decode:
         self.sums = registers((plan.heads, plan.lanes))
         columns = shape.v_head_dim // plan.lanes
         self.groups = plan.threads // columns
-        self.column = T.Bind(T.floormod(thread, i64(columns)) * i64(plan.lanes))
-        self.group = T.Bind(T.floordiv(thread, i64(columns)))
+        self.column = T.Bind(remainder(thread, columns) * i64(plan.lanes))
+        self.group = T.Bind(quotient(thread, columns))
 
     def emit(self) -> None:
         """Walks the context and stores the outputs."""
@@ -117,7 +182,12 @@ class _Decode:
         begin = i64(0)
         if shape.window is not None:
             begin = T.Bind(T.max(end - i64(shape.window), i64(0)))
-        with T.serial(T.ceildiv(end - begin, i64(plan.positions))) as block:
+        if plan.parts > 1:
+            share = T.Bind(quotient_up(end - begin, plan.parts))
+            begin = T.Bind(begin + self.part * share)
+            # The last parts of a short context are empty.
+            end = T.Bind(T.max(T.min(begin + share, end), begin))
+        with T.serial(quotient_up(end - begin, plan.positions)) as block:
             first = T.Bind(begin + block * i64(plan.positions))
             count = T.Bind(T.min(end - first, i64(plan.positions)))
             self._score(first, end)
@@ -130,8 +200,8 @@ class _Decode:
         shape, plan = self.shape, self.plan
         width = shape.keys.padded
         with strided(self.thread, plan.heads * width, plan.threads) as item:
-            head = T.Bind(T.floordiv(item, i64(width)))
-            feature = T.Bind(T.floormod(item, i64(width)))
+            head = T.Bind(quotient(item, width))
+            feature = T.Bind(remainder(item, width))
             query = to_f32(self.inputs.q[i64(0), self.row, self.first_head + head, feature])
             query = query * f32(shape.query_scale)
             if width != shape.head_dim:
@@ -154,7 +224,7 @@ class _Decode:
                 put(scores, f32(LOWEST), step, head)
             with when(position < end):
                 page = T.Bind(self.inputs.page(shape, self.sequence, position))
-                offset = T.Bind(T.floormod(position, i64(shape.page_size)))
+                offset = T.Bind(remainder(position, shape.page_size))
                 slot = page * i64(shape.page_size) + offset
                 put(self.slots, slot, i64(step * plan.threads) + self.thread)
                 self._dot(scores, step, page, offset)
@@ -208,12 +278,12 @@ class _Decode:
     def _weigh(self, count: Expr) -> None:
         """Adds the weighted values: each group of threads takes every groups-th position."""
         shape, plan, values = self.shape, self.plan, self.shape.values
-        with when(self.group < i64(self.groups)), T.serial(T.ceildiv(count, i64(self.groups))) as i:
+        with when(self.group < i64(self.groups)), T.serial(quotient_up(count, self.groups)) as i:
             position = T.Bind(i * i64(self.groups) + self.group)
             with when(position < count):
                 slot = T.Bind(T.Cast("int64", self.slots[position]))
-                page = T.Bind(T.floordiv(slot, i64(shape.page_size)))
-                offset = T.Bind(T.floormod(slot, i64(shape.page_size)))
+                page = T.Bind(quotient(slot, shape.page_size))
+                offset = T.Bind(remainder(slot, shape.page_size))
                 place = T.Bind(values.place(offset, self.column))
                 pages = self.inputs.v_pages
                 loaded = values.load(pages, page, self.kv_head, place, plan.lanes)
@@ -226,29 +296,33 @@ class _Decode:
                         put(self.sums, total, head, lane)
 
     def _store(self) -> None:
-        """Brings the groups' sums together and divides by the weights' sum."""
+        """Brings the groups' sums together; divides by the weights' sum, or leaves both."""
         shape, plan = self.shape, self.plan
         totals = [T.Bind(self.totals[i64(h)]) for h in range(plan.heads)]
         totals = reduce_all(totals, add, self.thread, plan.threads, plan.features)
-        partial = shared((self.groups, shape.v_head_dim))
-        for head in range(plan.heads):
+        groups = shared((self.groups, shape.v_head_dim))
+        for head, total in enumerate(totals):
             number = T.Bind(self.first_head + i64(head))
-            factor: Expr = f32(1)
-            total = totals[head]
-            if self.inputs.sinks is not None:
-                sink = T.Bind(self.inputs.sink(number))
-                highest = T.Bind(T.max(self.highest[i64(head)], sink))
-                factor = T.Bind(T.exp2(self.highest[i64(head)] - highest))
-                total = total * factor + T.exp2(sink - highest)
-            inverse = T.Bind(factor / total)
+            highest = T.Bind(self.highest[i64(head)])
             with when(self.group < i64(self.groups)):
                 for lane in range(plan.lanes):
                     value = self.sums[i64(head), i64(lane)]
-                    put(partial, value, self.group, self.column + i64(lane))
+                    put(groups, value, self.group, self.column + i64(lane))
             sync()
+            if self.partial is None:
+                factor, total = _with_sink(self.inputs, number, highest, total)
+                inverse = T.Bind(factor / total)
             with strided(self.thread, shape.v_head_dim, plan.threads) as feature:
-                value = partial[i64(0), feature]
+                value = groups[i64(0), feature]
                 for group in range(1, self.groups):
-                    value = value + partial[i64(group), feature]
-                put(self.inputs.out, value * inverse, 0, self.row, number, feature)
+                    value = value + groups[i64(group), feature]
+                if self.partial is None:
+                    put(self.inputs.out, value * inverse, 0, self.row, number, feature)
+                else:
+                    put(self.partial, value, self.sequence, number, self.part, feature)
+            if self.partial is not None:
+                at = (self.sequence, number, self.part)
+                with when(self.thread == i64(0)):
+                    put(self.partial, total, *at, shape.v_head_dim)
+                    put(self.partial, highest, *at, shape.v_head_dim + 1)
             sync()

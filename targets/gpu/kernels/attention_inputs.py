@@ -7,7 +7,12 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.gpu.kernels.block import f32, i64, to_f32
+from llmc.targets.gpu.kernels.block import (
+    f32,
+    i64,
+    quotient,
+    to_f32,
+)
 from llmc.targets.gpu.kernels.kv_pages import KvType, PageShape, key_shape, value_shape
 
 Expr = Any
@@ -78,7 +83,7 @@ class Inputs:
 
     def page(self, shape: Shape, sequence: Expr, position: Expr) -> Expr:
         """The page that holds a position, int64."""
-        number = T.floordiv(position, i64(shape.page_size))
+        number = quotient(position, shape.page_size)
         return T.Cast("int64", self.tables[i64(shape.group), sequence, number])
 
     def sink(self, head: Expr) -> Expr:

@@ -26,7 +26,10 @@ from llmc.targets.gpu.kernels.block import (
     i64,
     launch,
     put,
+    quotient,
+    quotient_up,
     registers,
+    remainder,
     shared,
     strided,
     sync,
@@ -105,7 +108,7 @@ def prefill(shape: Shape, inputs: Inputs, plan: TilePlan) -> None:
     """Emits the launch for all sequences with more than one new token."""
     head_tiles = shape.heads // plan.heads
     # Every sequence may end in a tile that is not full.
-    tiles = T.floordiv(inputs.rows, i64(plan.tokens)) + inputs.sequences
+    tiles = quotient(inputs.rows, plan.tokens) + inputs.sequences
     grid = (tiles, shape.num_kv_heads * head_tiles)
     with launch(grid, (plan.threads,)) as (tile, head_tile, thread):
         found = registers((2,), "int32")
@@ -145,9 +148,9 @@ class _Tile:
         self.count = T.Bind(T.min(new - first, i64(plan.tokens)))
         self.position = T.Bind(inputs.length(self.sequence) - new + first)
         self.first_head = T.Bind(head * i64(plan.heads))
-        self.kv_head = T.Bind(T.floordiv(self.first_head, i64(shape.heads)))
-        self.across = T.Bind(T.floormod(thread, i64(ACROSS)))
-        self.down = T.Bind(T.floordiv(thread, i64(ACROSS)))
+        self.kv_head = T.Bind(quotient(self.first_head, shape.heads))
+        self.across = T.Bind(remainder(thread, ACROSS))
+        self.down = T.Bind(quotient(thread, ACROSS))
         self.q = shared((shape.keys.padded, plan.padded_rows))
         self.weights = shared((plan.padded_rows, plan.positions))
         self.factors = shared((plan.padded_rows,))
@@ -157,8 +160,8 @@ class _Tile:
         # In softmax a thread has a part of one row; row r's parts are spread over the block.
         self.parts = plan.threads // plan.padded_rows
         self.partial = shared((self.parts, plan.padded_rows))
-        self.row = T.Bind(T.floormod(thread, i64(plan.padded_rows)))
-        self.part = T.Bind(T.floordiv(thread, i64(plan.padded_rows)))
+        self.row = T.Bind(remainder(thread, plan.padded_rows))
+        self.part = T.Bind(quotient(thread, plan.padded_rows))
         self.highest = registers((1,))
         self.total = registers((1,))
 
@@ -170,7 +173,7 @@ class _Tile:
         begin = i64(0)
         if shape.window is not None:
             begin = T.Bind(T.max(self.position - i64(shape.window - 1), i64(0)))
-        with T.serial(T.ceildiv(end - begin, i64(plan.positions))) as block:
+        with T.serial(quotient_up(end - begin, plan.positions)) as block:
             first = T.Bind(begin + block * i64(plan.positions))
             self._score(first, end)
             self._soften(first)
@@ -178,10 +181,10 @@ class _Tile:
         self._store()
 
     def _token(self, row: Expr) -> Expr:
-        return T.floordiv(row, i64(self.plan.heads))
+        return quotient(row, self.plan.heads)
 
     def _head(self, row: Expr) -> Expr:
-        return self.first_head + T.floormod(row, i64(self.plan.heads))
+        return self.first_head + remainder(row, self.plan.heads)
 
     def _rows(self) -> list[Expr]:
         """The thread's rows, side by side threads having rows that lie side by side."""
@@ -192,8 +195,8 @@ class _Tile:
         shape, plan = self.shape, self.plan
         width = shape.keys.padded
         with strided(self.thread, width * plan.padded_rows, plan.threads) as item:
-            feature = T.Bind(T.floormod(item, i64(width)))
-            row = T.Bind(T.floordiv(item, i64(width)))
+            feature = T.Bind(remainder(item, width))
+            row = T.Bind(quotient(item, width))
             token = T.min(self._token(row), self.count - i64(1))
             query = to_f32(self.inputs.q[i64(0), self.first_row + token, self._head(row), feature])
             query = query * f32(shape.query_scale)
@@ -257,7 +260,7 @@ class _Tile:
             with T.If(position < end):
                 with T.Then():
                     page = T.Bind(self.inputs.page(shape, self.sequence, position))
-                    offset = T.Bind(T.floormod(position, i64(shape.page_size)))
+                    offset = T.Bind(remainder(position, shape.page_size))
                     source = T.Bind(keys.place(offset, T.Bind(start + within)))
                     pages = self.inputs.k_pages
                     key = keys.load(pages, page, self.kv_head, source, lanes)
@@ -318,10 +321,10 @@ class _Tile:
             # Starting at its own row number, a thread meets no other one in a bank.
             number = T.Bind(i * i64(parts) + self.part)
             if share * parts == positions:
-                body(T.Bind(T.floormod(number + self.row, i64(positions))))
+                body(T.Bind(remainder(number + self.row, positions)))
             else:
                 with when(number < i64(positions)):
-                    body(T.Bind(T.floormod(number + self.row, i64(positions))))
+                    body(T.Bind(remainder(number + self.row, positions)))
 
     def _weigh(self, first: Expr, end: Expr) -> None:
         """Adds the weighted values of the block's positions."""
@@ -350,8 +353,8 @@ class _Tile:
         lanes = 4 if shape.v_head_dim % 4 == 0 else 1
 
         def load(item: Expr) -> None:
-            place = T.Bind(T.floordiv(item, i64(padded // lanes)))
-            feature = T.Bind(T.floormod(item, i64(padded // lanes)) * i64(lanes))
+            place = T.Bind(quotient(item, padded // lanes))
+            feature = T.Bind(remainder(item, padded // lanes) * i64(lanes))
             position = T.Bind(first + place)
             at = T.Bind(place * i64(padded) + feature)
             inside = position < end
@@ -360,7 +363,7 @@ class _Tile:
             with T.If(inside):
                 with T.Then():
                     page = T.Bind(self.inputs.page(shape, self.sequence, position))
-                    offset = T.Bind(T.floormod(position, i64(shape.page_size)))
+                    offset = T.Bind(remainder(position, shape.page_size))
                     source = T.Bind(values.place(offset, feature))
                     pages = self.inputs.v_pages
                     loaded = values.load(pages, page, self.kv_head, source, lanes)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
@@ -36,8 +37,8 @@ def index(value: Extent) -> Expr:
 
 
 def f32(value: float) -> Expr:
-    """A float32 constant."""
-    return T.float32(value)
+    """A float32 constant, rounded here: generators print more digits than a float has."""
+    return T.float32(float(np.float32(value)))
 
 
 def to_f32(value: Expr) -> Expr:
@@ -88,6 +89,11 @@ def registers(shape: tuple[int, ...], dtype: str = "float32") -> Expr:
     return T.alloc_buffer([i64(d) for d in shape], dtype, scope="local")
 
 
+def workspace(shape: tuple[Extent, ...], dtype: str = "float32") -> Expr:
+    """Device memory that one launch of the function leaves to the next."""
+    return T.alloc_buffer([index(d) for d in shape], dtype, scope="global")
+
+
 def sync() -> None:
     """Waits for the block's threads; what they wrote to shared memory is seen after it."""
     T.evaluate(T.tvm_storage_sync("shared"))
@@ -106,6 +112,25 @@ def launch(blocks: tuple[Extent, ...], threads: tuple[int, ...]) -> Iterator[tup
     finally:
         for frame in reversed(frames[: len(opened)]):
             frame.__exit__(None, None, None)
+
+
+def quotient(a: Expr, b: int) -> Expr:
+    """a // b of a number that is not negative, whatever TVM knows of it.
+
+    For floordiv of a number that it knows nothing of, TVM adds 2^31 and some before it divides: a
+    generator that narrows indices to 32 bits would overflow. By powers of two it shifts.
+    """
+    return T.floordiv(a, i64(b)) if b & (b - 1) == 0 else T.truncdiv(a, i64(b))
+
+
+def remainder(a: Expr, b: int) -> Expr:
+    """a % b of a number that is not negative; see `quotient`."""
+    return T.floormod(a, i64(b)) if b & (b - 1) == 0 else T.truncmod(a, i64(b))
+
+
+def quotient_up(a: Expr, b: int) -> Expr:
+    """The quotient rounded up; see `quotient`."""
+    return quotient(a + i64(b - 1), b)
 
 
 @contextmanager
@@ -133,7 +158,7 @@ def strided(start: Expr, extent: Extent, step: int) -> Iterator[Expr]:
         with T.serial(i64(extent // step)) as i:
             yield T.Bind(i * i64(step) + start)
         return
-    with T.serial(T.ceildiv(index(extent), i64(step))) as i:
+    with T.serial(quotient_up(index(extent), step)) as i:
         element = T.Bind(i * i64(step) + start)
         with when(element < index(extent)):
             yield element

@@ -22,8 +22,10 @@ from llmc.targets.gpu.kernels.block import (
     launch,
     maximum,
     put,
+    quotient,
     reduce,
     registers,
+    remainder,
     rows_of,
     size_var,
     strided,
@@ -197,8 +199,8 @@ class _Writer:
 
     def put(self, shape: PageShape, pages: Expr, load: Load) -> None:
         """load(0 … features - 1) into the page, padding as zeros."""
-        page = T.Bind(T.floordiv(self.slot, i64(self.page_size)))
-        offset = T.Bind(T.floormod(self.slot, i64(self.page_size)))
+        page = T.Bind(quotient(self.slot, self.page_size))
+        offset = T.Bind(remainder(self.slot, self.page_size))
         threads = self.params.row_threads
         inverse = self._scale(shape, pages, page, offset, load) if shape.kv.scaled else None
         with strided(self.thread, shape.padded, threads) as column:

@@ -102,17 +102,18 @@ std::unique_ptr<Block> Memory::MakeBlock(uint64_t bytes, uint32_t type, bool map
   buffer.size = bytes;
   buffer.usage = VK_BUFFER_USAGE_STORAGE_BUFFER_BIT | VK_BUFFER_USAGE_TRANSFER_SRC_BIT |
                  VK_BUFFER_USAGE_TRANSFER_DST_BIT | VK_BUFFER_USAGE_SHADER_DEVICE_ADDRESS_BIT;
-  LLMC_CHECK(vkCreateBuffer(device_, &buffer, nullptr, &block->buffer));
-  VkMemoryRequirements needs;
-  vkGetBufferMemoryRequirements(device_, block->buffer, &needs);
+  VkResult result = bytes > info_.max_allocation_bytes
+                        ? VK_ERROR_OUT_OF_DEVICE_MEMORY
+                        : vkCreateBuffer(device_, &buffer, nullptr, &block->buffer);
+  VkMemoryRequirements needs{};
+  if (result == VK_SUCCESS) vkGetBufferMemoryRequirements(device_, block->buffer, &needs);
   VkMemoryAllocateFlagsInfo flags{VK_STRUCTURE_TYPE_MEMORY_ALLOCATE_FLAGS_INFO};
   flags.flags = VK_MEMORY_ALLOCATE_DEVICE_ADDRESS_BIT;
   VkMemoryAllocateInfo allocate{VK_STRUCTURE_TYPE_MEMORY_ALLOCATE_INFO, &flags};
   allocate.allocationSize = needs.size;
   allocate.memoryTypeIndex = type;
-  VkResult result = needs.memoryTypeBits >> type & 1 ? VK_SUCCESS : VK_ERROR_FEATURE_NOT_PRESENT;
-  if (result == VK_SUCCESS && bytes > info_.max_allocation_bytes) {
-    result = VK_ERROR_OUT_OF_DEVICE_MEMORY;
+  if (result == VK_SUCCESS && !(needs.memoryTypeBits >> type & 1)) {
+    result = VK_ERROR_FEATURE_NOT_PRESENT;
   }
   if (result == VK_SUCCESS) result = vkAllocateMemory(device_, &allocate, nullptr, &block->memory);
   if (result == VK_SUCCESS) result = vkBindBufferMemory(device_, block->buffer, block->memory, 0);

@@ -28,6 +28,7 @@ SMALL_BLOCKS = GpuParameters(
         decode_threads=32, decode_steps=1, decode_heads=2, tile_rows=8, tile_positions=32
     ),
 )
+PARTS = GpuParameters(attention=AttentionParameters(decode_parts=5))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,9 @@ CASES = {
     "odd_heads": Case(num_heads=2, num_kv_heads=2, head_dim=5, v_head_dim=7),
     "one_token": Case(tokens=1, lengths=((1, 333),)),
     "one_token_of_many_sequences": Case(tokens=1, lengths=((0, 0), (1, 50), (0, 0)), sinks=True),
+    "parts": Case(lengths=MIXED, params=PARTS),
+    "parts_with_sinks_and_window": Case(lengths=MIXED, params=PARTS, sinks=True, window=130),
+    "one_token_in_parts": Case(tokens=1, lengths=((1, 333),), params=PARTS),
     "bf16": Case(lengths=MIXED, kv_dtype="uint16"),
     "int8": Case(lengths=MIXED, kv_dtype="int8"),
     "int8_softcap": Case(

@@ -10,6 +10,7 @@ from matrices import DISTINCT, random_matrix
 from llmc.formats import FORMATS
 from llmc.targets.gpu import layout
 from llmc.targets.gpu.kernels.grouped_linear import grouped_linear
+from llmc.targets.gpu.kernels.grouped_tiles import grouped_tiles
 from llmc.targets.gpu.kernels.linear import linear_few, linear_many
 from llmc.targets.gpu.parameters import GemmParameters, GemvParameters, GpuParameters
 
@@ -21,6 +22,8 @@ M = 70  # neither a multiple of a panel nor of a tile
 PARAMS = GpuParameters()
 F32 = {"dtype": "float32", "vector_dtype": "float32"}
 EXPERTS, TOP = 5, 2
+# One of each way to decode a chunk; the product of one token shows all formats.
+SOME = ("f32", "f16", "bf16", "w8", "q4_1", "q2_k", "q6_k")
 SHAPED = {
     "splits": GemvParameters(splits=3, panels=2, token_tile=3),
     "one_split": GemvParameters(splits=1, panels=4, token_tile=8),
@@ -45,8 +48,9 @@ def kernels():
         functions[f"one_{fmt.name}"] = linear_few(
             fmt, M, k, 1, bias=True, residual=True, params=PARAMS.gemv, **F32
         )
-        functions[f"few_{fmt.name}"] = linear_few(fmt, M, k, None, params=PARAMS.few, **plain)
-        functions[f"many_{fmt.name}"] = linear_many(fmt, M, k, params=PARAMS.gemm, **plain)
+        if fmt.name in SOME:
+            functions[f"few_{fmt.name}"] = linear_few(fmt, M, k, None, params=PARAMS.few, **plain)
+            functions[f"many_{fmt.name}"] = linear_many(fmt, M, k, params=PARAMS.gemm, **plain)
     q4 = FORMATS["q4_1"]
     for name, params in SHAPED.items():
         functions[f"shaped_{name}"] = linear_few(
@@ -64,17 +68,13 @@ def kernels():
     functions["half_many"] = linear_many(q4, M, 96, params=PARAMS.gemm, **half)
     for name in ("f32", "q4_0"):
         for shared_input in (True, False):
-            functions[f"experts_{name}_{shared_input}"] = grouped_linear(
-                FORMATS[name],
-                EXPERTS,
-                M,
-                96,
-                TOP,
-                tokens=None,
-                per_token_input=shared_input,
-                bias=True,
-                params=PARAMS.gemv,
-                **F32,
+            sizes = FORMATS[name], EXPERTS, M, 96, TOP
+            options = {"per_token_input": shared_input, "bias": True, **F32}
+            functions[f"few_experts_{name}_{shared_input}"] = grouped_linear(
+                *sizes, tokens=None, params=PARAMS.gemv, **options
+            )
+            functions[f"experts_{name}_{shared_input}"] = grouped_tiles(
+                *sizes, params=TILES["tall"], **options
             )
     return build(functions)
 
@@ -100,8 +100,9 @@ def test_one_token_with_bias_and_residual(kernels, fmt):
 
 
 @pytest.mark.parametrize("form", ["few", "many"])
-@pytest.mark.parametrize("fmt", DISTINCT, ids=lambda f: f.name)
-def test_more_tokens(kernels, fmt, form):
+@pytest.mark.parametrize("name", SOME)
+def test_more_tokens(kernels, name, form):
+    fmt = FORMATS[name]
     k = features_of(fmt)
     weights, exact = weights_of(fmt, k)
     for tokens in (1, 7) if form == "few" else (1, 45):
@@ -138,14 +139,15 @@ def test_float16_activations_are_summed_in_float32(kernels, form):
     close(y, x.astype(np.float64) @ exact.T + bias + residual, HALF_TOLERANCE)
 
 
+@pytest.mark.parametrize("form", ["few_experts", "experts"])
 @pytest.mark.parametrize("shared_input", [True, False])
 @pytest.mark.parametrize("name", ["f32", "q4_0"])
-def test_rows_go_through_the_experts_chosen_for_them(kernels, name, shared_input):
+def test_rows_go_through_the_experts_chosen_for_them(kernels, name, shared_input, form):
     fmt, rng = FORMATS[name], np.random.default_rng(6)
     pairs = [random_matrix(rng, fmt, M, 96) for _ in range(EXPERTS)]
     weights = layout.pack(fmt, [matrix for matrix, _ in pairs], stacked=True)
     bias = normal(EXPERTS, M)
-    for tokens in (1, 13):
+    for tokens in (1, 13, 60):
         # Expert 3 is never chosen, and a token may choose one twice.
         ids = rng.choice([0, 1, 2, 4], (tokens, TOP)).astype(np.int32)
         x = normal(tokens if shared_input else tokens * TOP, 96)
@@ -154,5 +156,5 @@ def test_rows_go_through_the_experts_chosen_for_them(kernels, name, shared_input
             [pairs[e][1] @ row + bias[e] for row, e in zip(rows, ids.reshape(-1), strict=True)]
         )
         arrays = (x, ids, *weights, bias, empty(tokens * TOP, M))
-        (y,) = run(kernels[f"experts_{name}_{shared_input}"], *arrays, outputs=[-1])
+        (y,) = run(kernels[f"{form}_{name}_{shared_input}"], *arrays, outputs=[-1])
         close(y, expected)

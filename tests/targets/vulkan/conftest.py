@@ -6,27 +6,18 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PACKAGES = "mesa-vulkan-drivers glslang-tools spirv-tools libvulkan-dev g++"
 
 
 @functools.cache
 def why_not():
     """What this machine lacks, or an empty string."""
-    import tvm_ffi
+    from llmc.targets.vulkan.status import lacks
 
-    from llmc.device_plugin import load_plugin, missing_packages
-    from llmc.targets.vulkan.spirv import missing_tools
-
-    missing = [*missing_packages("vulkan"), *missing_tools()]
-    if missing:
-        return f"needs {' '.join(missing)}"
-    load_plugin("vulkan")
-    return tvm_ffi.get_global_func("llmc.vulkan.problem")()
+    return "; ".join(f"{lack.reason}: {lack.hint}" for lack in lacks())
 
 
 def pytest_collection_modifyitems(items):
     mine = [item for item in items if HERE in item.path.parents]
     if mine and why_not():
-        reason = f"{why_not()}; apt-get install {PACKAGES}"
         for item in mine:
-            item.add_marker(pytest.mark.skip(reason=reason))
+            item.add_marker(pytest.mark.skip(reason=why_not()))

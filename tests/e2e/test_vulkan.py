@@ -1,0 +1,192 @@
+"""The tiny model on this machine's Vulkan device: right answers, and clear words without them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tvm_ffi
+from greedy import assert_same, greedy
+from random_models import DEMO
+
+import llmc
+from llmc.artifact import Manifest
+from llmc.errors import ArtifactError, CapacityError, UsageError
+from llmc.runtime.devices import choose_place
+from llmc.runtime.engine import Engine
+from llmc.runtime.verify import verify
+from llmc.targets.registry import list_targets
+
+pytestmark = pytest.mark.usefixtures("vulkan")
+VALIDATION = "VK_LAYER_KHRONOS_validation"
+ANSWER = """
+import sys
+from llmc import Engine, SamplingParams
+engine = Engine(sys.argv[1])
+print(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0))[0].token_ids)
+"""
+
+
+@pytest.fixture(scope="session")
+def vulkan() -> None:
+    """Skips where this machine cannot compile for Vulkan and run it."""
+    [status] = [s for s in list_targets() if s.name == "vulkan"]
+    if not (status.can_build and status.can_run):
+        pytest.skip(f"{'; '.join(status.reasons)}: {status.hint}")
+
+
+@pytest.fixture(scope="module")
+def on_vulkan(vulkan: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in float32; not to be written to."""
+    out = tmp_path_factory.mktemp("vulkan") / "tiny"
+    return llmc.compile(tiny_model, target="vulkan", out=out, max_batch_tokens=64).path
+
+
+def answer(artifact: Path, **variables: str) -> str:
+    """Greedy tokens from a process of its own with these environment variables; all it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER, str(artifact)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **variables},
+    )
+    return done.stdout + done.stderr
+
+
+def test_every_entry_point_computes_the_references_numbers(on_vulkan: Path) -> None:
+    report = verify(on_vulkan)
+    assert report.passed
+    # As exact as the CPU's float32, far within what the artifact allows.
+    assert report.total.max_abs < 1e-4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_batch_tokens": 16}, {"kv_cache_tokens": 160}],
+    ids=["batch", "chunks", "preemption"],
+)
+def test_answers_are_the_cpus(
+    on_vulkan: Path, tiny_artifact: Path, options: dict[str, int]
+) -> None:
+    random = np.random.default_rng(1)
+    prompts = [random.integers(0, 256, n).tolist() for n in (1, 2, 7, 16, 17, 31, 60)]
+    expected = greedy(Engine(tiny_artifact), prompts, max_tokens=16)
+    engine = Engine(on_vulkan, **options)
+    assert_same(greedy(engine, prompts, max_tokens=16), expected, least_certain=0.8)
+    assert engine.stats.kv_cache_usage_ratio == 0
+
+
+def test_copies_through_staging_buffers_change_nothing(on_vulkan: Path) -> None:
+    direct = answer(on_vulkan)
+    assert re.fullmatch(r"\[\d+, \d+, \d+, \d+\]\n", direct)
+    assert answer(on_vulkan, LLMC_VULKAN_STAGING="1") == direct
+
+
+@pytest.mark.parametrize("staging", ["0", "1"])
+def test_the_validation_layers_have_nothing_to_say(on_vulkan: Path, staging: str) -> None:
+    layer = {"VK_INSTANCE_LAYERS": VALIDATION, "LLMC_VULKAN_STAGING": staging}
+    loaded = answer(on_vulkan, VK_LOADER_DEBUG="layer", **layer)
+    if f'Insert instance layer "{VALIDATION}"' not in loaded:
+        pytest.skip("needs the validation layers; apt-get install vulkan-validationlayers")
+    synchronization = "VK_VALIDATION_FEATURE_ENABLE_SYNCHRONIZATION_VALIDATION_EXT"
+    assert answer(on_vulkan, VK_LAYER_ENABLES=synchronization, **layer) == answer(on_vulkan)
+
+
+def test_a_machine_without_a_driver_says_what_to_install(on_vulkan: Path) -> None:
+    said = answer(on_vulkan, VK_ICD_FILENAMES="/none", VK_DRIVER_FILES="/none")
+    assert "ArtifactError: no Vulkan device: no Vulkan 1.2 driver is installed" in said
+    assert "hint: install the driver of your GPU" in said
+
+
+def test_a_wrong_index_names_the_devices_there_are(
+    on_vulkan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="there is no device vulkan:99\nhint: there are 0: "):
+        Engine(on_vulkan, device="vulkan:99")
+    with pytest.raises(UsageError, match="'x' is no number"):
+        Engine(on_vulkan, device="vulkan:x")
+    monkeypatch.setenv("LLMC_VULKAN_DEVICE", "98")
+    with pytest.raises(UsageError, match="there is no device vulkan:98"):
+        Engine(on_vulkan)
+    monkeypatch.setenv("LLMC_VULKAN_DEVICE", "first")
+    with pytest.raises(UsageError, match="LLMC_VULKAN_DEVICE is 'first', not the number"):
+        Engine(on_vulkan)
+
+
+def test_a_feature_that_the_device_lacks_is_named(on_vulkan: Path) -> None:
+    manifest = Manifest.load(on_vulkan)
+    assert {"bufferDeviceAddress", "threads128"} <= set(manifest.variants[0].features)
+    foreign = replace(manifest.variants[0], features=["bufferDeviceAddress", "shaderFloat999"])
+    with pytest.raises(ArtifactError, match=r"lacks what .* needs shaderFloat999"):
+        choose_place(replace(manifest, variants=[foreign]), "vulkan")
+
+
+def test_artifacts_of_another_target_are_refused(on_vulkan: Path, tiny_artifact: Path) -> None:
+    with pytest.raises(ArtifactError, match="built for cpu, not for vulkan"):
+        Engine(tiny_artifact, device="vulkan")
+    with pytest.raises(ArtifactError, match="built for vulkan, not for cpu"):
+        Engine(on_vulkan, device="cpu")
+
+
+def test_memory_that_the_device_does_not_have_is_refused_with_the_sum(
+    on_vulkan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "llmc.runtime.devices.vulkan.Vulkan.available_bytes", lambda self, index: 300_000
+    )
+    with pytest.raises(CapacityError, match=r"= weights 0\.00 GiB \+ workspace"):
+        Engine(on_vulkan)
+
+
+def test_a_lost_device_ends_the_request_with_vulkans_name_for_it(on_vulkan: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOST, str(on_vulkan)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "error []\n"
+    assert "LlmcError: Vulkan: VK_ERROR_DEVICE_LOST" in done.stderr
+    assert done.returncode == 0  # the process goes on, and ends cleanly
+
+
+LOST = """
+import sys, tvm_ffi
+from llmc import Engine, SamplingParams
+engine = Engine(sys.argv[1])
+tvm_ffi.get_global_func("llmc.vulkan.simulate_device_lost")(0)
+[output] = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4))
+print(output.finish_reason, output.token_ids)
+"""
+
+
+@pytest.mark.parametrize("target", ["vulkan:subgroup8", "vulkan:subgroup32"])
+def test_levels_state_the_subgroup_they_were_made_for(
+    target: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    built = llmc.compile(tiny_model, target=target, out=tmp_path / "a", max_batch_tokens=16)
+    size = target.removeprefix("vulkan:subgroup")
+    assert f"subgroupSize{size}" in built.manifest.variants[0].features
+    present = tvm_ffi.get_global_func("llmc.vulkan.features")(0)
+    if f"subgroupSize{size}" in list(present):
+        assert verify(built.path).passed
+    else:
+        with pytest.raises(ArtifactError, match=f"needs subgroupSize{size}"):
+            Engine(built.path)
+
+
+def test_unknown_levels_are_refused(tiny_model: Path) -> None:
+    with pytest.raises(UsageError, match="unknown Vulkan level 'warp'\nhint: choose one of"):
+        llmc.compile(tiny_model, target="vulkan:warp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["f32", "w4a16-g32", "keep"])
+def test_the_demo_verifies(vulkan: None, quant: str, tmp_path: Path) -> None:
+    built = llmc.compile(DEMO, target="vulkan", quant=quant, out=tmp_path / quant)
+    report = verify(built.path)
+    assert report.passed, report.reason
