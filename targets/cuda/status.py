@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from llmc.targets.cuda.toolkit import NVCC_HINT, find_cudart, find_nvcc, has_driver
+from llmc.targets.cuda.toolkit import NVCC_HINT, find_cudart, find_tool, has_driver
 from llmc.targets.status import Lack
 
 
 def lacks() -> list[Lack]:
     """Nothing where both work."""
     found: list[Lack] = []
-    if find_nvcc() is None:
+    if find_tool("nvcc") is None:
         found.append(Lack(reason="compiling kernels needs nvcc", hint=NVCC_HINT, run=False))
     if find_cudart() is None:
         found.append(Lack(reason="libcudart.so.13 was not found", hint=NVCC_HINT))

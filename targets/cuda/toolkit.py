@@ -35,15 +35,13 @@ _DRIVER_FUNCTIONS = (
 )
 
 
-def find_nvcc() -> str | None:
-    """The path of nvcc, on the PATH or in PyPI's package nvidia-cuda-nvcc."""
-    found = shutil.which("nvcc")
+def find_tool(name: str) -> str | None:
+    """The path of nvcc, cuobjdump and so on: on the PATH, of PyPI's packages, or the toolkit's."""
+    found = shutil.which(name)
     if found is not None:
         return found
-    for folder in _package_folders():
-        if (folder / "bin" / "nvcc").exists():
-            return str(folder / "bin" / "nvcc")
-    return None
+    places = [folder / "bin" / name for folder in _folders()]
+    return next((str(place) for place in places if place.exists()), None)
 
 
 def compile_cuda(code: str, architectures: tuple[str, ...]) -> bytes:
@@ -51,7 +49,7 @@ def compile_cuda(code: str, architectures: tuple[str, ...]) -> bytes:
 
     Raises CompileError where nvcc is missing or refuses the code.
     """
-    nvcc = find_nvcc()
+    nvcc = find_tool("nvcc")
     if nvcc is None:
         raise CompileError("building for CUDA needs nvcc, which was not found", hint=NVCC_HINT)
     with tempfile.TemporaryDirectory(prefix="llmc-cuda-") as name:
@@ -108,11 +106,7 @@ def has_driver() -> bool:
 
 def find_cudart() -> str | Path | None:
     """libcudart: of PyPI's package, of the toolkit beside nvcc, or where the linker finds it."""
-    nvcc = shutil.which("nvcc")
-    folders = _package_folders()
-    if nvcc is not None:
-        folders += [Path(nvcc).resolve().parent.parent, *Path("/usr/local").glob("cuda-13*")]
-    for folder in folders:
+    for folder in _folders():
         for place in ("lib", "lib64"):
             if (folder / place / _RUNTIME).exists():
                 return folder / place / _RUNTIME
@@ -123,12 +117,11 @@ def find_cudart() -> str | Path | None:
     return _RUNTIME
 
 
-def _package_folders() -> list[Path]:
-    """Where PyPI's packages of the CUDA toolkit put their files."""
+def _folders() -> list[Path]:
+    """Where PyPI's packages of the CUDA toolkit, and its own installer, put their files."""
     spec = importlib.util.find_spec("nvidia")
-    if spec is None or not spec.submodule_search_locations:
-        return []
-    return [Path(folder) / "cu13" for folder in spec.submodule_search_locations]
+    packages = [] if spec is None else spec.submodule_search_locations or []
+    return [*(Path(folder) / "cu13" for folder in packages), *Path("/usr/local").glob("cuda-13*")]
 
 
 def _load(library: str | Path) -> None:
