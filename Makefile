@@ -1,5 +1,6 @@
 # make demo   compile a small model once and ask it something; the second time it only answers
 # make test   the quick tests           make test-all   the slow ones too
+# make vulkan-packages   what the Vulkan tests need of Debian; make test does it where it may
 # make lint   style, types, imports, and whether docs/cli.md is what the commands say
 # make bench-cpu   measure beside llama.cpp and write docs/benchmarks; builds its peer, once
 # make clean  removes what was built, not the environment
@@ -21,16 +22,27 @@ BIN = .venv/bin
 DEMO = dist/smollm2-keep-cpu
 INSTALLED = .venv/.installed
 
-.PHONY: demo test test-all lint bench-cpu clean
+# A driver that runs on any CPU, the tools that make SPIR-V, and what the plug-in is built with.
+VULKAN_PACKAGES = mesa-vulkan-drivers glslang-tools spirv-tools libvulkan-dev \
+  vulkan-validationlayers g++
+
+.PHONY: demo test test-all vulkan-packages lint bench-cpu clean
 
 demo: $(DEMO).verified
 	$(BIN)/llmc run $(DEMO) -p "$(PROMPT)"
 
-test: $(INSTALLED)
+test: $(INSTALLED) vulkan-packages
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# Tests that lack them are skipped, so failing to install them is no failure.
+vulkan-packages:
+	@command -v glslangValidator spirv-val >/dev/null && test -f /usr/include/vulkan/vulkan.h || \
+	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+	    apt-get install -y -qq $(VULKAN_PACKAGES) >/dev/null; } || \
+	  echo "Vulkan tests may be skipped; they need: apt-get install $(VULKAN_PACKAGES)"
+
 # A later -m replaces the one in pyproject.toml.
-test-all: $(INSTALLED)
+test-all: $(INSTALLED) vulkan-packages
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(INSTALLED)

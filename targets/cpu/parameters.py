@@ -42,6 +42,7 @@ class Tiling:
 
     panels: int
     token_tiles: tuple[int, ...]  # largest first, ending in 1
+    one_token_panels: int = 1  # in place of `panels` where there is one token: one stream to read
     row_block_bytes: int = 393216  # activations that a task meets again in the L2 cache
     serial_weights: int = 65536  # products of one token with fewer weights start no threads
 
@@ -60,7 +61,8 @@ class IntegerParameters:
     tiling: Tiling = field(default_factory=lambda: Tiling(panels=2, token_tiles=(6, 4, 3, 2, 1)))
     min_chains: int = 4  # independent sums below which a tile splits each in two
     unit_words: int = 4  # stored words of one step of a one-token product
-    prefetch_words: int = 0  # word vectors (64 bytes each) asked for ahead
+    prefetch_words: int = 128  # word vectors (64 bytes each) asked for ahead for one token
+    next_panels: int = 2  # panels ahead whose words a tile of several tokens asks for; 0: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,8 @@ class Bfloat16Parameters:
     )
     chains: int = 8  # independent sums that hide the latency of a dot product
     words: int = 4  # stored words of one step of a one-token product
-    prefetch_words: int = 0
+    prefetch_words: int = 128
+    next_panels: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,7 +55,7 @@ def test_what_a_target_lacks_says_what_works_all_the_same(monkeypatch: pytest.Mo
 
 
 def test_a_machine_without_a_vulkan_driver_is_told_what_brings_one() -> None:
-    code = """
+    code = r"""
 import sys
 from llmc.targets.registry import list_targets
 [vulkan] = [status for status in list_targets() if status.name == "vulkan"]

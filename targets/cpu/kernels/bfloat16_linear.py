@@ -29,7 +29,7 @@ from llmc.targets.cpu.kernels.panels import (
     size_var,
     splat,
 )
-from llmc.targets.cpu.kernels.register_tiles import for_each_tile, store_tile
+from llmc.targets.cpu.kernels.register_tiles import fetch_residual, for_each_tile, store_tile
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.kernels.vector import SERIAL_FLOATS
 from llmc.targets.cpu.layout import PANEL
@@ -78,6 +78,7 @@ def bfloat16_linear(
             )
 
             def tile(panels: list[Expr], rows: list[Expr]) -> None:
+                fetch_residual(residuals, panels, rows)
                 store_tile(product, panels, rows, _tile(weights, panels, x, rows, params))
 
             with with_dot():
@@ -103,10 +104,14 @@ def _tile(
         values = [get(sums, i) for i in range(size * chains)]
         for j in range(count):
             word = T.Bind(first + i64(j))
-            if params.prefetch_words:
+            if params.prefetch_words and len(rows) == 1:
                 for panel in panels:
                     ahead = word + i64(params.prefetch_words)
                     prefetch(weights.word_address(i64(0), panel, ahead))
+            if params.next_panels and len(rows) > 1:
+                for panel in panels:
+                    ahead = panel + i64(params.next_panels)
+                    prefetch(weights.word_address(i64(0), ahead, word))
             stored = [T.Bind(weights.word(i64(0), panel, word)) for panel in panels]
             for r, row in enumerate(rows):
                 pair = x[i64(0), row, T.ramp(word * i64(2), i64(1), 2)]

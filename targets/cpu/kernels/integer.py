@@ -158,6 +158,8 @@ class _Tile:
     def _scaled(self, sums: list[Expr], group: Expr, before: Sequence[Expr | None]) -> list[Expr]:
         """before + scale · sum + min · Σx for every [row][panel]."""
         weights = self.weights
+        for panel in self._next_panels():
+            prefetch(weights.scale_address(i64(0), panel, group))
         scales = [T.Bind(weights.scale(i64(0), p, group)) for p in self.panels]
         values = []
         for i, (total, start) in enumerate(zip(sums, before, strict=True)):
@@ -221,10 +223,12 @@ class _Tile:
         step = 0
         for j in range(count):
             word = T.Bind(first + i64(j))
-            if self.params.prefetch_words:
+            if self.params.prefetch_words and len(self.rows) == 1:
                 for panel in self.panels:
                     ahead = word + i64(self.params.prefetch_words)
                     prefetch(weights.word_address(i64(0), panel, ahead))
+            for panel in self._next_panels():
+                prefetch(weights.word_address(i64(0), panel, word))
             stored = [T.Bind(weights.word(i64(0), p, word)) for p in self.panels]
             for part in range(width // 4):
                 codes = [T.Bind(_bytes(weights.fmt, s, part)) for s in stored]
@@ -236,6 +240,12 @@ class _Tile:
                         sums[i][chain] = T.Bind(self._dot(sums[i][chain], code, x))
                 step += 1
         return sums
+
+    def _next_panels(self) -> list[Expr]:
+        """The panels to ask for while these are multiplied: several rows leave memory the time."""
+        if len(self.rows) == 1 or not self.params.next_panels:
+            return []
+        return [panel + i64(self.params.next_panels) for panel in self.panels]
 
     def _dot(self, total: Expr, codes: Expr, x: Expr) -> Expr:
         return T.call_llvm_pure_intrin(I32X16, self.params.dot, total, codes, x)

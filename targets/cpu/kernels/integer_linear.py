@@ -16,7 +16,7 @@ from tvm.script.ir_builder import tirx as T
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
 from llmc.targets.cpu.kernels.panels import Rows, WeightPanels, argument, i64, size_var
-from llmc.targets.cpu.kernels.register_tiles import for_each_tile, store_tile
+from llmc.targets.cpu.kernels.register_tiles import fetch_residual, for_each_tile, store_tile
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.parameters import IntegerParameters
 
@@ -68,6 +68,7 @@ def integer_linear(
             coded = CodedRows(codes, scales, sums, block)
 
             def tile(panels: list[Expr], rows: list[Expr]) -> None:
+                fetch_residual(residuals, panels, rows)
                 totals = integer_panels(weights, panels, coded, rows, params)
                 store_tile(product, panels, rows, totals)
 

@@ -221,6 +221,10 @@ class WeightPanels:
         """Where a word vector lies; a word past the panel's last is in the next panel."""
         return T.address_of(self.buffers[0][self._index(expert, panel, word, i64(0))])
 
+    def scale_address(self, expert: Expr, panel: Expr, group: Expr) -> Expr:
+        """Where sixteen rows' scales lie."""
+        return T.address_of(self.buffers[1][self._index(expert, panel, group, i64(0))])
+
     def scalar_word(self, expert: Expr, row: Expr, word: Expr) -> Expr:
         """One row's stored word."""
         return self._scalar(0, expert, row, word)
