@@ -16,11 +16,14 @@ class Device:
 
     tvm_name: str
     features: Callable[[], frozenset[str]]
+    withheld: Callable[[], frozenset[str]]  # what the device has and this process may not use
     prepare: Callable[[], None]
 
 
 DEVICES: dict[str, Device] = {
-    "cpu": Device(tvm_name="cpu", features=cpu.features, prepare=cpu.prepare),
+    "cpu": Device(
+        tvm_name="cpu", features=cpu.features, withheld=cpu.withheld, prepare=cpu.prepare
+    ),
 }
 
 
@@ -34,6 +37,7 @@ def choose_variant(manifest: Manifest, kind: str) -> Variant:
         raise UsageError(f"unknown device {kind!r}", hint=f"known: {', '.join(DEVICES)}")
     present = DEVICES[kind].features()
     missing: list[str] = []
+    absent: set[str] = set()
     for variant in manifest.variants:
         if variant.device_kind != kind:
             continue
@@ -41,6 +45,14 @@ def choose_variant(manifest: Manifest, kind: str) -> Variant:
         if not lacking:
             return variant
         missing.append(f"{variant.target} needs {', '.join(lacking)}")
+        absent.update(lacking)
+    refused = sorted(absent & DEVICES[kind].withheld()) if missing else []
+    if refused:
+        raise ArtifactError(
+            f"this process may not use {', '.join(refused)}, which the artifact was built for",
+            hint="the operating system refuses them: Linux before 5.16 and some sandboxes do; "
+            "or compile for a lower level (llmc compile --target cpu:…)",
+        )
     if missing:
         raise ArtifactError(
             f"this machine's {kind} lacks what the artifact was built for: {'; '.join(missing)}",

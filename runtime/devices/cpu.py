@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from llmc.cpu_features import host_features, num_cores
+from llmc.cpu_features import host_features, num_cores, withheld_features
 from llmc.errors import UsageError
 
 MAX_THREADS = 1024  # what the libraries' thread pool has room for
@@ -15,6 +15,11 @@ _NUM_THREADS = "LLMC_NUM_THREADS"
 def features() -> frozenset[str]:
     """Instruction sets, by Linux's names."""
     return host_features()
+
+
+def withheld() -> frozenset[str]:
+    """Those that the processor has and the operating system refuses to this process."""
+    return withheld_features()
 
 
 def prepare() -> None:

@@ -53,6 +53,14 @@ class Tiling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TileParameters:
+    """How products use matrix registers (kernels/amx.py); every value changes speed only."""
+
+    crossover: int = 8  # products of more tokens than this use them
+    row_block_bytes: int = 393216  # activations that a task meets again in the L2 cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IntegerParameters:
     """Products of quantized activations; `block` decides numbers, the rest speed."""
 
@@ -63,6 +71,7 @@ class IntegerParameters:
     unit_words: int = 4  # stored words of one step of a one-token product
     prefetch_words: int = 128  # word vectors (64 bytes each) asked for ahead for one token
     next_panels: int = 2  # panels ahead whose words a tile of several tokens asks for; 0: none
+    tiles: TileParameters | None = None  # None: there are no matrix registers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +87,7 @@ class Bfloat16Parameters:
     words: int = 4  # stored words of one step of a one-token product
     prefetch_words: int = 128
     next_panels: int = 2
+    tiles: TileParameters | None = None  # None: there are no matrix registers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +128,15 @@ _AVX512 = CpuParameters(
     ),
 )
 _VNNI = replace(_AVX512, integer=IntegerParameters(dot="llvm.x86.avx512.vpdpbusd.512"))
+_BF16 = replace(_VNNI, bfloat16=Bfloat16Parameters(), attention=AttentionTuning(bf16_dot=True))
 
 PARAMETERS: dict[str, CpuParameters] = {
-    "avx512bf16": replace(
-        _VNNI, bfloat16=Bfloat16Parameters(), attention=AttentionTuning(bf16_dot=True)
+    "amx": replace(
+        _BF16,
+        integer=IntegerParameters(dot="llvm.x86.avx512.vpdpbusd.512", tiles=TileParameters()),
+        bfloat16=Bfloat16Parameters(tiles=TileParameters()),
     ),
+    "avx512bf16": _BF16,
     "avx512vnni": _VNNI,
     "avx512": _AVX512,
     # 16 registers of 8 floats: a panel takes two, 6 x 2 accumulators.

@@ -1,0 +1,183 @@
+/* Intel AMX in C, for tests on other processors: the tile instructions as functions, with the checks
+ * that fault in hardware (Intel SDM, volume 2). A thread's tiles are its own. Errors are counted and
+ * the first is described: an abort would hide it. */
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { TILES = 8, ROWS = 16, BYTES = 64 };
+
+typedef struct {
+  int rows, bytes;
+  union {
+    uint8_t u8[ROWS][BYTES];
+    int8_t s8[ROWS][BYTES];
+    int32_t s32[ROWS][BYTES / 4];
+    uint16_t bf16[ROWS][BYTES / 2];
+    float f32[ROWS][BYTES / 4];
+  };
+} Tile;
+
+static _Thread_local Tile tiles[TILES];
+static _Thread_local bool configured;
+
+static atomic_int errors, products, active; /* active: threads with a configuration */
+static char first_error[256];
+
+static void fail(const char *format, ...) {
+  if (atomic_fetch_add(&errors, 1) > 0) return;
+  va_list args;
+  va_start(args, format);
+  vsnprintf(first_error, sizeof first_error, format, args);
+  va_end(args);
+}
+
+const char *amx_error(void) { return first_error; }
+int amx_products(void) { return products; }
+int amx_active(void) { return active; }
+
+/* Memory that no tile may be loaded from or stored to, set before kernels run. */
+enum { MAX_FORBIDDEN = 64 };
+static struct { const uint8_t *begin, *end; } forbidden[MAX_FORBIDDEN];
+static int num_forbidden;
+
+void amx_forbid(const uint8_t *begin, int64_t bytes) {
+  if (num_forbidden == MAX_FORBIDDEN) {
+    fail("more than %d guards", MAX_FORBIDDEN);
+    return;
+  }
+  forbidden[num_forbidden].begin = begin;
+  forbidden[num_forbidden++].end = begin + bytes;
+}
+void amx_allow_all(void) { num_forbidden = 0; }
+
+static bool allowed(const uint8_t *address, int bytes, const char *what) {
+  for (int i = 0; i < num_forbidden; ++i) {
+    if (address < forbidden[i].end && address + bytes > forbidden[i].begin) {
+      fail("%s: %d bytes, %td from the begin of guard %d", what, bytes,
+           address - forbidden[i].begin, i);
+      return false;
+    }
+  }
+  return true;
+}
+
+static Tile *checked(int number, const char *what) {
+  static _Thread_local Tile none;
+  if (number >= TILES) {
+    fail("%s: tile %d", what, number);
+  } else if (!configured || tiles[number].rows == 0 || tiles[number].bytes == 0) {
+    fail("%s: tile %d is not configured", what, number);
+  } else {
+    return &tiles[number];
+  }
+  none.rows = none.bytes = 0;
+  return &none;
+}
+
+void amx_tilerelease(void) {
+  if (configured) atomic_fetch_sub(&active, 1);
+  memset(tiles, 0, sizeof tiles);
+  configured = false;
+}
+
+void amx_ldtilecfg(const uint8_t *line) {
+  amx_tilerelease();
+  if (line[0] != 1) fail("ldtilecfg: palette %d", line[0]);
+  for (int i = 1; i < 64; ++i) {
+    bool used = (i >= 16 && i < 16 + 2 * TILES) || (i >= 48 && i < 48 + TILES);
+    if (!used && line[i] != 0) fail("ldtilecfg: byte %d is %d", i, line[i]);
+  }
+  for (int i = 0; i < TILES; ++i) {
+    uint16_t bytes;
+    memcpy(&bytes, line + 16 + 2 * i, 2);
+    int rows = line[48 + i];
+    if (rows > ROWS || bytes > BYTES || (rows == 0) != (bytes == 0)) {
+      fail("ldtilecfg: tile %d of %d rows of %d bytes", i, rows, bytes);
+      continue;
+    }
+    tiles[i].rows = rows;
+    tiles[i].bytes = bytes;
+  }
+  configured = true;
+  atomic_fetch_add(&active, 1);
+}
+
+void amx_tilezero(int tile) {
+  Tile *t = checked(tile, "tilezero");
+  memset(t->u8, 0, sizeof t->u8);
+}
+
+void amx_tileloadd64(int tile, const uint8_t *address, int64_t stride) {
+  Tile *t = checked(tile, "tileloadd64");
+  memset(t->u8, 0, sizeof t->u8);
+  for (int r = 0; r < t->rows; ++r) {
+    const uint8_t *row = address + r * stride;
+    if (allowed(row, t->bytes, "tileloadd64")) memcpy(t->u8[r], row, t->bytes);
+  }
+}
+
+void amx_tilestored64(int tile, uint8_t *address, int64_t stride) {
+  Tile *t = checked(tile, "tilestored64");
+  for (int r = 0; r < t->rows; ++r) {
+    uint8_t *row = address + r * stride;
+    if (allowed(row, t->bytes, "tilestored64")) memcpy(row, t->u8[r], t->bytes);
+  }
+}
+
+/* sums [rows, bytes / 4] of a [rows, depth bytes] and b [depth / 4, bytes]. */
+static bool fits(int sums, int a, int b, const char *what, Tile **s, Tile **x, Tile **y) {
+  *s = checked(sums, what), *x = checked(a, what), *y = checked(b, what);
+  atomic_fetch_add(&products, 1);
+  if (sums == a || sums == b || a == b) {
+    fail("%s: tiles %d, %d, %d", what, sums, a, b);
+  } else if ((*s)->bytes % 4 || (*x)->bytes % 4 || (*s)->bytes != (*y)->bytes ||
+             (*s)->rows != (*x)->rows || (*x)->bytes != 4 * (*y)->rows) {
+    fail("%s: [%d, %d] of [%d, %d] and [%d, %d]", what, (*s)->rows, (*s)->bytes, (*x)->rows,
+         (*x)->bytes, (*y)->rows, (*y)->bytes);
+  } else {
+    return true;
+  }
+  return false;
+}
+
+#define INTEGER(NAME, A, B)                                              \
+  void amx_##NAME(int sums, int a, int b) {                              \
+    Tile *s, *x, *y;                                                     \
+    if (!fits(sums, a, b, #NAME, &s, &x, &y)) return;                    \
+    for (int m = 0; m < s->rows; ++m) {                                  \
+      for (int k = 0; k < x->bytes; ++k) {                               \
+        for (int n = 0; n < s->bytes / 4; ++n) {                         \
+          s->s32[m][n] += x->A[m][k] * y->B[k / 4][4 * n + k % 4];       \
+        }                                                                \
+      }                                                                  \
+    }                                                                    \
+  }
+INTEGER(tdpbssd, s8, s8)
+INTEGER(tdpbsud, s8, u8)
+
+static float widen(uint16_t bits) {
+  uint32_t word = (uint32_t)bits << 16;
+  float value;
+  if ((word & 0x7f800000) == 0) word &= 0x80000000; /* denormals are zero */
+  memcpy(&value, &word, 4);
+  return value;
+}
+
+/* Even and odd products are added up apart, and to the sums at the end. */
+void amx_tdpbf16ps(int sums, int a, int b) {
+  Tile *s, *x, *y;
+  if (!fits(sums, a, b, "tdpbf16ps", &s, &x, &y)) return;
+  for (int m = 0; m < s->rows; ++m) {
+    for (int n = 0; n < s->bytes / 4; ++n) {
+      float half[2] = {0, 0};
+      for (int k = 0; k < x->bytes / 2; ++k) {
+        half[k % 2] += widen(x->bf16[m][k]) * widen(y->bf16[k / 2][2 * n + k % 2]);
+      }
+      s->f32[m][n] += half[0] + half[1];
+    }
+  }
+}
