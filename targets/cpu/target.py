@@ -61,7 +61,16 @@ ISA_LEVELS: dict[str, IsaLevel] = {
         features=(*_AVX512, "avx512_vnni"),
     ),
     "avx512": IsaLevel(machine="x86_64", mcpu="x86-64-v4", mattr=(_WIDE,), features=_AVX512),
+    "avxvnni": IsaLevel(
+        machine="x86_64",
+        mcpu="x86-64-v3",
+        mattr=("+avxvnni",),
+        features=(*_AVX2, "avx_vnni"),
+    ),
     "avx2": IsaLevel(machine="x86_64", mcpu="x86-64-v3", mattr=(), features=_AVX2),
+    "neon-dotprod": IsaLevel(
+        machine="aarch64", mcpu="generic", mattr=("+dotprod",), features=("asimddp",)
+    ),
     "neon": IsaLevel(machine="aarch64", mcpu="generic", mattr=(), features=()),
 }
 _TRIPLES = {

@@ -76,12 +76,13 @@ def integer_linear(
             def vectors() -> None:
                 for_each_tile(weights, tokens, count, k, params.tiling, tile)
 
-            if params.tiles is None or tokens == 1:
-                vectors()
-            else:
-                with T.If(count > i64(params.tiles.crossover)):
-                    with T.Then():
-                        integer_tiles(product, coded, count, params.tiles)
-                    with T.Else():
-                        vectors()
+            with params.dot.scope():
+                if params.tiles is None or tokens == 1:
+                    vectors()
+                else:
+                    with T.If(count > i64(params.tiles.crossover)):
+                        with T.Then():
+                            integer_tiles(product, coded, count, params.tiles)
+                        with T.Else():
+                            vectors()
     return builder.get()

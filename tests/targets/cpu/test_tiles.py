@@ -2,7 +2,7 @@
 
 The emulation runs the very kernels, tile instructions replaced by calls (see emulated_tiles.py).
 Where the processor has them, the instructions themselves run as well. Tolerances are those of
-test_integer_linear.py and test_bfloat16_linear.py, for their reasons.
+integer_products.py and test_bfloat16_linear.py, for their reasons.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import tvm
 from emulated_tiles import EmulatedLibrary
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrices import DISTINCT, HOST, build, random_matrix, tensor
+from integer_products import AFFINE, Case
+from matrices import HOST, build, tensor
 from tvm import relax
 
 from llmc import dialect
@@ -26,7 +27,7 @@ from llmc.formats import FORMATS
 from llmc.targets.base import Site
 from llmc.targets.cpu.kernels import amx
 from llmc.targets.cpu.kernels.bfloat16_linear import bfloat16_linear
-from llmc.targets.cpu.kernels.integer import activation_block, sum_factor, unit_of
+from llmc.targets.cpu.kernels.integer import activation_block
 from llmc.targets.cpu.kernels.integer_linear import integer_linear
 from llmc.targets.cpu.layout import pack
 from llmc.targets.cpu.parameters import PARAMETERS, TileParameters, Tiling
@@ -42,10 +43,8 @@ BFLOAT16 = replace(PARAMETERS["amx"].bfloat16, tiles=TILES, tiling=VECTORS)
 
 K = 640
 SHAPES = {"odd": 72, "even": 64, "one": 9}  # rows of weights: five panels, four, half a one
-AFFINE = [f for f in DISTINCT if not f.is_float]
 # A block of several groups, a unit of several steps, and one that no full step divides.
 BLOCKS = {"wide": ("q4_1", 128), "long": ("w8", 320), "short": ("w8", 160)}
-TOLERANCE = 2e-6
 BF16_TOLERANCE = 1e-6
 
 pytestmark = pytest.mark.skipif(
@@ -97,31 +96,18 @@ def library(request, tmp_path_factory):
     return RealLibrary()
 
 
-def integer_arguments(fmt, m, block, tokens):
-    """Arguments of a kernel, and the exact weights."""
-    rng = np.random.default_rng(tokens)
-    matrix, exact = random_matrix(rng, fmt, m, K)
-    codes = rng.integers(-127, 128, (1, tokens, K)).astype(np.int8)
-    scales = rng.uniform(0, 0.02, (1, tokens, K // block)).astype(np.float32)
-    unit = unit_of(fmt, block)
-    units = codes.reshape(1, tokens, K // unit, unit).astype(np.int32)
-    sums = (units.sum(-1) * sum_factor(fmt)).astype(np.int32)
-    bias = rng.standard_normal(m).astype(np.float32)
-    residual = rng.standard_normal((1, tokens, m)).astype(np.float32)
-    y = np.full((1, tokens, m), np.nan, np.float32)
-    return (codes, scales, sums, *pack(fmt, matrix), bias, residual, y), exact
-
-
 def check_integer(library, name, fmt, m, block, tokens):
-    arguments, exact = integer_arguments(fmt, m, block, tokens)
-    got = library.run(name, *arguments)[0]
-    codes, scales, *_, bias, residual, _ = arguments
-    x = codes[0].reshape(tokens, K // block, block) * scales[0].astype(np.float64)[:, :, None]
-    x = x.reshape(tokens, K)
-    low = exact.min() if fmt.has_min else -np.abs(exact).max()
-    magnitude = np.abs(x) @ (np.abs(exact) + np.abs(low)).T + 1
-    error = np.abs(got - (x @ exact.T + bias + residual[0]))
-    assert (error <= TOLERANCE * magnitude).all()
+    Case(fmt, m, K, tokens, block).check(lambda *arrays: library.run(name, *arrays))
+
+
+def rows_of(tokens):
+    """Arguments of the kernel that `small` makes."""
+    return Case(FORMATS["q4_0"], 72, K, tokens, 32).arguments()[0]
+
+
+def small(folder):
+    functions = {"f": integer(FORMATS["q4_0"], 72, 32)}
+    return EmulatedLibrary(functions, folder / "f.so", {"kind": "llvm", "mcpu": HOST})
 
 
 @pytest.mark.parametrize("fmt", AFFINE, ids=lambda f: f.name)
@@ -171,7 +157,7 @@ def test_tiles_round_as_vectors_do(library):
     vectors = {key(f): integer(f, 72, 32, replace(INTEGER, tiles=None)) for f in formats}
     built = build(vectors)
     for fmt in formats:
-        arguments, _ = integer_arguments(fmt, 72, 32, 40)
+        arguments, _, _ = Case(fmt, 72, K, 40, 32).arguments()
         y = tensor(arguments[-1])
         built[key(fmt)](*map(tensor, arguments[:-1]), y)
         got = library.run(key(fmt), *arguments)
@@ -179,14 +165,10 @@ def test_tiles_round_as_vectors_do(library):
 
 
 def test_few_tokens_use_no_tiles(tmp_path):
-    emulated = EmulatedLibrary(
-        {"f": integer(FORMATS["q4_0"], 72, 32)}, tmp_path / "f.so", {"kind": "llvm", "mcpu": HOST}
-    )
-    arguments = {n: integer_arguments(FORMATS["q4_0"], 72, 32, n)[0] for n in (8, 9, 33)}
-    counts = []
-    for n in arguments:
+    emulated, counts = small(tmp_path), []
+    for tokens in (8, 9, 33):
         before = emulated.products
-        emulated.run("f", *arguments[n])
+        emulated.run("f", *rows_of(tokens))
         counts.append(emulated.products - before)
     units, panels = K // 32, 5
     assert counts == [0, units * panels, 3 * units * panels]
@@ -195,11 +177,9 @@ def test_few_tokens_use_no_tiles(tmp_path):
 def test_misused_tiles_are_noticed(tmp_path, monkeypatch):
     """What the other tests rely on: full tiles for nine rows of activations read past their end."""
     monkeypatch.setattr(amx, "_configure", wrong_rows(amx._configure))
-    emulated = EmulatedLibrary(
-        {"f": integer(FORMATS["q4_0"], 72, 32)}, tmp_path / "f.so", {"kind": "llvm", "mcpu": HOST}
-    )
+    emulated = small(tmp_path)
     with pytest.raises(AssertionError, match="tileloadd64"):
-        emulated.run("f", *integer_arguments(FORMATS["q4_0"], 72, 32, 9)[0])
+        emulated.run("f", *rows_of(9))
 
 
 def wrong_rows(configure):
