@@ -187,6 +187,13 @@ _NEON = CpuParameters(
     ),
 )
 
+
+def _narrow(dot: ByteDot, token_tiles: tuple[int, ...]) -> IntegerParameters:
+    """Products of one panel at a time, where sums and codes take most of the registers."""
+    tiling = Tiling(panels=1, token_tiles=token_tiles)
+    return IntegerParameters(dot=dot, tiling=tiling, next_panels=1)
+
+
 PARAMETERS: dict[str, CpuParameters] = {
     "amx": replace(
         _BF16,
@@ -195,28 +202,10 @@ PARAMETERS: dict[str, CpuParameters] = {
     ),
     "avx512bf16": _BF16,
     "avx512vnni": _VNNI,
-    "avx512": replace(
-        _AVX512,
-        integer=IntegerParameters(
-            dot=PMADDUBSW_512, tiling=Tiling(panels=1, token_tiles=(8, 4, 3, 2, 1))
-        ),
-    ),
-    "avxvnni": replace(
-        _AVX2,
-        integer=IntegerParameters(
-            dot=VPDPBUSD_256, tiling=Tiling(panels=1, token_tiles=(4, 3, 2, 1))
-        ),
-    ),
-    "avx2": replace(
-        _AVX2,
-        integer=IntegerParameters(
-            dot=PMADDUBSW_256, tiling=Tiling(panels=1, token_tiles=(4, 3, 2, 1))
-        ),
-    ),
-    "neon-dotprod": replace(
-        _NEON,
-        integer=IntegerParameters(dot=SDOT, tiling=Tiling(panels=1, token_tiles=(4, 3, 2, 1))),
-    ),
+    "avx512": replace(_AVX512, integer=_narrow(PMADDUBSW_512, (8, 4, 3, 2, 1))),
+    "avxvnni": replace(_AVX2, integer=_narrow(VPDPBUSD_256, (4, 3, 2, 1))),
+    "avx2": replace(_AVX2, integer=_narrow(PMADDUBSW_256, (4, 3, 2, 1))),
+    "neon-dotprod": replace(_NEON, integer=_narrow(SDOT, (4, 3, 2, 1))),
     "neon": _NEON,
 }
 
