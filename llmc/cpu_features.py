@@ -14,6 +14,9 @@ _SYS_ARCH_PRCTL = 158
 _ARCH_REQ_XCOMP_PERM = 0x1023
 _TILE_DATA = 18
 
+# macOS's names of arm64 features, and Linux's.
+_MACOS_ARM = (("hw.optional.arm.FEAT_DotProd", "asimddp"),)
+
 
 @cache
 def host_features() -> frozenset[str]:
@@ -59,9 +62,14 @@ def _listed_features() -> frozenset[str]:
 def _macos_features() -> frozenset[str]:
     names = []
     for key in ("machdep.cpu.features", "machdep.cpu.leaf7_features"):
-        result = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, check=False)
-        names += result.stdout.lower().split()
+        names += _sysctl(key).lower().split()
+    names += [name for key, name in _MACOS_ARM if _sysctl(key) == "1"]
     return frozenset(n.replace("avx1.0", "avx") for n in names)
+
+
+def _sysctl(key: str) -> str:
+    result = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, check=False)
+    return result.stdout.strip()
 
 
 def num_cores() -> int:

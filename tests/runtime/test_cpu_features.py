@@ -83,3 +83,15 @@ def test_the_request_reaches_the_kernel() -> None:
     """Linux answers on any processor, with a refusal where there are no such registers."""
     has_tiles = "amx_tile" in cpu_features._listed_features()
     assert has_tiles or not cpu_features._request_tiles()
+
+
+def test_macos_answers_by_its_own_names(monkeypatch) -> None:
+    answers = {
+        "machdep.cpu.features": "FPU AVX1.0 FMA",
+        "machdep.cpu.leaf7_features": "AVX2 BMI1",
+        "hw.optional.arm.FEAT_DotProd": "1",
+    }
+    monkeypatch.setattr(cpu_features, "_sysctl", lambda key: answers.get(key, ""))
+    assert cpu_features._macos_features() == {"fpu", "avx", "fma", "avx2", "bmi1", "asimddp"}
+    monkeypatch.setattr(cpu_features, "_sysctl", lambda _: "")
+    assert cpu_features._macos_features() == frozenset()
