@@ -1,12 +1,16 @@
-/* Intel AMX in C, for tests on other processors: the tile instructions as functions, with the checks
- * that fault in hardware (Intel SDM, volume 2). A thread's tiles are its own. Errors are counted and
- * the first is described: an abort would hide it. */
+/* Intel AMX in C, for tests on other processors: a processor without the instructions answers each
+ * with SIGILL, whose handler does what it says and goes on behind it (encodings and operations: Intel
+ * SDM, volume 2). What would fault in hardware is an error, as is touching guarded memory; errors are
+ * counted and the first is described, because an abort would hide it. A thread's tiles are its own. */
+#define _GNU_SOURCE /* names of registers */
+#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <ucontext.h>
 
 enum { TILES = 8, ROWS = 16, BYTES = 64 };
 
@@ -36,6 +40,7 @@ static void fail(const char *format, ...) {
 }
 
 const char *amx_error(void) { return first_error; }
+void amx_forget(void) { errors = 0, first_error[0] = 0; }
 int amx_products(void) { return products; }
 int amx_active(void) { return active; }
 
@@ -78,14 +83,14 @@ static Tile *checked(int number, const char *what) {
   return &none;
 }
 
-void amx_tilerelease(void) {
+static void tilerelease(void) {
   if (configured) atomic_fetch_sub(&active, 1);
   memset(tiles, 0, sizeof tiles);
   configured = false;
 }
 
-void amx_ldtilecfg(const uint8_t *line) {
-  amx_tilerelease();
+static void ldtilecfg(const uint8_t *line) {
+  tilerelease();
   if (line[0] != 1) fail("ldtilecfg: palette %d", line[0]);
   for (int i = 1; i < 64; ++i) {
     bool used = (i >= 16 && i < 16 + 2 * TILES) || (i >= 48 && i < 48 + TILES);
@@ -106,25 +111,25 @@ void amx_ldtilecfg(const uint8_t *line) {
   atomic_fetch_add(&active, 1);
 }
 
-void amx_tilezero(int tile) {
+static void tilezero(int tile) {
   Tile *t = checked(tile, "tilezero");
   memset(t->u8, 0, sizeof t->u8);
 }
 
-void amx_tileloadd64(int tile, const uint8_t *address, int64_t stride) {
-  Tile *t = checked(tile, "tileloadd64");
+static void tileloadd(int tile, const uint8_t *address, int64_t stride) {
+  Tile *t = checked(tile, "tileloadd");
   memset(t->u8, 0, sizeof t->u8);
   for (int r = 0; r < t->rows; ++r) {
     const uint8_t *row = address + r * stride;
-    if (allowed(row, t->bytes, "tileloadd64")) memcpy(t->u8[r], row, t->bytes);
+    if (allowed(row, t->bytes, "tileloadd")) memcpy(t->u8[r], row, t->bytes);
   }
 }
 
-void amx_tilestored64(int tile, uint8_t *address, int64_t stride) {
-  Tile *t = checked(tile, "tilestored64");
+static void tilestored(int tile, uint8_t *address, int64_t stride) {
+  Tile *t = checked(tile, "tilestored");
   for (int r = 0; r < t->rows; ++r) {
     uint8_t *row = address + r * stride;
-    if (allowed(row, t->bytes, "tilestored64")) memcpy(row, t->u8[r], t->bytes);
+    if (allowed(row, t->bytes, "tilestored")) memcpy(row, t->u8[r], t->bytes);
   }
 }
 
@@ -145,7 +150,7 @@ static bool fits(int sums, int a, int b, const char *what, Tile **s, Tile **x, T
 }
 
 #define INTEGER(NAME, A, B)                                              \
-  void amx_##NAME(int sums, int a, int b) {                              \
+  static void NAME(int sums, int a, int b) {                              \
     Tile *s, *x, *y;                                                     \
     if (!fits(sums, a, b, #NAME, &s, &x, &y)) return;                    \
     for (int m = 0; m < s->rows; ++m) {                                  \
@@ -168,7 +173,7 @@ static float widen(uint16_t bits) {
 }
 
 /* Even and odd products are added up apart, and to the sums at the end. */
-void amx_tdpbf16ps(int sums, int a, int b) {
+static void tdpbf16ps(int sums, int a, int b) {
   Tile *s, *x, *y;
   if (!fits(sums, a, b, "tdpbf16ps", &s, &x, &y)) return;
   for (int m = 0; m < s->rows; ++m) {
@@ -181,3 +186,92 @@ void amx_tdpbf16ps(int sums, int a, int b) {
     }
   }
 }
+
+/* How the kernel's signal frame holds the registers, by their numbers in instructions. */
+static const int registers[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP,
+                                  REG_RSI, REG_RDI, REG_R8,  REG_R9,  REG_R10, REG_R11,
+                                  REG_R12, REG_R13, REG_R14, REG_R15};
+
+typedef struct {
+  int reg, rm, vvvv, length; /* the length of the whole instruction */
+  bool memory;
+  uint8_t *address; /* base and displacement */
+  int64_t stride;   /* index, scaled */
+} Operands;
+
+/* Operands behind a prefix of three bytes and the opcode. */
+static Operands decode(const uint8_t *code, const greg_t *values) {
+  int r = ~code[1] >> 7 & 1, x = ~code[1] >> 6 & 1, b = ~code[1] >> 5 & 1;
+  int mod = code[4] >> 6, rm = code[4] & 7;
+  Operands o = {.reg = (code[4] >> 3 & 7) | r << 3, .rm = rm | b << 3, .length = 5};
+  o.vvvv = ~(code[2] >> 3) & 15;
+  o.memory = mod != 3;
+  if (!o.memory) return o;
+  int64_t address = 0;
+  int bytes = mod == 1 ? 1 : mod == 2 ? 4 : 0; /* of the displacement */
+  if (rm == 4) {
+    int sib = code[o.length++], index = (sib >> 3 & 7) | x << 3;
+    if (index != 4) o.stride = (int64_t)values[registers[index]] << (sib >> 6);
+    if (mod == 0 && (sib & 7) == 5) {
+      bytes = 4;
+    } else {
+      address = values[registers[(sib & 7) | b << 3]];
+    }
+  } else if (mod == 0 && rm == 5) { /* relative to the next instruction */
+    bytes = 4;
+    address = (int64_t)code + o.length + 4;
+  } else {
+    address = values[registers[o.rm]];
+  }
+  int32_t displacement = (int8_t)code[o.length];
+  if (bytes == 4) memcpy(&displacement, code + o.length, 4);
+  o.address = (uint8_t *)(address + (bytes ? displacement : 0));
+  o.length += bytes;
+  return o;
+}
+
+/* The length of the instruction at `code`, after doing what it says; 0 for a foreign one. */
+static int emulate(const uint8_t *code, const greg_t *values) {
+  enum { NONE, P66, F3, F2 };
+  if (code[0] != 0xc4 || (code[1] & 31) != 2 || (code[2] & 0x84) != 0) return 0;
+  int prefix = code[2] & 3, opcode = code[3];
+  Operands o = decode(code, values);
+  if (opcode == 0x49 && prefix == NONE && o.memory) {
+    ldtilecfg(o.address);
+  } else if (opcode == 0x49 && prefix == NONE && code[4] == 0xc0) {
+    tilerelease();
+  } else if (opcode == 0x49 && prefix == F2 && !o.memory) {
+    tilezero(o.reg);
+  } else if (opcode == 0x4b && prefix == F2 && o.memory) {
+    tileloadd(o.reg, o.address, o.stride);
+  } else if (opcode == 0x4b && prefix == F3 && o.memory) {
+    tilestored(o.reg, o.address, o.stride);
+  } else if (opcode == 0x5e && prefix == F2 && !o.memory) {
+    tdpbssd(o.reg, o.rm, o.vvvv);
+  } else if (opcode == 0x5e && prefix == F3 && !o.memory) {
+    tdpbsud(o.reg, o.rm, o.vvvv);
+  } else if (opcode == 0x5c && prefix == F3 && !o.memory) {
+    tdpbf16ps(o.reg, o.rm, o.vvvv);
+  } else {
+    return 0;
+  }
+  return o.length;
+}
+
+static struct sigaction before;
+
+static void illegal_instruction(int number, siginfo_t *info, void *context) {
+  (void)number;
+  (void)info;
+  greg_t *values = ((ucontext_t *)context)->uc_mcontext.gregs;
+  int length = emulate((const uint8_t *)values[REG_RIP], values);
+  if (length == 0) sigaction(SIGILL, &before, NULL); /* which the instruction then raises again */
+  values[REG_RIP] += length;
+}
+
+void amx_begin(void) {
+  struct sigaction action = {.sa_sigaction = illegal_instruction, .sa_flags = SA_SIGINFO};
+  sigaction(SIGILL, &action, &before);
+}
+
+void amx_end(void) { sigaction(SIGILL, &before, NULL); }

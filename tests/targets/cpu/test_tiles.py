@@ -1,7 +1,7 @@
-"""Products in matrix registers (AMX), emulated: against float64, and against the vector kernels.
+"""Products in matrix registers (AMX): against float64, and against the vector kernels.
 
-The emulation runs the very kernels, tile instructions replaced by calls (see emulated_tiles.py).
-Where the processor has them, the instructions themselves run as well. Tolerances are those of
+The object code that is shipped runs: on the processor where that has such registers, and otherwise
+with its tile instructions emulated (see emulated_tiles.py). Tolerances are those of
 integer_products.py and test_bfloat16_linear.py, for their reasons.
 """
 
@@ -14,11 +14,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tvm
-from emulated_tiles import EmulatedLibrary
+from emulated_tiles import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from integer_products import AFFINE, Case
-from matrices import HOST, build, tensor
+from matrices import build, tensor
 from tvm import relax
 
 from llmc import dialect
@@ -71,29 +71,36 @@ def functions():
     return made | {f"bfloat16_{n}": bfloat16(m, K - 16) for n, m in SHAPES.items()}
 
 
-class RealLibrary:
-    """The kernels as they are shipped."""
+class Library:
+    """Kernels as they are shipped; `emulator` where the processor has no matrix registers."""
 
-    def __init__(self):
-        named = {n: f.with_attr("global_symbol", n) for n, f in functions().items()}
+    def __init__(self, functions):
+        named = {n: f.with_attr("global_symbol", n) for n, f in functions.items()}
+        has_tiles = host_features().issuperset(LEVEL.features)
+        self.emulator = None if has_tiles else Emulator()
         target = CpuTarget("amx")
         with tvm.transform.PassContext(config=target.pass_config):
             self.module = tvm.compile(tvm.IRModule(named), target=target.tvm_target)
 
     def run(self, name, *arrays):
-        tensors = [tvm.runtime.tensor(a) for a in arrays]
+        if self.emulator is not None:
+            return self.emulator.run(self.module[name], *arrays)
+        tensors = [tensor(a) for a in arrays]
         self.module[name](*tensors)
         return tensors[-1].numpy()
 
 
-@pytest.fixture(scope="module", params=["emulated", "real"])
-def library(request, tmp_path_factory):
-    if request.param == "emulated":
-        path = tmp_path_factory.mktemp("tiles") / "kernels.so"
-        return EmulatedLibrary(functions(), path, {"kind": "llvm", "mcpu": HOST})
-    if not host_features().issuperset(LEVEL.features):
-        pytest.skip("this CPU has no matrix registers")
-    return RealLibrary()
+@pytest.fixture(scope="module")
+def library():
+    return Library(functions())
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    library = Library({"f": integer(FORMATS["q4_0"], 72, 32)})
+    if library.emulator is None:
+        pytest.skip("this CPU has matrix registers")
+    return library
 
 
 def check_integer(library, name, fmt, m, block, tokens):
@@ -101,13 +108,8 @@ def check_integer(library, name, fmt, m, block, tokens):
 
 
 def rows_of(tokens):
-    """Arguments of the kernel that `small` makes."""
+    """Arguments of the kernel that `emulated` holds."""
     return Case(FORMATS["q4_0"], 72, K, tokens, 32).arguments()[0]
-
-
-def small(folder):
-    functions = {"f": integer(FORMATS["q4_0"], 72, 32)}
-    return EmulatedLibrary(functions, folder / "f.so", {"kind": "llvm", "mcpu": HOST})
 
 
 @pytest.mark.parametrize("fmt", AFFINE, ids=lambda f: f.name)
@@ -164,22 +166,22 @@ def test_tiles_round_as_vectors_do(library):
         np.testing.assert_allclose(got, y.numpy(), rtol=1e-6, atol=2e-6)
 
 
-def test_few_tokens_use_no_tiles(tmp_path):
-    emulated, counts = small(tmp_path), []
+def test_few_tokens_use_no_tiles(emulated):
+    counts = []
     for tokens in (8, 9, 33):
-        before = emulated.products
+        before = emulated.emulator.products
         emulated.run("f", *rows_of(tokens))
-        counts.append(emulated.products - before)
+        counts.append(emulated.emulator.products - before)
     units, panels = K // 32, 5
     assert counts == [0, units * panels, 3 * units * panels]
 
 
-def test_misused_tiles_are_noticed(tmp_path, monkeypatch):
+def test_misused_tiles_are_noticed(emulated, monkeypatch):
     """What the other tests rely on: full tiles for nine rows of activations read past their end."""
     monkeypatch.setattr(amx, "_configure", wrong_rows(amx._configure))
-    emulated = small(tmp_path)
-    with pytest.raises(AssertionError, match="tileloadd64"):
-        emulated.run("f", *rows_of(9))
+    wrong = Library({"f": integer(FORMATS["q4_0"], 72, 32)})
+    with pytest.raises(AssertionError, match=r"tileloadd.*guard"):
+        wrong.run("f", *rows_of(9))
 
 
 def wrong_rows(configure):
