@@ -40,7 +40,10 @@ static void fail(const char *format, ...) {
 }
 
 const char *amx_error(void) { return first_error; }
-void amx_forget(void) { errors = 0, first_error[0] = 0; }
+void amx_forget(void) {
+  atomic_store(&errors, 0);
+  first_error[0] = 0;
+}
 int amx_products(void) { return products; }
 int amx_active(void) { return active; }
 
