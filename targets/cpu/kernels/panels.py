@@ -230,8 +230,11 @@ class WeightPanels:
         return T.address_of(self.buffers[name][self._index(expert, panel, word, i64(0))])
 
     def scale_address(self, expert: Expr, panel: Expr, group: Expr) -> Expr:
-        """Where sixteen rows' scales lie."""
-        return T.address_of(self.buffers[1][self._index(expert, panel, group, i64(0))])
+        """Where sixteen rows' scales lie, or the lowest bits of their sub-scales."""
+        if self.fmt.sub_scales is None:
+            return T.address_of(self.buffers["scales"][self._index(expert, panel, group, i64(0))])
+        byte = T.floordiv(group, i64(8 // sub_scale_planes(self.fmt)[0]))
+        return T.address_of(self.buffers["sub_scales"][self._index(expert, panel, byte, i64(0))])
 
     def scalar_word(self, expert: Expr, row: Expr, word: Expr) -> Expr:
         """One row's word."""
