@@ -206,28 +206,23 @@ def scheme_table(rows: Rows) -> str:
 
 
 def calibration_table(rows: Rows) -> str:
-    """How much of the loss a calibration text takes back; losses are differences in nats."""
-    texts = tuple(dict.fromkeys(text for _, text in CALIBRATED))
+    """How much of the nats that rounding loses a calibration text takes back."""
     lines = [
-        "| scheme | rounded | " + " | ".join(f"{t} | recovered" for t in texts) + " | compile, s |",
-        "|---|" + "---:|" * (2 * len(texts) + 2),
+        "| scheme | text | rounded | calibrated | recovered | compile without / with it, s |",
+        "|---|---|---:|---:|---:|---:|",
     ]
     reference = rows.get("demo", "f32")
-    for scheme in dict.fromkeys(s for s, _ in CALIBRATED):
-        rounded = rows.get("demo", scheme)
-        of_texts = [rows.get("demo", scheme, text) for text in texts]
-        if rounded is None or reference is None or None in of_texts:
+    for scheme, text in CALIBRATED:
+        rounded, row = rows.get("demo", scheme), rows.get("demo", scheme, text)
+        if rounded is None or row is None or reference is None:
             continue
-        cells, seconds = [], [rounded.seconds]
-        for row in of_texts:
-            assert row is not None
-            lost = math.log(rounded.perplexity / reference.perplexity)
-            left = math.log(row.perplexity / reference.perplexity)
-            cells.append(f"{row.perplexity:.3f} | {1 - left / lost:.0%}")
-            seconds.append(row.seconds)
-        times = " / ".join(f"{s:.0f}" for s in seconds if s is not None)
-        line = f"| `{scheme}` | {rounded.perplexity:.3f} | {' | '.join(cells)} | {times} |"
-        lines.append(line)
+        lost = math.log(rounded.perplexity / reference.perplexity)
+        left = math.log(row.perplexity / reference.perplexity)
+        figures = (
+            f"{rounded.perplexity:.3f} | {row.perplexity:.3f} | {100 * (1 - left / lost):.0f} %"
+        )
+        times = f"{rounded.seconds:.0f} / {row.seconds:.0f}"
+        lines.append(f"| `{scheme}` | {text} | {figures} | {times} |")
     return "\n".join(lines)
 
 
@@ -240,11 +235,14 @@ def gguf_table(rows: Rows) -> str:
     for kind in KINDS:
         peer = rows.get(kind, "llama.cpp")
         own = [rows.get(kind, scheme) for scheme in KEPT]
-        if peer is None or own[0] is None or own[1] is None:
+        measured = [row for row in own if row is not None]
+        if peer is None or not measured:
             continue
-        figures = [f"{r.perplexity:.3f} ({_percent(r.perplexity, peer.perplexity)})"
-                   for r in own if r is not None]  # fmt: skip
-        sizes = f"{peer.file_mib:.1f} | {own[0].weights_mib:.1f}"
+        figures = [
+            f"{row.perplexity:.3f} ({_percent(row.perplexity, peer.perplexity)})" if row else ""
+            for row in own
+        ]
+        sizes = f"{peer.file_mib:.1f} | {measured[0].weights_mib:.1f}"
         ours = " | ".join(figures)
         lines.append(f"| {kind} | {peer.matrices} | {sizes} | {peer.perplexity:.3f} | {ours} |")
     return "\n".join(lines)
