@@ -54,7 +54,7 @@ PAGE = REPOSITORY / "docs" / "quantization.md"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One measured figure. weights_mib is None for llama.cpp, seconds the time of the compile."""
+    """One measured figure. weights_mib is None for llama.cpp."""
 
     model: str  # "demo", or the kind of a GGUF file made from it
     scheme: str  # of `llmc compile`, or "llama.cpp"
@@ -65,7 +65,6 @@ class Row:
     weights_mib: float | None = None
     file_mib: float | None = None
     matrices: str | None = None  # types of a GGUF file's matrices
-    seconds: float | None = None
 
 
 Key = tuple[str, str, str | None]
@@ -132,7 +131,7 @@ class Measurer:
             options = ["--quant", scheme, "--target", "cpu", "-o", str(artifact), "--json"]
             if text is not None:
                 options += ["--calibrate", str(self.calibration_text(text))]
-            compiled = run([*llmc_command(), "compile", source, *options], cwd=REPOSITORY)
+            run([*llmc_command(), "compile", source, *options], cwd=REPOSITORY)
             manifest = json.loads((artifact / "llmc.json").read_text(encoding="utf-8"))
             options = ["--text", str(self.scored_text()), "--window", str(WINDOW), "--json"]
             scored = run([*llmc_command(), "eval", artifact, *options], cwd=REPOSITORY)
@@ -145,7 +144,6 @@ class Measurer:
             standard_error=figures["standard_error"],
             num_scored_tokens=figures["num_scored_tokens"],
             weights_mib=manifest["memory"]["weights_bytes"] / 2**20,
-            seconds=compiled.seconds,
         )
 
     def of_peer(self, model: str) -> Row:
@@ -208,8 +206,8 @@ def scheme_table(rows: Rows) -> str:
 def calibration_table(rows: Rows) -> str:
     """How much of the nats that rounding loses a calibration text takes back."""
     lines = [
-        "| scheme | text | rounded | calibrated | recovered | compile without / with it, s |",
-        "|---|---|---:|---:|---:|---:|",
+        "| scheme | text | rounded | calibrated | recovered |",
+        "|---|---|---:|---:|---:|",
     ]
     reference = rows.get("demo", "f32")
     for scheme, text in CALIBRATED:
@@ -221,8 +219,7 @@ def calibration_table(rows: Rows) -> str:
         figures = (
             f"{rounded.perplexity:.3f} | {row.perplexity:.3f} | {100 * (1 - left / lost):.0f} %"
         )
-        times = f"{rounded.seconds:.0f} / {row.seconds:.0f}"
-        lines.append(f"| `{scheme}` | {text} | {figures} | {times} |")
+        lines.append(f"| `{scheme}` | {text} | {figures} |")
     return "\n".join(lines)
 
 
