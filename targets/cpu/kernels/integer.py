@@ -119,8 +119,9 @@ class _Tile:
         self.source = weights if unpacked is None else unpacked
         self.params = params
         self.unit = unit_of(weights.fmt, x.block)
-        # Whether codes are multiplied as signed bytes, CENTRE taken off.
-        self.centred = params.dot.signed and weights.fmt.bits == 8
+        # Whether codes are multiplied as signed bytes, CENTRE taken off: narrower ones are as well
+        # signed as they are.
+        self.centred = params.dot.signed and weights.fmt.code_bits == 8
         self.size = len(rows) * len(panels)
         # Chains of dependent dot products have to be long enough to hide their latency.
         self.chains = max(1, min(2, params.min_chains // self.size))
