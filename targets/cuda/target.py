@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import tvm
@@ -16,13 +17,26 @@ from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.target import TRIPLES
 from llmc.targets.cuda.toolkit import compile_cuda, load_cuda_runtime
 from llmc.targets.gpu import layout
-from llmc.targets.gpu.parameters import Features, GpuParameters
+from llmc.targets.gpu.parameters import (
+    AttentionParameters,
+    Features,
+    GemvParameters,
+    GpuParameters,
+)
 from llmc.targets.gpu.rules import kernel_rules, key_page, value_page
 from llmc.targets.gpu.schedule import schedule_rules
 
 # Ampere and newer; the driver compiles PTX of the newest for what is newer still.
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 _DEFAULT = ("sm_80", "sm_90")
+
+# Measured on an H100: a block has one row of each of 32 threads, so that small matrices occupy more
+# of its 132 multiprocessors; decodes likewise, by parts of a context.
+_PARAMETERS = GpuParameters(
+    gemv=GemvParameters(splits=8, panels=1),
+    few=GemvParameters(splits=8),
+    attention=AttentionParameters(decode_parts=16),
+)
 
 
 class CudaTarget:
@@ -56,7 +70,7 @@ class CudaTarget:
         self.pass_config: dict[str, object] = {}
         features = Features(subgroup=32, max_threads=1024, shared_bytes=49152, bfloat16=True)
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = kernel_rules(
-            GpuParameters(features=features), self.few_tokens
+            replace(_PARAMETERS, features=features), self.few_tokens
         )
         self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = schedule_rules(self.tvm_target)
         # TVM asks this function, which is one for the process, for the code of every module.
