@@ -27,6 +27,20 @@ static int launch(Lambda lambda, void *closure, int num_task) {
   return 0;
 }
 
+extern void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int);
+extern int (*__TVMBackendFreeWorkspace)(int, int, void *);
+
+static void *allocate(int device_type, int device_id, uint64_t bytes, int code, int bits) {
+  (void)device_type, (void)device_id, (void)code, (void)bits;
+  return aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT) / ALIGNMENT * ALIGNMENT);
+}
+
+static int release(int device_type, int device_id, void *memory) {
+  (void)device_type, (void)device_id;
+  free(memory);
+  return 0;
+}
+
 void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
   fprintf(stderr, "%s: ", kind);
   for (int i = 0; i < count; ++i) fputs(parts[i], stderr);
@@ -81,6 +95,8 @@ int main(int argc, char **argv) {
     arguments[i].v_ptr = t;
   }
   __TVMBackendParallelLaunch = launch;
+  __TVMBackendAllocWorkspace = allocate;
+  __TVMBackendFreeWorkspace = release;
   for (size_t f = 0; f < sizeof functions / sizeof functions[0]; ++f) {
     if (strcmp(functions[f].name, argv[1]) != 0) continue;
     TVMFFIAny result;
