@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmc
+from llmc.targets.registry import list_targets
 
 VOCAB_SIZE = 128
 NUM_TOKENS = 50
@@ -51,11 +52,15 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiled_logits_match_transformers_in_every_mode(
-    architecture: str, tmp_path: Path
+    architecture: str, target: str, tmp_path: Path
 ) -> None:
     """Whole prefill, chunks of odd sizes and token-by-token decode all read the same pages."""
+    [status] = [s for s in list_targets() if s.name == target]
+    if not (status.can_build and status.can_run):
+        pytest.skip(f"{'; '.join(status.reasons)}: {status.hint}")
     config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -64,11 +69,12 @@ def test_compiled_logits_match_transformers_in_every_mode(
             # Larger than the usual initialization: scores, gates and routers get away from zero.
             parameter.normal_(0, 0.15 if parameter.dim() > 1 else 0.5)
     model.save_pretrained(tmp_path / "model")
-    llmc.compile(tmp_path / "model", out=tmp_path / "artifact", max_batch_tokens=32)
+    out = tmp_path / "artifact"
+    llmc.compile(tmp_path / "model", target=target, out=out, max_batch_tokens=32)
     ids = np.random.default_rng(1).integers(0, VOCAB_SIZE, NUM_TOKENS)
     with torch.inference_mode():
         expected = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
-    engine = llmc.Engine(tmp_path / "artifact")
+    engine = llmc.Engine(out)
     for chunk_tokens in (None, 13, 8, 5, 1):
         logits = engine.logits(ids.tolist(), chunk_tokens=chunk_tokens)
         # Sums of a few hundred float32 products in another order; logits are of size 2 to 8.
