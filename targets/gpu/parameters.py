@@ -89,9 +89,17 @@ class GpuParameters:
     """Tunables of one device; every value changes speed only."""
 
     features: Features = field(default_factory=Features)
-    row_threads: int = 64  # threads that share a row of a norm, an embedding, a rotation
+    row_elements: int = 16  # of a row that a thread has, while there are threads for fewer
+    min_row_threads: int = 32
     flat_threads: int = 128  # threads of a block in element-wise kernels
     gemv: GemvParameters = field(default_factory=lambda: GemvParameters(splits=8, panels=2))
     few: GemvParameters = field(default_factory=GemvParameters)
     gemm: GemmParameters = field(default_factory=GemmParameters)
     attention: AttentionParameters = field(default_factory=AttentionParameters)
+
+    def row_threads(self, elements: int) -> int:
+        """Threads that share a row of so many elements: a power of two."""
+        threads = self.min_row_threads
+        while threads * self.row_elements < elements and 2 * threads <= self.features.max_threads:
+            threads *= 2
+        return threads

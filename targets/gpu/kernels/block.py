@@ -227,9 +227,8 @@ def reduce_all(
                 folded = _fold(every, number, combine, thread, threads // parts, parts)
                 put(partial, folded, number, thread)
     sync()
-    results = [T.Bind(_fold(partial, n, combine, i64(0), parts, 1)) for n in range(count)]
-    sync()  # the memory may be written again
-    return results
+    # In a loop the memory is written again: TVM puts the barrier that this needs.
+    return [T.Bind(_fold(partial, n, combine, i64(0), parts, 1)) for n in range(count)]
 
 
 def _near_root(threads: int) -> int:

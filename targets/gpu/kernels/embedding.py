@@ -34,8 +34,8 @@ def embedding(
         weights = Weights.arguments(fmt, v, e)
         y = argument("y", (1, rows, e), dtype)
         with (
-            launch((rows,), (params.row_threads,)) as (token, thread),
-            strided(thread, weights.chunks, params.row_threads) as chunk,
+            launch((rows,), (params.row_threads(e),)) as (token, thread),
+            strided(thread, weights.chunks, params.row_threads(e)) as chunk,
         ):
             panel, lane = panel_lane(T.Bind(T.Cast("int64", ids[i64(0), token])))
             loaded = weights.chunk(None, T.Bind(panel), chunk, T.Bind(lane))

@@ -34,7 +34,7 @@ from llmc.targets.gpu.kernels.block import (
     when_all,
 )
 from llmc.targets.gpu.kernels.kv_pages import PageShape, key_shape, kv_type, value_shape
-from llmc.targets.gpu.parameters import GpuParameters
+from llmc.targets.gpu.parameters import Features, GpuParameters
 
 Expr = Any
 Load = Callable[[Expr], Expr]
@@ -57,8 +57,8 @@ def rope(
         tables = [argument(n, (1, rows, rotary_dim), dtype) for n in ("cos", "sin")]
         y = argument("y", (1, rows, heads, head_dim), dtype)
         with (
-            launch((rows, heads), (params.row_threads,)) as (token, head, thread),
-            strided(thread, head_dim, params.row_threads) as column,
+            launch((rows, heads), (params.row_threads(head_dim),)) as (token, head, thread),
+            strided(thread, head_dim, params.row_threads(head_dim)) as column,
         ):
 
             def load(feature: Expr) -> Expr:
@@ -96,10 +96,12 @@ def kv_write(
         slots = argument("slots", (num_groups, rows), "int32")
         k_pages = argument("k_pages", (pages, num_kv_heads, keys.elements), kv_dtype)
         v_pages = argument("v_pages", (pages, num_kv_heads, values.elements), kv_dtype)
-        with launch((rows, num_kv_heads), (params.row_threads,)) as (token, head, thread):
+        with launch((rows, num_kv_heads), (params.row_threads(head_dim),)) as (token, head, thread):
             slot = T.Bind(T.Cast("int64", slots[i64(group), token]))
             with when_all(slot >= i64(0)):
-                write = _Writer(page_size, slot, head, thread, params)
+                write = _Writer(
+                    page_size, slot, head, thread, params.row_threads(head_dim), params.features
+                )
                 write.put(keys, k_pages, lambda c: to_f32(key[i64(0), token, head, c]))
                 write.put(values, v_pages, lambda c: to_f32(value[i64(0), token, head, c]))
     return built.func
@@ -140,7 +142,7 @@ def rope_kv_write(
         v_pages = argument("v_pages", (pages, num_kv_heads, values.elements), kv_dtype)
         query = argument("query", (1, rows, num_heads, head_dim), dtype)
         grid = (rows, num_heads + num_kv_heads)
-        with launch(grid, (params.row_threads,)) as (token, head, thread):
+        with launch(grid, (params.row_threads(head_dim),)) as (token, head, thread):
 
             def load(start: Expr) -> Load:
                 return lambda c: to_f32(qkv[i64(0), token, start + c])
@@ -148,12 +150,14 @@ def rope_kv_write(
             # Key heads follow the query heads, so one formula finds both.
             rotated = _rotated(load(head * i64(head_dim)), tables, token, head_dim, rotary_dim)
             is_query = head < i64(num_heads)
-            with when(is_query), strided(thread, head_dim, params.row_threads) as column:
+            with when(is_query), strided(thread, head_dim, params.row_threads(head_dim)) as column:
                 put(query, rotated(column), 0, token, head, column)
             slot = T.Bind(T.Cast("int64", slots[i64(group), token]))
             with when_all(T.And(T.Not(is_query), slot >= i64(0))):
                 kv_head = T.Bind(head - i64(num_heads))
-                write = _Writer(page_size, slot, kv_head, thread, params)
+                write = _Writer(
+                    page_size, slot, kv_head, thread, params.row_threads(head_dim), params.features
+                )
                 write.put(keys, k_pages, rotated)
                 write.put(values, v_pages, load(i64(v_start) + kv_head * i64(v_head_dim)))
     return built.func
@@ -195,15 +199,15 @@ class _Writer:
     slot: Expr
     head: Expr
     thread: Expr
-    params: GpuParameters
+    threads: int
+    features: Features
 
     def put(self, shape: PageShape, pages: Expr, load: Load) -> None:
         """load(0 … features - 1) into the page, padding as zeros."""
         page = T.Bind(quotient(self.slot, self.page_size))
         offset = T.Bind(remainder(self.slot, self.page_size))
-        threads = self.params.row_threads
         inverse = self._scale(shape, pages, page, offset, load) if shape.kv.scaled else None
-        with strided(self.thread, shape.padded, threads) as column:
+        with strided(self.thread, shape.padded, self.threads) as column:
             value = load(column)
             if shape.padded != shape.features:
                 value = T.if_then_else(column < i64(shape.features), value, f32(0))
@@ -216,11 +220,10 @@ class _Writer:
         """Stores the token's scale and returns what its numbers are multiplied by."""
         largest = registers((1,))
         put(largest, f32(0), 0)
-        threads = self.params.row_threads
-        with strided(self.thread, shape.features, threads) as column:
+        with strided(self.thread, shape.features, self.threads) as column:
             value = T.Bind(load(column))
             put(largest, T.max(largest[i64(0)], T.max(value, f32(0) - value)), 0)
-        whole = reduce(largest[i64(0)], maximum, self.thread, threads, self.params.features)
+        whole = reduce(largest[i64(0)], maximum, self.thread, self.threads, self.features)
         with when(self.thread == i64(0)):
             scale = T.Bind(whole * f32(1 / 127))
             shape.store_scale(pages, page, self.head, offset, scale)

@@ -56,7 +56,7 @@ def rms_norm(
         weight = argument("weight", (features,), vector_dtype)
         y = argument("y", shape, dtype)
         count = rows if heads is None else rows * i64(heads)
-        with launch((count,), (params.row_threads,)) as (row, thread):
+        with launch((count,), (params.row_threads(features),)) as (row, thread):
 
             def at(column: Expr) -> tuple[Expr, ...]:
                 if heads is None:
@@ -99,9 +99,9 @@ def add_rms_norm(
         weight = argument("weight", (features,), vector_dtype)
         total = argument("sum", shape, dtype)
         y = argument("y", shape, dtype)
-        with launch((rows,), (params.row_threads,)) as (row, thread):
+        with launch((rows,), (params.row_threads(features),)) as (row, thread):
             # A thread reads back only what it wrote itself: no barrier in between.
-            with strided(thread, features, params.row_threads) as column:
+            with strided(thread, features, params.row_threads(features)) as column:
                 at = (i64(0), row, column)
                 put(total, to_f32(x[at]) + to_f32(residual[at]), *at)
             _normalize(
@@ -136,7 +136,7 @@ def layer_norm(
         weight = argument("weight", (features,), vector_dtype)
         bias = argument("bias", (features,), vector_dtype)
         y = argument("y", (1, rows, features), dtype)
-        with launch((rows,), (params.row_threads,)) as (row, thread):
+        with launch((rows,), (params.row_threads(features),)) as (row, thread):
 
             def load(column: Expr) -> Expr:
                 return to_f32(x[i64(0), row, column])
@@ -144,7 +144,7 @@ def layer_norm(
             mean = T.Bind(_mean(load, features, thread, params))
             variance = _mean(lambda c: _square(load(c) - mean), features, thread, params)
             scale = T.Bind(f32(1) / T.sqrt(variance + f32(eps)))
-            with strided(thread, features, params.row_threads) as column:
+            with strided(thread, features, params.row_threads(features)) as column:
                 value = (load(column) - mean) * scale * to_f32(weight[column]) + to_f32(
                     bias[column]
                 )
@@ -161,9 +161,9 @@ def _mean(load: Callable[[Expr], Expr], features: int, thread: Expr, params: Gpu
     """The mean of load(0 … features - 1), known to every thread."""
     total = registers((1,))
     put(total, f32(0), 0)
-    with strided(thread, features, params.row_threads) as column:
+    with strided(thread, features, params.row_threads(features)) as column:
         put(total, total[i64(0)] + load(column), 0)
-    whole = reduce(total[i64(0)], add, thread, params.row_threads, params.features)
+    whole = reduce(total[i64(0)], add, thread, params.row_threads(features), params.features)
     return whole * f32(1 / features)
 
 
@@ -180,7 +180,7 @@ def _normalize(
     """RMSNorm of one row."""
     mean = _mean(lambda c: _square(load(c)), features, thread, params)
     scale = T.Bind(f32(1) / T.sqrt(mean + f32(eps)))
-    with strided(thread, features, params.row_threads) as column:
+    with strided(thread, features, params.row_threads(features)) as column:
         factor = to_f32(weight[column])
         factor = factor + f32(offset) if offset else factor
         store(column, load(column) * scale * factor)

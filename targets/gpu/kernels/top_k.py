@@ -31,7 +31,7 @@ def top_k(
     Entries come in descending order, equal ones in the order of their columns. A thread has a row
     and needs columns · k steps for it: rows are router scores.
     """
-    threads = params.row_threads
+    threads = params.row_threads(columns)
     with kernel("top_k") as built:
         rows = rows_of(tokens)
         x = argument("x", (rows, columns), dtype)
