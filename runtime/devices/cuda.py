@@ -50,6 +50,10 @@ class Cuda:
         present = 10 * int(major) + int(minor)
         return frozenset(f"sm_{number}" for number in _ARCHITECTURES if number <= present)
 
+    def withheld(self, index: int) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
+
     def available_bytes(self, index: int) -> int:
         """What the driver can still give."""
         return int(str(_attribute(index, _AVAILABLE_GLOBAL_MEMORY)))
