@@ -35,7 +35,7 @@ def choose_place(manifest: Manifest, name: str | None) -> Place:
     Without a name: the kind that the artifact was compiled for first. Raises UsageError for an
     unknown device, ArtifactError where the artifact has nothing for it.
     """
-    kind, _, number = (name or manifest.variants[0].device_kind).partition(":")
+    kind, _, number = (name or _own_kind(manifest)).partition(":")
     if kind not in DEVICES:
         raise UsageError(f"unknown device {kind!r}", hint=f"known: {', '.join(DEVICES)}")
     if ":" in (name or "") and not re.fullmatch("[0-9]{1,3}", number):
@@ -51,6 +51,18 @@ def choose_place(manifest: Manifest, name: str | None) -> Place:
     device.prepare(index)
     variant = _choose_variant(manifest, kind, device.features(index), device.withheld(index))
     return Place(kind=kind, index=index, variant=variant)
+
+
+def _own_kind(manifest: Manifest) -> str:
+    """The first kind of the artifact's that exists here; ArtifactError where none does."""
+    built = [variant.device_kind for variant in manifest.variants]
+    known = next((kind for kind in built if kind in DEVICES), None)
+    if known is None:
+        raise ArtifactError(
+            f"the artifact was built for {', '.join(built)}, not for {', '.join(DEVICES)}",
+            hint="a newer version of llmc may know the device",
+        )
+    return known
 
 
 def _choose_variant(

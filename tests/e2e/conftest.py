@@ -11,8 +11,17 @@ from random_models import DEMO, TINY, save_random_model
 
 import llmc
 from llmc.cli.main import invoke
+from llmc.targets.registry import list_targets
 
 Llmc = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session")
+def vulkan() -> None:
+    """Skips where this machine cannot compile for Vulkan and run it."""
+    [status] = [s for s in list_targets() if s.name == "vulkan"]
+    if not (status.can_build and status.can_run):
+        pytest.skip(f"{'; '.join(status.reasons)}: {status.hint}")
 
 
 @pytest.fixture(scope="session")

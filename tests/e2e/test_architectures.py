@@ -49,13 +49,23 @@ ARCHITECTURES = {
     "mixtral": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {**SMALL, **WINDOWS, "num_local_experts": 6, "num_experts_per_tok": 2},
 }
+# On Vulkan two of them cover every kernel: soft caps and windows; experts and sinks.
+QUICK_ON_VULKAN = ("gemma2", "gpt_oss")
+ON_VULKAN = [
+    pytest.param(name, "vulkan", marks=[] if name in QUICK_ON_VULKAN else [pytest.mark.slow])
+    for name in ARCHITECTURES
+]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "target"), [*((name, "cpu") for name in ARCHITECTURES), *ON_VULKAN]
+)
 def test_compiled_logits_match_transformers_in_every_mode(
-    architecture: str, tmp_path: Path
+    architecture: str, target: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Whole prefill, chunks of odd sizes and token-by-token decode all read the same pages."""
+    if target == "vulkan":
+        request.getfixturevalue("vulkan")
     config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -64,11 +74,12 @@ def test_compiled_logits_match_transformers_in_every_mode(
             # Larger than the usual initialization: scores, gates and routers get away from zero.
             parameter.normal_(0, 0.15 if parameter.dim() > 1 else 0.5)
     model.save_pretrained(tmp_path / "model")
-    llmc.compile(tmp_path / "model", out=tmp_path / "artifact", max_batch_tokens=32)
+    out = tmp_path / "artifact"
+    llmc.compile(tmp_path / "model", target=target, out=out, max_batch_tokens=32)
     ids = np.random.default_rng(1).integers(0, VOCAB_SIZE, NUM_TOKENS)
     with torch.inference_mode():
         expected = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
-    engine = llmc.Engine(tmp_path / "artifact")
+    engine = llmc.Engine(out)
     for chunk_tokens in (None, 13, 8, 5, 1):
         logits = engine.logits(ids.tolist(), chunk_tokens=chunk_tokens)
         # Sums of a few hundred float32 products in another order; logits are of size 2 to 8.

@@ -158,6 +158,7 @@ def test_a_cpu_feature_that_this_machine_lacks_is_named_before_code_is_loaded(
 def test_an_artifact_for_another_device_is_refused(refused: Refused, copied: Path) -> None:
     edit_manifest(copied, lambda m: m["variants"][0].update(device_kind="abacus"))
     assert "built for abacus, not for cpu" in refused(RUN, copied)
+    assert "built for abacus, not for cpu" in refused((*RUN, "--device", "cpu"), copied)
 
 
 def test_a_library_that_is_none_is_refused(refused: Refused, copied: Path) -> None:

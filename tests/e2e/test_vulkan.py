@@ -21,7 +21,6 @@ from llmc.errors import ArtifactError, CapacityError, UsageError
 from llmc.runtime.devices import choose_place
 from llmc.runtime.engine import Engine
 from llmc.runtime.verify import verify
-from llmc.targets.registry import list_targets
 
 pytestmark = pytest.mark.usefixtures("vulkan")
 VALIDATION = "VK_LAYER_KHRONOS_validation"
@@ -31,14 +30,6 @@ from llmc import Engine, SamplingParams
 engine = Engine(sys.argv[1])
 print(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0))[0].token_ids)
 """
-
-
-@pytest.fixture(scope="session")
-def vulkan() -> None:
-    """Skips where this machine cannot compile for Vulkan and run it."""
-    [status] = [s for s in list_targets() if s.name == "vulkan"]
-    if not (status.can_build and status.can_run):
-        pytest.skip(f"{'; '.join(status.reasons)}: {status.hint}")
 
 
 @pytest.fixture(scope="module")
