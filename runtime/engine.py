@@ -47,11 +47,13 @@ class Engine:
         max_batch_tokens: int | None = None,
         max_sequences: int | None = None,
         max_waiting: int = 1024,
+        random_weights: bool = False,
     ) -> None:
         """Opens the artifact folder `path` on `device` (KIND or KIND:INDEX; else its own kind).
 
         `kv_cache_tokens`: see `plan_num_pages`. `max_batch_tokens` (a step's) and `max_sequences`
         (computed together) can be lower than compiled. `max_waiting`: sequences in the queue.
+        `random_weights` leaves the weight files unread: answers are noise, speed is the same.
         Raises ArtifactError, CapacityError (with the sum of bytes) or UsageError.
         """
         model = load_model(
@@ -60,6 +62,7 @@ class Engine:
             kv_cache_tokens=kv_cache_tokens,
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
+            random_weights=random_weights,
         )
         limits = Limits.of(
             model.manifest, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences

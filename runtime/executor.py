@@ -17,11 +17,16 @@ from llmc.runtime.devices import Place
 from llmc.runtime.devices.cpu import num_threads
 from llmc.runtime.devices.device import Device
 from llmc.runtime.step import Float32, StepInputs
-from llmc.runtime.weights import load_weights
+from llmc.runtime.weights import load_weights, random_tensors
 
 
 def load_executor(
-    directory: Path, manifest: Manifest, *, num_pages: list[int], place: Place
+    directory: Path,
+    manifest: Manifest,
+    *,
+    num_pages: list[int],
+    place: Place,
+    random_weights: bool = False,
 ) -> Executor:
     """Loads the artifact's variant for `place` with pools of `num_pages` pages a group.
 
@@ -29,7 +34,7 @@ def load_executor(
     less memory than it said.
     """
     with _explained(place.device):
-        return Executor(directory, manifest, num_pages, place)
+        return Executor(directory, manifest, num_pages, place, random_weights)
 
 
 @contextmanager
@@ -50,7 +55,12 @@ class Executor:
     """Implements StepExecutor."""
 
     def __init__(
-        self, directory: Path, manifest: Manifest, num_pages: list[int], place: Place
+        self,
+        directory: Path,
+        manifest: Manifest,
+        num_pages: list[int],
+        place: Place,
+        random_weights: bool,
     ) -> None:
         ffi = tvm_runtime.tvm_ffi()
         library = place.variant.library
@@ -71,7 +81,11 @@ class Executor:
         self._vm = vm
         self._shape = ffi.Shape
         self.caches = caches
-        self.weights = load_weights(directory, manifest, self._tensor)
+        self.weights = (
+            random_tensors(manifest, self._tensor)
+            if random_weights
+            else load_weights(directory, manifest, self._tensor)
+        )
         self._state = [*caches, *self.weights]
 
     def _tensor(self, array: npt.NDArray[Any]) -> Any:  # noqa: ANN401 - a tensor of TVM's

@@ -63,14 +63,19 @@ def load_model(
     kv_cache_tokens: int | None,
     max_batch_tokens: int | None,
     max_sequences: int | None,
+    random_weights: bool = False,
 ) -> LoadedModel:
     """Opens the artifact in `directory` on `device`, or on the first of its kind.
 
-    ArtifactError where it is damaged, CapacityError where it does not fit into memory.
+    With `random_weights` its weight files are not read, and may be missing. ArtifactError where it
+    is damaged, CapacityError where it does not fit into memory.
     """
     manifest = Manifest.load(directory)
     # Compiled artifacts are code: nothing of them is used before the hashes are right.
-    manifest.check_files(directory)
+    weight_files = {weight.file for weight in manifest.weights} if random_weights else set()
+    for name in manifest.files:
+        if name not in weight_files:
+            manifest.check_file(directory, name)
     limits = Limits.of(manifest, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
     place = choose_place(manifest, device)
     num_pages = plan_num_pages(
@@ -92,7 +97,9 @@ def load_model(
     # TVM is imported here and not with this module: the engine's other parts do without it.
     from llmc.runtime.executor import load_executor
 
-    executor = load_executor(directory, manifest, num_pages=num_pages, place=place)
+    executor = load_executor(
+        directory, manifest, num_pages=num_pages, place=place, random_weights=random_weights
+    )
     return LoadedModel(
         manifest=manifest,
         executor=executor,

@@ -39,11 +39,15 @@ def tvm_ffi() -> Any:  # noqa: ANN401 - a module without type information
     finally:
         if hidden:
             del sys.modules["torch"]
-    folder = _library_folder()
-    suffix = ".dylib" if sys.platform == "darwin" else ".so"
     for name in _LIBRARIES:
-        ctypes.CDLL(str(folder / f"lib{name}{suffix}"), ctypes.RTLD_GLOBAL)
+        load_library(name)
     return module
+
+
+def load_library(name: str) -> None:
+    """Loads one of the libraries in TVM's wheel."""
+    suffix = ".dylib" if sys.platform == "darwin" else ".so"
+    ctypes.CDLL(str(_library_folder() / f"lib{name}{suffix}"), ctypes.RTLD_GLOBAL)
 
 
 def _library_folder() -> Path:

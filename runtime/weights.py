@@ -28,6 +28,25 @@ def load_weights(
     return [tensor(files[w.file].view(w)) for w in manifest.weights]
 
 
+def random_tensors(manifest: Manifest, tensor: Callable[[npt.NDArray[Any]], Any]) -> list[Any]:
+    """Tensors of the weights' shapes and types, floats small, integers of any bits: for speed."""
+    generator = np.random.default_rng(0)
+    return [tensor(_random(weight, generator)) for weight in manifest.weights]
+
+
+def _random(weight: WeightTensor, generator: np.random.Generator) -> npt.NDArray[Any]:
+    dtype = np.dtype(weight.dtype)
+    if dtype.kind in "iu" and weight.format != "bf16":
+        data = generator.integers(0, 256, weight.num_bytes, np.uint8)
+        return data.view(dtype).reshape(weight.shape)
+    # Large matrices repeat: drawing billions of numbers would take minutes.
+    count = weight.num_bytes // dtype.itemsize
+    values = generator.standard_normal(min(count, 1 << 20), np.float32) * np.float32(0.02)
+    if dtype.kind in "iu":  # bfloat16's bits
+        values = (values.view(np.uint32) >> 16).astype(np.uint16).view(dtype)
+    return np.resize(values.astype(dtype), weight.shape)
+
+
 class _Mapped:
     """One safetensors file; mode "c" (private) because DLPack refuses read-only memory."""
 

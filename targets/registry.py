@@ -34,6 +34,11 @@ TARGETS: dict[str, TargetEntry] = {
             lacks="llmc.targets.cpu.status:lacks",
         ),
         TargetEntry(
+            name="cuda",
+            implementation="llmc.targets.cuda.target:CudaTarget",
+            lacks="llmc.targets.cuda.status:lacks",
+        ),
+        TargetEntry(
             name="vulkan",
             implementation="llmc.targets.vulkan.target:VulkanTarget",
             lacks="llmc.targets.vulkan.status:lacks",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,13 @@ _PASSES = 5
 _CACHED_BYTES = 2 << 20  # a thread's: beyond most cores' own caches, within those they share
 _CACHED_SWEEPS = 32  # reads of the array in one pass: a pass has to outlast its own start
 
+_COPIED_BYTES = 256 << 20  # beyond the caches of GPUs
+_COPIES = 8  # in one pass
+
+COPY_METHOD = (
+    f"best of {_PASSES} passes of {_COPIES} copies of {_COPIED_BYTES >> 20} MiB within the "
+    "device, bytes read and written"
+)
 METHOD = (
     f"best of {_PASSES} passes of np.max over {_TOTAL_BYTES >> 20} MiB of int32, "
     "one array a thread, a thread for each CPU this process may use"
@@ -27,6 +35,22 @@ def read_bandwidth() -> float:
     np.max on int32 costs the least arithmetic of NumPy's reductions, and it releases the GIL.
     """
     return _measure(_TOTAL_BYTES // num_cores(), sweeps=1)
+
+
+def copy_bandwidth(device: Any) -> float:  # noqa: ANN401 - a device of tvm_ffi's
+    """Bytes per second read and written by copies within a device's memory, as COPY_METHOD says."""
+    from llmc.runtime import tvm_runtime
+
+    source, target = (tvm_runtime.empty((_COPIED_BYTES // 4,), "float32", device) for _ in range(2))
+    copy = tvm_runtime.tvm_ffi().get_global_func("runtime.TVMTensorCopyFromTo")
+    best = float("inf")
+    for _ in range(_PASSES):
+        start = time.perf_counter()
+        for _ in range(_COPIES):
+            copy(source, target)
+        tvm_runtime.wait_for(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * _COPIES * _COPIED_BYTES / best
 
 
 def cache_bandwidth() -> float:

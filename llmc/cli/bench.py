@@ -60,14 +60,23 @@ class _Plan:
 @click.option(
     "--profile", is_flag=True, help="Show each kernel's time and what it takes at least, instead."
 )
+@click.option(
+    "--random-weights", is_flag=True, help="Make weights up: the artifact's may be missing."
+)
 @device_option
 @json_option
 def bench(
-    directory: Path, batches: str, device: str | None, profile: bool, as_json: bool, **plan: int
+    directory: Path,
+    batches: str,
+    device: str | None,
+    profile: bool,
+    random_weights: bool,
+    as_json: bool,
+    **plan: int,
 ) -> None:
     """Measure prefill and decode speed with random prompts, all sequences of a batch at once."""
     report = (_profile if profile else _report)(
-        directory, _parse_batches(batches), _Plan(**plan), device
+        directory, _parse_batches(batches), _Plan(**plan), device, random_weights
     )
     if as_json:
         print_json(report)
@@ -82,8 +91,10 @@ def _kv_cache_tokens(sizes: list[int], plan: _Plan) -> int:
     return max(sizes) * (plan.prompt_tokens + plan.gen_tokens + 64)
 
 
-def _profile(directory: Path, sizes: list[int], plan: _Plan, device: str | None) -> dict[str, Any]:
-    from llmc.cli.profile import Profiler, measure_limits
+def _profile(
+    directory: Path, sizes: list[int], plan: _Plan, device: str | None, random_weights: bool
+) -> dict[str, Any]:
+    from llmc.cli.profile import Profiler, device_limits, measure_limits
     from llmc.runtime.engine import Engine
     from llmc.runtime.load import load_model
 
@@ -94,6 +105,7 @@ def _profile(directory: Path, sizes: list[int], plan: _Plan, device: str | None)
             kv_cache_tokens=_kv_cache_tokens(sizes, plan),
             max_batch_tokens=None,
             max_sequences=None,
+            random_weights=random_weights,
         )
     executor = cast("Executor", model.executor)  # what the loader makes
     profiler = Profiler(executor, model.manifest)
@@ -107,7 +119,8 @@ def _profile(directory: Path, sizes: list[int], plan: _Plan, device: str | None)
         _measure_batch(engine, batch, measured)
         with profiler.instrumented():
             _measure_batch(engine, batch, measured)
-    limits = measure_limits()
+    own_memory = _own_memory(engine, device)
+    limits = measure_limits() if own_memory is None else device_limits(own_memory)
     return {
         "command": shlex.join(["llmc", *sys.argv[1:]]),
         **_setting(engine, device),
@@ -118,22 +131,41 @@ def _profile(directory: Path, sizes: list[int], plan: _Plan, device: str | None)
     }
 
 
-def _report(directory: Path, sizes: list[int], plan: _Plan, device: str | None) -> dict[str, Any]:
-    from llmc.cli.bandwidth import METHOD, read_bandwidth
+def _report(
+    directory: Path, sizes: list[int], plan: _Plan, device: str | None, random_weights: bool
+) -> dict[str, Any]:
+    from llmc.cli.bandwidth import COPY_METHOD, METHOD, copy_bandwidth, read_bandwidth
 
-    engine = open_engine(directory, device=device, kv_cache_tokens=_kv_cache_tokens(sizes, plan))
+    engine = open_engine(
+        directory,
+        device=device,
+        kv_cache_tokens=_kv_cache_tokens(sizes, plan),
+        random_weights=random_weights,
+    )
     _check_fits(engine, sizes, plan)
     measured = [_measure_batch(engine, batch, plan) for batch in sizes]
     # Last, because its buffers would be in every figure of peak memory.
-    bytes_per_s = read_bandwidth()
+    own_memory = _own_memory(engine, device)
+    bytes_per_s = read_bandwidth() if own_memory is None else copy_bandwidth(own_memory)
     return {
         "command": shlex.join(["llmc", *sys.argv[1:]]),
         **_setting(engine, device),
         **dataclasses.asdict(plan),
         "read_bandwidth_bytes_per_s": bytes_per_s,
-        "read_bandwidth_method": METHOD,
+        "read_bandwidth_method": METHOD if own_memory is None else COPY_METHOD,
         "results": [_result(engine, batch, bytes_per_s) for batch in measured],
     }
+
+
+def _own_memory(engine: Engine, device: str | None) -> Any:  # noqa: ANN401 - tvm_ffi's device
+    """The device that the engine runs on, None where it computes in the host's memory."""
+    from llmc.runtime.devices import choose_place
+    from llmc.runtime.tvm_runtime import tvm_ffi
+
+    place = choose_place(engine.manifest, device)
+    if place.device.is_host:
+        return None
+    return tvm_ffi().device(place.device.tvm_name, place.index)
 
 
 def _parse_batches(text: str) -> list[int]:

@@ -68,8 +68,11 @@ class Limits:
     operations_per_s: Mapping[str, float]  # by precision
 
     def peak(self, precision: str) -> float:
-        """Operations a second; float32's where the machine has nothing for `precision`."""
-        return self.operations_per_s.get(precision) or self.operations_per_s["f32"]
+        """Operations a second: float32's where the machine has nothing for `precision`, endless
+        where nothing was measured.
+        """
+        rates = self.operations_per_s
+        return rates.get(precision) or rates.get("f32") or float("inf")
 
     def floor_s(self, cost: KernelCost) -> float:
         """The least seconds that `cost` takes."""

@@ -180,6 +180,14 @@ class Profiler:
         }
 
 
+def device_limits(device: Any) -> Limits:  # noqa: ANN401 - a device of tvm_ffi's
+    """Of a device with memory of its own, its memory alone: nothing else bounds the floors."""
+    from llmc.cli.bandwidth import copy_bandwidth
+
+    rate = copy_bandwidth(device)
+    return Limits(memory_bytes_per_s=rate, cache_bytes_per_s=rate, operations_per_s={})
+
+
 def measure_limits() -> Limits:
     """Measures this machine's memory, caches and arithmetic; some seconds."""
     from llmc.cli.bandwidth import cache_bandwidth, read_bandwidth

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from llmc.artifact import Manifest, Variant
 from llmc.errors import ArtifactError, UsageError
 from llmc.runtime.devices.cpu import Cpu
+from llmc.runtime.devices.cuda import Cuda
 from llmc.runtime.devices.device import Device
 from llmc.runtime.devices.vulkan import Vulkan
 
-DEVICES: dict[str, Device] = {"cpu": Cpu(), "vulkan": Vulkan()}
+DEVICES: dict[str, Device] = {"cpu": Cpu(), "cuda": Cuda(), "vulkan": Vulkan()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,17 +49,20 @@ def choose_place(manifest: Manifest, name: str | None) -> Place:
     device = DEVICES[kind]
     index = int(number) if number else device.default_index()
     device.prepare(index)
-    variant = _choose_variant(manifest, kind, device.features(index))
+    variant = _choose_variant(manifest, kind, device.features(index), device.withheld(index))
     return Place(kind=kind, index=index, variant=variant)
 
 
-def _choose_variant(manifest: Manifest, kind: str, present: frozenset[str]) -> Variant:
+def _choose_variant(
+    manifest: Manifest, kind: str, present: frozenset[str], withheld: frozenset[str]
+) -> Variant:
     """The first variant for `kind` that needs no more than what is present.
 
     Raises ArtifactError, with what is missing, where there is none: code for a missing feature
     would kill the process at its first instruction.
     """
     missing: list[str] = []
+    absent: set[str] = set()
     for variant in manifest.variants:
         if variant.device_kind != kind:
             continue
@@ -66,6 +70,14 @@ def _choose_variant(manifest: Manifest, kind: str, present: frozenset[str]) -> V
         if not lacking:
             return variant
         missing.append(f"{variant.target} needs {', '.join(lacking)}")
+        absent.update(lacking)
+    refused = sorted(absent & withheld)
+    if refused:
+        raise ArtifactError(
+            f"this process may not use {', '.join(refused)}, which the artifact was built for",
+            hint="the operating system refuses them: Linux before 5.16 and some sandboxes do; "
+            "or compile for a lower level (llmc compile --target cpu:…)",
+        )
     raise ArtifactError(
         f"this machine's {kind} lacks what the artifact was built for: {'; '.join(missing)}",
         hint="compile the model again on (or for) a machine like this one",

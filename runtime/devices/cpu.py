@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from llmc.cpu_features import host_features, num_cores
+from llmc.cpu_features import host_features, num_cores, withheld_features
 from llmc.errors import LlmcError, UsageError
 from llmc.runtime.memory import available_host_bytes
 
@@ -35,6 +35,10 @@ class Cpu:
     def features(self, index: int) -> frozenset[str]:
         """Instruction sets, by Linux's names."""
         return host_features()
+
+    def withheld(self, index: int) -> frozenset[str]:
+        """Those that the processor has and the operating system refuses to this process."""
+        return withheld_features()
 
     def available_bytes(self, index: int) -> int:
         """The machine's free memory, or what the process's control group allows."""

@@ -22,6 +22,9 @@ class Device(Protocol):
     def features(self, index: int) -> frozenset[str]:
         """What variants of artifacts may require; asked after `prepare`."""
 
+    def withheld(self, index: int) -> frozenset[str]:
+        """What the device has and this process may not use."""
+
     def available_bytes(self, index: int) -> int:
         """Memory this process can still take; asked after `prepare`."""
 

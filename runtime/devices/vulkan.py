@@ -46,6 +46,10 @@ class Vulkan:
         """Vulkan's names of features, and limits such as threads256."""
         return frozenset(str(name) for name in _ask("llmc.vulkan.features", index))
 
+    def withheld(self, index: int) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
+
     def available_bytes(self, index: int) -> int:
         """What the driver would give, or the size of the heap where it does not say."""
         device = tvm_runtime.tvm_ffi().device("vulkan", index)

@@ -66,12 +66,20 @@ def link(
 
     Raises CompileError where no compiler is found or the compiler fails.
     """
-    compiler = _compiler(target)
 
     def run(output: str, objects: list[str]) -> None:
-        _run([*compiler, *_arguments(output, [*map(str, sources), *objects], target)], path.name)
+        build_library([*map(str, sources), *objects], Path(output), target)
 
     executable.export_library(str(path), fcompile=run)
+
+
+def build_library(inputs: list[str], path: Path, target: Platform) -> None:
+    """Compiles and links `inputs`, files or options, into the shared library `path`.
+
+    Raises CompileError as `link` does.
+    """
+    compiler = _compiler(target)
+    _run([*compiler, *_arguments(str(path), inputs, target)], path.name)
 
 
 def _compiler(target: Platform) -> list[str]:

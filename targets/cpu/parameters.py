@@ -6,6 +6,14 @@ from dataclasses import dataclass, field, replace
 
 from llmc.errors import UnsupportedError
 from llmc.targets.cpu.kernels.attention_tile import AttentionTuning
+from llmc.targets.cpu.kernels.byte_dot import (
+    PMADDUBSW_256,
+    PMADDUBSW_512,
+    SDOT,
+    VPDPBUSD_256,
+    VPDPBUSD_512,
+    ByteDot,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,16 +61,25 @@ class Tiling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TileParameters:
+    """How products use matrix registers (kernels/amx.py); every value changes speed only."""
+
+    crossover: int = 8  # products of more tokens than this use them
+    row_block_bytes: int = 393216  # activations that a task meets again in the L2 cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IntegerParameters:
     """Products of quantized activations; `block` decides numbers, the rest speed."""
 
-    dot: str  # LLVM's intrinsic: int32x16 += uint8x64 · int8x64, four at a time
+    dot: ByteDot
     block: int = 32  # activation features that share a scale, or a weight group if that is larger
     tiling: Tiling = field(default_factory=lambda: Tiling(panels=2, token_tiles=(6, 4, 3, 2, 1)))
     min_chains: int = 4  # independent sums below which a tile splits each in two
     unit_words: int = 4  # stored words of one step of a one-token product
     prefetch_words: int = 128  # word vectors (64 bytes each) asked for ahead for one token
     next_panels: int = 2  # panels ahead whose words a tile of several tokens asks for; 0: none
+    tiles: TileParameters | None = None  # None: there are no matrix registers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +95,7 @@ class Bfloat16Parameters:
     words: int = 4  # stored words of one step of a one-token product
     prefetch_words: int = 128
     next_panels: int = 2
+    tiles: TileParameters | None = None  # None: there are no matrix registers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,62 +135,78 @@ _AVX512 = CpuParameters(
         serial_weights=65536,
     ),
 )
-_VNNI = replace(_AVX512, integer=IntegerParameters(dot="llvm.x86.avx512.vpdpbusd.512"))
+_VNNI = replace(_AVX512, integer=IntegerParameters(dot=VPDPBUSD_512))
+_BF16 = replace(_VNNI, bfloat16=Bfloat16Parameters(), attention=AttentionTuning(bf16_dot=True))
+
+# 16 registers of 8 floats: a panel takes two, 6 x 2 accumulators.
+_AVX2 = CpuParameters(
+    attention=AttentionTuning(accumulators=6, few_accumulators=6, strip_rows=3),
+    linear=LinearParameters(
+        tile_panels=1,
+        token_tiles=(6, 2, 1),
+        fused=False,
+        k_block=256,
+        row_block=192,
+        gemv_words=2,
+        prefetch_words=128,
+        serial_weights=65536,
+    ),
+    few=LinearParameters(
+        tile_panels=1,
+        token_tiles=(2, 1),
+        fused=True,
+        k_block=256,
+        row_block=8,
+        gemv_words=2,
+        prefetch_words=128,
+        serial_weights=65536,
+    ),
+)
+# 32 registers of 4 floats: a panel takes four, 6 x 4 accumulators.
+_NEON = CpuParameters(
+    attention=AttentionTuning(accumulators=6, few_accumulators=6, strip_rows=3),
+    linear=LinearParameters(
+        tile_panels=1,
+        token_tiles=(6, 2, 1),
+        fused=False,
+        k_block=256,
+        row_block=192,
+        gemv_words=2,
+        prefetch_words=128,
+        serial_weights=65536,
+    ),
+    few=LinearParameters(
+        tile_panels=1,
+        token_tiles=(2, 1),
+        fused=True,
+        k_block=256,
+        row_block=8,
+        gemv_words=2,
+        prefetch_words=128,
+        serial_weights=65536,
+    ),
+)
+
+
+def _narrow(dot: ByteDot, token_tiles: tuple[int, ...]) -> IntegerParameters:
+    """Products of one panel at a time, where sums and codes take most of the registers."""
+    tiling = Tiling(panels=1, token_tiles=token_tiles)
+    return IntegerParameters(dot=dot, tiling=tiling, next_panels=1)
+
 
 PARAMETERS: dict[str, CpuParameters] = {
-    "avx512bf16": replace(
-        _VNNI, bfloat16=Bfloat16Parameters(), attention=AttentionTuning(bf16_dot=True)
+    "amx": replace(
+        _BF16,
+        integer=IntegerParameters(dot=VPDPBUSD_512, tiles=TileParameters()),
+        bfloat16=Bfloat16Parameters(tiles=TileParameters()),
     ),
+    "avx512bf16": _BF16,
     "avx512vnni": _VNNI,
-    "avx512": _AVX512,
-    # 16 registers of 8 floats: a panel takes two, 6 x 2 accumulators.
-    "avx2": CpuParameters(
-        attention=AttentionTuning(accumulators=6, few_accumulators=6, strip_rows=3),
-        linear=LinearParameters(
-            tile_panels=1,
-            token_tiles=(6, 2, 1),
-            fused=False,
-            k_block=256,
-            row_block=192,
-            gemv_words=2,
-            prefetch_words=128,
-            serial_weights=65536,
-        ),
-        few=LinearParameters(
-            tile_panels=1,
-            token_tiles=(2, 1),
-            fused=True,
-            k_block=256,
-            row_block=8,
-            gemv_words=2,
-            prefetch_words=128,
-            serial_weights=65536,
-        ),
-    ),
-    # 32 registers of 4 floats: a panel takes four, 6 x 4 accumulators.
-    "neon": CpuParameters(
-        attention=AttentionTuning(accumulators=6, few_accumulators=6, strip_rows=3),
-        linear=LinearParameters(
-            tile_panels=1,
-            token_tiles=(6, 2, 1),
-            fused=False,
-            k_block=256,
-            row_block=192,
-            gemv_words=2,
-            prefetch_words=128,
-            serial_weights=65536,
-        ),
-        few=LinearParameters(
-            tile_panels=1,
-            token_tiles=(2, 1),
-            fused=True,
-            k_block=256,
-            row_block=8,
-            gemv_words=2,
-            prefetch_words=128,
-            serial_weights=65536,
-        ),
-    ),
+    "avx512": replace(_AVX512, integer=_narrow(PMADDUBSW_512, (8, 4, 3, 2, 1))),
+    "avxvnni": replace(_AVX2, integer=_narrow(VPDPBUSD_256, (4, 3, 2, 1))),
+    "avx2": replace(_AVX2, integer=_narrow(PMADDUBSW_256, (4, 3, 2, 1))),
+    "neon-dotprod": replace(_NEON, integer=_narrow(SDOT, (4, 3, 2, 1))),
+    "neon": _NEON,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import tvm
 
 from llmc import dialect
@@ -25,6 +27,7 @@ from llmc.targets.cpu.parameters import (
     CpuParameters,
     IntegerParameters,
     LinearParameters,
+    TileParameters,
 )
 
 
@@ -117,6 +120,7 @@ def _linear(site: Site, params: LinearParameters) -> Kernel | None:
 def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | None:
     if not isinstance(site.op, dialect.IntegerLinear) or params is None:
         return None
+    params = replace(params, tiles=_tiles(site, params.tiles))
     m, k = site.extents("weight")
     rows = site.types["codes"].shape[1]
     func = integer_linear(
@@ -132,9 +136,15 @@ def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | No
     return _kernel(func, site, ("codes", "scales", "sums", "weight", "bias", "residual"))
 
 
+def _tiles(site: Site, tiles: TileParameters | None) -> TileParameters | None:
+    """None where the entry point takes too few tokens for matrix registers."""
+    return tiles if tiles is not None and site.max_tokens > tiles.crossover else None
+
+
 def _bfloat16_linear(site: Site, params: Bfloat16Parameters | None) -> Kernel | None:
     if not isinstance(site.op, dialect.Bfloat16Linear) or params is None:
         return None
+    params = replace(params, tiles=_tiles(site, params.tiles))
     m, k = site.extents("weight")
     func = bfloat16_linear(
         m,

@@ -37,13 +37,22 @@ _AVX512 = (*_AVX2, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
 # LLVM would split 512-bit vectors for the sake of CPUs that lower their clock.
 _WIDE = "-prefer-256-bit"
 
+_AVX512BF16 = (*_AVX512, "avx512_bf16", "avx512_vnni")
+_AMX = ("amx_bf16", "amx_int8", "amx_tile")
+
 # The best level a machine has comes first.
 ISA_LEVELS: dict[str, IsaLevel] = {
+    "amx": IsaLevel(
+        machine="x86_64",
+        mcpu="x86-64-v4",
+        mattr=(_WIDE, "+avx512vnni", "+avx512bf16", "+amx-tile", "+amx-int8", "+amx-bf16"),
+        features=(*_AVX512BF16, *_AMX),
+    ),
     "avx512bf16": IsaLevel(
         machine="x86_64",
         mcpu="x86-64-v4",
         mattr=(_WIDE, "+avx512vnni", "+avx512bf16"),
-        features=(*_AVX512, "avx512_bf16", "avx512_vnni"),
+        features=_AVX512BF16,
     ),
     "avx512vnni": IsaLevel(
         machine="x86_64",
@@ -52,7 +61,16 @@ ISA_LEVELS: dict[str, IsaLevel] = {
         features=(*_AVX512, "avx512_vnni"),
     ),
     "avx512": IsaLevel(machine="x86_64", mcpu="x86-64-v4", mattr=(_WIDE,), features=_AVX512),
+    "avxvnni": IsaLevel(
+        machine="x86_64",
+        mcpu="x86-64-v3",
+        mattr=("+avxvnni",),
+        features=(*_AVX2, "avx_vnni"),
+    ),
     "avx2": IsaLevel(machine="x86_64", mcpu="x86-64-v3", mattr=(), features=_AVX2),
+    "neon-dotprod": IsaLevel(
+        machine="aarch64", mcpu="generic", mattr=("+dotprod",), features=("asimddp",)
+    ),
     "neon": IsaLevel(machine="aarch64", mcpu="generic", mattr=(), features=()),
 }
 TRIPLES = {

@@ -15,6 +15,7 @@ from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import FORMATS
 from llmc.targets.cpu.kernels.bfloat16 import dot, from_float32, with_dot
+from llmc.targets.cpu.kernels.bfloat16_tiles import bfloat16_tiles, tile_depth
 from llmc.targets.cpu.kernels.dot import sum_pairwise
 from llmc.targets.cpu.kernels.panels import (
     Rows,
@@ -36,6 +37,7 @@ from llmc.targets.cpu.layout import PANEL
 from llmc.targets.cpu.parameters import Bfloat16Parameters
 
 Expr = Any
+_MIN_DEPTH = 16  # features of a step below which matrix registers are mostly empty
 
 
 def bfloat16_linear(
@@ -81,8 +83,18 @@ def bfloat16_linear(
                 fetch_residual(residuals, panels, rows)
                 store_tile(product, panels, rows, _tile(weights, panels, x, rows, params))
 
-            with with_dot():
+            def vectors() -> None:
                 for_each_tile(weights, tokens, count, 2 * k, params.tiling, tile)
+
+            with with_dot():
+                if params.tiles is None or tokens == 1 or tile_depth(k) < _MIN_DEPTH:
+                    vectors()
+                else:
+                    with T.If(count > i64(params.tiles.crossover)):
+                        with T.Then():
+                            bfloat16_tiles(product, x, count, params.tiles)
+                        with T.Else():
+                            vectors()
     return builder.get()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.cpu.kernels.byte_dot import CENTRE
 from llmc.targets.cpu.kernels.panels import (
     F32X16,
     WeightPanels,
@@ -28,7 +29,6 @@ from llmc.targets.cpu.layout import PANEL, stored_zero_point
 from llmc.targets.cpu.parameters import IntegerParameters
 
 Expr = Any
-I32X16 = "int32x16"
 
 
 def activation_block(fmt: WeightFormat, k: int, limit: int) -> int | None:
@@ -114,6 +114,8 @@ class _Tile:
         self.weights, self.panels, self.x, self.rows = weights, panels, x, rows
         self.params = params
         self.unit = unit_of(weights.fmt, x.block)
+        # Whether codes are multiplied as signed bytes, CENTRE taken off.
+        self.centred = params.dot.signed and weights.fmt.bits == 8
         self.size = len(rows) * len(panels)
         # Chains of dependent dot products have to be long enough to hide their latency.
         self.chains = max(1, min(2, params.min_chains // self.size))
@@ -182,9 +184,7 @@ class _Tile:
         zero = stored_zero_point(self.weights.fmt)
         sums: list[list[Expr]] = []
         for row in self.rows:
-            start = T.int32(0)
-            if zero:
-                start = self.x.sum(row, unit)
+            start = self._start(row, unit)
             for _ in self.panels:
                 nothing = T.broadcast(T.int32(0), PANEL)
                 sums.append([T.broadcast(start, PANEL)] + [nothing] * (self.chains - 1))
@@ -211,6 +211,15 @@ class _Tile:
         totals = [chain[0] if len(chain) == 1 else chain[0] + chain[1] for chain in sums]
         return [T.Bind(T.Cast(F32X16, total)) for total in totals]
 
+    def _start(self, row: Expr, unit: Expr) -> Expr:
+        """What is added to the products of a unit's codes as they are multiplied."""
+        zero = stored_zero_point(self.weights.fmt)
+        taken_off = CENTRE if self.centred else 0
+        if zero == taken_off:
+            return T.int32(0)
+        total = self.x.sum(row, unit)  # Σ x · sum_factor
+        return total if taken_off == 0 else total * T.int32(taken_off)
+
     def _load(self, carried: Expr, sums: list[list[Expr]]) -> None:
         for i, chain in enumerate(sums):
             for c in range(self.chains):
@@ -231,7 +240,7 @@ class _Tile:
                 prefetch(weights.word_address(i64(0), panel, word))
             stored = [T.Bind(weights.word(i64(0), p, word)) for p in self.panels]
             for part in range(width // 4):
-                codes = [T.Bind(_bytes(weights.fmt, s, part)) for s in stored]
+                codes = [T.Bind(self._bytes(s, part)) for s in stored]
                 chain = step % self.chains
                 for r, row in enumerate(self.rows):
                     x = T.Bind(self.x.word(row, word * i64(width // 4) + i64(part)))
@@ -248,7 +257,17 @@ class _Tile:
         return [panel + i64(self.params.next_panels) for panel in self.panels]
 
     def _dot(self, total: Expr, codes: Expr, x: Expr) -> Expr:
-        return T.call_llvm_pure_intrin(I32X16, self.params.dot, total, codes, x)
+        return self.params.dot.apply(self.weights.fmt.bits, total, codes, x)
+
+    def _bytes(self, word: Expr, part: int) -> Expr:
+        """Four consecutive features' codes of each of 16 rows, as uint8x64."""
+        if self.weights.fmt.bits == 4:
+            if part:
+                word = T.shift_right(word, T.broadcast(T.int32(4), PANEL))
+            word = T.bitwise_and(word, T.broadcast(T.int32(0x0F0F0F0F), PANEL))
+        if self.centred:
+            word = T.bitwise_xor(word, T.broadcast(T.int32(-0x7F7F7F80), PANEL))
+        return T.reinterpret("uint8x64", word)
 
     def result(self) -> list[list[Expr]]:
         """The totals by row and panel; a row's own scale is multiplied here."""
@@ -268,12 +287,3 @@ def _integers(count: int) -> Expr:
         scope="local",
         annotations={"disable_lower_builtin": True},
     )
-
-
-def _bytes(fmt: WeightFormat, word: Expr, part: int) -> Expr:
-    """Four consecutive features' codes of each of 16 rows, as uint8x64."""
-    if fmt.bits == 4:
-        if part:
-            word = T.shift_right(word, T.broadcast(T.int32(4), PANEL))
-        word = T.bitwise_and(word, T.broadcast(T.int32(0x0F0F0F0F), PANEL))
-    return T.reinterpret("uint8x64", word)

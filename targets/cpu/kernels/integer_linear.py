@@ -15,6 +15,7 @@ from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
+from llmc.targets.cpu.kernels.integer_tiles import integer_tiles
 from llmc.targets.cpu.kernels.panels import Rows, WeightPanels, argument, i64, size_var
 from llmc.targets.cpu.kernels.register_tiles import fetch_residual, for_each_tile, store_tile
 from llmc.targets.cpu.kernels.tiles import Product
@@ -72,5 +73,16 @@ def integer_linear(
                 totals = integer_panels(weights, panels, coded, rows, params)
                 store_tile(product, panels, rows, totals)
 
-            for_each_tile(weights, tokens, count, k, params.tiling, tile)
+            def vectors() -> None:
+                for_each_tile(weights, tokens, count, k, params.tiling, tile)
+
+            with params.dot.scope():
+                if params.tiles is None or tokens == 1:
+                    vectors()
+                else:
+                    with T.If(count > i64(params.tiles.crossover)):
+                        with T.Then():
+                            integer_tiles(product, coded, count, params.tiles)
+                        with T.Else():
+                            vectors()
     return builder.get()

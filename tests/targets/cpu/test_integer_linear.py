@@ -1,108 +1,160 @@
-"""Integer products against float64 on the same codes, in every distinct storage of weights.
+"""Integer products on every instruction set that runs here, and quantized activations."""
 
-Tolerance: sums of codes are exact; what is rounded are the float32 scalings, one a unit, so the
-error stays within a few 2^-24 of Σ|x·w|, for which 2e-6 has room. One wrong code of 640 shows as
-1e-3.
-"""
+from functools import cache
 
 import numpy as np
 import pytest
 import tvm
+from arm_library import QEMU, ArmLibrary
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrices import DISTINCT, HOST, build, random_matrix, tensor
+from integer_products import AFFINE, Case
+from matrices import build, tensor
 
+from llmc.cpu_features import host_features
 from llmc.formats import FORMATS
-from llmc.targets.cpu.kernels.integer import activation_block, sum_factor, unit_of
+from llmc.targets.cpu.kernels.integer import activation_block
 from llmc.targets.cpu.kernels.integer_linear import integer_linear
 from llmc.targets.cpu.kernels.quantize_activations import quantize_activations
-from llmc.targets.cpu.layout import pack
 from llmc.targets.cpu.parameters import PARAMETERS
-
-PARAMS = PARAMETERS["avx512vnni"].integer
-HAS_BYTES = tvm.target.codegen.target_has_features(
-    "avx512vnni", tvm.target.Target({"kind": "llvm", "mcpu": HOST})
-)
-pytestmark = pytest.mark.skipif(not HAS_BYTES, reason="this CPU has no AVX-512 VNNI")
+from llmc.targets.cpu.target import ISA_LEVELS, CpuTarget
 
 M, K = 72, 640  # four panels and a half; not a multiple of 256
-AFFINE = [f for f in DISTINCT if not f.is_float]
-TOLERANCE = 2e-6
+FEW = [FORMATS[n] for n in ("w8", "q4_0", "q4_1", "q5_1", "q2_k")]
+FORMATS_OF = {"avx512vnni": AFFINE, "avx512": FEW, "avxvnni": FEW, "avx2": FEW}
+# Level -> an instruction that its kernels are made of.
+INSTRUCTIONS = {
+    "avx512vnni": "vpdpbusd",
+    "avx512": "vpmaddubsw",
+    "avxvnni": "vpdpbusd",
+    "avx2": "vpmaddubsw",
+    "neon-dotprod": "sdot",
+}
 
 
 def key(fmt, kind):
     return f"{fmt.name}_{kind}".replace("-", "_")
 
 
-def product(fmt, tokens, **options):
-    block = activation_block(fmt, K, options.pop("block", PARAMS.block))
+def product(fmt, tokens, level, **options):
+    params = PARAMETERS[level].integer
+    block = activation_block(fmt, K, options.pop("block", params.block))
     options = {"bias": True, "residual": tokens is None, **options}
-    return integer_linear(fmt, M, K, tokens, block=block, params=PARAMS, **options)
+    return integer_linear(fmt, M, K, tokens, block=block, params=params, **options)
+
+
+def products(level, formats):
+    return {
+        key(fmt, kind): product(fmt, tokens, level)
+        for fmt in formats
+        for kind, tokens in (("one", 1), ("many", None))
+    }
+
+
+class HostLibrary:
+    """The kernels of a level that this machine has."""
+
+    def __init__(self, functions, level):
+        named = {n: f.with_attr("global_symbol", n) for n, f in functions.items()}
+        target = CpuTarget(level)
+        with tvm.transform.PassContext(config=target.pass_config):
+            self._module = tvm.compile(tvm.IRModule(named), target=target.tvm_target)
+        self.assembly = self._module.mod.inspect_source("asm")
+
+    def run(self, name, *arrays):
+        tensors = [tensor(a) for a in arrays]
+        self._module[name](*tensors)
+        return tensors[-1].numpy()
+
+
+@cache
+def library_of(level):
+    if not host_features().issuperset(ISA_LEVELS[level].features):
+        pytest.skip(f"this CPU is not of level {level}")
+    functions = products(level, FORMATS_OF[level])
+    functions["wide"] = product(FORMATS["q4_1"], None, level, block=128)
+    return HostLibrary(functions, level)
+
+
+def each(formats_of):
+    """Every level with each of its formats."""
+    cases = [(level, fmt) for level, formats in formats_of.items() for fmt in formats]
+    ids = [f"{level}-{fmt.name}" for level, fmt in cases]
+    return pytest.mark.parametrize(("level", "fmt"), cases, ids=ids)
+
+
+every_level = pytest.mark.parametrize("level", FORMATS_OF)
+
+
+def check(library, fmt, kind, tokens, **options):
+    block = activation_block(fmt, K, options.pop("block", 32))
+    case = Case(fmt, M, K, tokens, block, residual=kind != "one", **options)
+    name = kind if kind == "wide" else key(fmt, kind)
+    case.check(lambda *arrays: library.run(name, *arrays))
+
+
+@each(FORMATS_OF)
+def test_one_token(level, fmt):
+    check(library_of(level), fmt, "one", 1)
+
+
+@each(FORMATS_OF)
+@settings(max_examples=8, deadline=None)
+@given(tokens=st.integers(0, 40))
+def test_any_number_of_tokens(level, fmt, tokens):
+    check(library_of(level), fmt, "many", tokens)
+
+
+@each(dict.fromkeys(FORMATS_OF, FEW))
+def test_the_largest_codes_of_both_signs_do_not_overflow(level, fmt):
+    """Sums of 16 bits saturate at 2 · 128 · 127 and little more."""
+    for tokens in (1, 13):
+        check(library_of(level), fmt, "many", tokens, extreme=True)
+
+
+@every_level
+def test_several_groups_of_weights_share_a_scale_of_activations(level):
+    check(library_of(level), FORMATS["q4_1"], "wide", 7, block=128)
+
+
+@every_level
+def test_each_level_is_made_of_its_instruction(level):
+    assert INSTRUCTIONS[level] in library_of(level).assembly
 
 
 @pytest.fixture(scope="module")
-def library():
-    functions = {}
-    for fmt in AFFINE:
-        functions[key(fmt, "one")] = product(fmt, 1)
-        functions[key(fmt, "many")] = product(fmt, None)
-    wide = FORMATS["q4_1"]
-    functions["wide"] = product(wide, None, block=128)
-    for name, block, unit in (("fine", 32, 16), ("coarse", 128, 32)):
-        functions[f"quantize_{name}"] = quantize_activations(
-            features=K, block=block, unit=unit, factor=-8
-        )
-    return build(functions)
+def arm(tmp_path_factory):
+    if QEMU is None:
+        pytest.skip("no qemu-aarch64 here")
+    formats = [FORMATS[n] for n in ("w8", "q4_1", "q5_1")]
+    return ArmLibrary(
+        products("neon-dotprod", formats), tmp_path_factory.mktemp("arm"), "neon-dotprod"
+    )
 
 
-def check(function, fmt, tokens, block, *, residual):
-    rng = np.random.default_rng(tokens)
-    matrix, exact = random_matrix(rng, fmt, M, K)
-    codes = rng.integers(-127, 128, (1, tokens, K)).astype(np.int8)
-    scales = rng.uniform(0, 0.02, (1, tokens, K // block)).astype(np.float32)
-    unit = unit_of(fmt, block)
-    units = codes.reshape(1, tokens, K // unit, unit).astype(np.int32)
-    sums = (units.sum(-1) * sum_factor(fmt)).astype(np.int32)
-    bias = rng.standard_normal(M).astype(np.float32)
-    extra = [bias] + ([rng.standard_normal((1, tokens, M)).astype(np.float32)] if residual else [])
-    y = tensor(np.full((1, tokens, M), np.nan, np.float32))
-    function(*(tensor(a) for a in (codes, scales, sums, *pack(fmt, matrix), *extra)), y)
-    x = codes[0].reshape(tokens, K // block, block) * scales[0].astype(np.float64)[:, :, None]
-    x = x.reshape(tokens, K)
-    expected = x @ exact.T + sum(e.reshape(-1, M) for e in extra)
-    # Codes are multiplied unsigned, so a zero point's part counts as well.
-    low = exact.min() if fmt.has_min else -np.abs(exact).max()
-    magnitude = np.abs(x) @ (np.abs(exact) + np.abs(low)).T + 1
-    assert (np.abs(y.numpy()[0] - expected) <= TOLERANCE * magnitude).all()
+@pytest.mark.parametrize("name", ["w8", "q4_1", "q5_1"])
+def test_arm_in_an_emulator(arm, name):
+    for tokens in (1, 11):
+        check(arm, FORMATS[name], "many", tokens)
+        check(arm, FORMATS[name], "many", tokens, extreme=True)
+    check(arm, FORMATS[name], "one", 1)
+    assert INSTRUCTIONS["neon-dotprod"] in arm.assembly
 
 
-@pytest.mark.parametrize("fmt", AFFINE, ids=lambda f: f.name)
-def test_one_token(library, fmt):
-    block = activation_block(fmt, K, PARAMS.block)
-    check(library[key(fmt, "one")], fmt, 1, block, residual=False)
+def quantized(features, block, unit):
+    return quantize_activations(features=features, block=block, unit=unit, factor=-8)
 
 
-@pytest.mark.parametrize("fmt", AFFINE, ids=lambda f: f.name)
-@settings(max_examples=8, deadline=None)
-@given(tokens=st.integers(0, 40))
-def test_any_number_of_tokens(library, fmt, tokens):
-    block = activation_block(fmt, K, PARAMS.block)
-    check(library[key(fmt, "many")], fmt, tokens, block, residual=True)
-
-
-def test_several_groups_of_weights_share_a_scale_of_activations(library):
-    check(library["wide"], FORMATS["q4_1"], 7, 128, residual=True)
-
-
-@pytest.mark.parametrize(("name", "block", "unit"), [("fine", 32, 16), ("coarse", 128, 32)])
-def test_activations_are_rounded_to_the_nearest_of_255_steps(library, name, block, unit):
+@pytest.mark.parametrize(("block", "unit"), [(32, 16), (128, 32)], ids=["fine", "coarse"])
+def test_activations_are_rounded_to_the_nearest_of_255_steps(block, unit):
+    quantize = build({"quantize": quantized(K, block, unit)})["quantize"]
     rng = np.random.default_rng(3)
     x = rng.standard_normal((1, 5, K)).astype(np.float32) * 10
     x[0, 1, :block] = 0  # a block of nothing has scale zero, not a division by it
     codes = tensor(np.full(x.shape, 99, np.int8))
     scales = tensor(np.full((1, 5, K // block), np.nan, np.float32))
     sums = tensor(np.zeros((1, 5, K // unit), np.int32))
-    library[f"quantize_{name}"](tensor(x), codes, scales, sums)
+    quantize(tensor(x), codes, scales, sums)
     blocks = x.reshape(1, 5, -1, block)
     np.testing.assert_allclose(
         scales.numpy(), np.abs(blocks).max(-1) / 127, rtol=1e-6, err_msg="scales"

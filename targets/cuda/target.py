@@ -1,0 +1,108 @@
+"""CUDA as a target: the kernels of all GPUs, code for several architectures in one library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import tvm
+import tvm_ffi
+
+from llmc.errors import UsageError
+from llmc.formats import WeightFormat
+from llmc.targets.base import ActivationBlocks, Array, KernelRule, Matrix, PackedPart, ScheduleRule
+from llmc.targets.cpu.link import Platform, host_machine, link
+from llmc.targets.cpu.target import TRIPLES
+from llmc.targets.cuda.toolkit import compile_cuda, load_cuda_runtime
+from llmc.targets.gpu import layout
+from llmc.targets.gpu.parameters import Features, GpuParameters
+from llmc.targets.gpu.rules import kernel_rules, key_page, value_page
+from llmc.targets.gpu.schedule import schedule_rules
+
+# Ampere and newer; the driver compiles PTX of the newest for what is newer still.
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+_DEFAULT = ("sm_80", "sm_90")
+
+
+class CudaTarget:
+    """Implements llmc.targets.base.Target; raises UsageError and CompileError."""
+
+    name = "cuda"
+    device_kind = "cuda"
+    library_name = "model.so"
+    layout = layout.LAYOUT
+    page_size = 16
+    few_tokens = 8
+    narrow_products: frozenset[str] = frozenset()
+
+    def __init__(self, level: str | None = None) -> None:
+        self.architectures = _architectures(level)
+        load_cuda_runtime()
+        self.platform = Platform(machine=host_machine(), system="Linux")
+        self.tvm_target = tvm.target.Target(
+            {
+                "kind": "cuda",
+                "arch": self.architectures[0],
+                "max_threads_per_block": 1024,
+                "max_shared_memory_per_block": 49152,
+                "thread_warp_size": 32,
+            },
+            host={
+                "kind": "llvm",
+                "mtriple": TRIPLES[self.platform.machine, self.platform.system],
+            },
+        )
+        self.pass_config: dict[str, object] = {}
+        features = Features(subgroup=32, max_threads=1024, shared_bytes=49152, bfloat16=True)
+        self.kernel_rules: Sequence[tuple[str, KernelRule]] = kernel_rules(
+            GpuParameters(features=features), self.few_tokens
+        )
+        self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = schedule_rules(self.tvm_target)
+        # TVM asks this function, which is one for the process, for the code of every module.
+        architectures = self.architectures
+        tvm_ffi.register_global_func(
+            "tvm_callback_cuda_compile",
+            lambda code: compile_cuda(str(code), architectures),
+            override=True,
+        )
+
+    def key_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
+        """`[Kv, elements]`."""
+        return key_page(kv_heads, head_dim, kv_dtype, self.page_size)
+
+    def value_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
+        """`[Kv, elements]` likewise."""
+        return value_page(kv_heads, head_dim, kv_dtype, self.page_size)
+
+    def activation_blocks(self, fmt: WeightFormat, features: int) -> ActivationBlocks | None:
+        """None: products are made in floats."""
+        return None
+
+    def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
+        """The arrays of layout chunk32."""
+        *experts, m, k = shape
+        return layout.packed_parts(fmt, m, k, num_experts=experts[0] if experts else None)
+
+    def pack(self, fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool) -> list[Array]:
+        """Packs one matrix, or a stack of experts."""
+        return layout.pack(fmt, matrices, stacked=stacked)
+
+    def link(self, executable: tvm.runtime.Executable, path: Path) -> list[str]:
+        """Links the host code with the device's inside; the oldest architecture it runs on."""
+        link(executable, path, self.platform, sources=())
+        return [self.architectures[0]]
+
+
+def _architectures(level: str | None) -> tuple[str, ...]:
+    """`sm_80,sm_90` as a tuple, oldest first."""
+    if level is None:
+        return _DEFAULT
+    names = level.split(",")
+    for name in names:
+        if not re.fullmatch("sm_[0-9]{2,3}", name) or name not in ARCHITECTURES:
+            raise UsageError(
+                f"unknown CUDA architecture {name!r}",
+                hint=f"one or more of {', '.join(ARCHITECTURES)}, separated by commas",
+            )
+    return tuple(sorted(set(names), key=ARCHITECTURES.index))

@@ -1,0 +1,78 @@
+"""Runs the object code of kernels that use matrix registers on processors that have none."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import tvm
+
+from llmc.targets.cpu import link
+
+EMULATOR = Path(__file__).with_name("amx_emulator.c")
+ALIGNMENT = 64  # bytes: what kernels assume of every argument
+GUARD = 4096  # bytes before and behind every argument that no tile may touch
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    host = link.Platform(machine=link.host_machine(), system="Linux")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "amx_emulator.so"
+        flags = ["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-std=gnu11"]
+        subprocess.run([*link._compiler(host), *flags, "-o", str(path), str(EMULATOR)], check=True)
+        library = ctypes.CDLL(str(path))
+    library.amx_error.restype = ctypes.c_char_p
+    return library
+
+
+class Emulator:
+    """Calls kernels; fails on what the processor would have faulted on."""
+
+    def run(self, function: tvm.ffi.Function, *arrays: np.ndarray) -> np.ndarray:
+        """Calls a kernel on copies of the arrays, with guards about them; the last one comes back.
+
+        No instruction was misused, and every configuration was released.
+        """
+        library = _library()
+        copies = [_guarded(library, array) for array in arrays]
+        with _handler(library):
+            function(*copies)
+        library.amx_allow_all()
+        error = library.amx_error().decode()
+        library.amx_forget()
+        assert not error, error
+        assert library.amx_active() == 0, "a configuration was not released"
+        return copies[-1].numpy()
+
+    @property
+    def products(self) -> int:
+        """Products of tiles so far."""
+        return int(_library().amx_products())
+
+
+@contextmanager
+def _handler(library: ctypes.CDLL) -> Iterator[None]:
+    library.amx_begin()
+    try:
+        yield
+    finally:
+        library.amx_end()
+
+
+def _guarded(library: ctypes.CDLL, array: np.ndarray) -> tvm.runtime.Tensor:
+    if array.size == 0:
+        return tvm.runtime.tensor(array)
+    raw = np.zeros(array.nbytes + 2 * GUARD + ALIGNMENT, np.uint8)
+    begin = GUARD + -(raw.ctypes.data + GUARD) % ALIGNMENT
+    copy = raw[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    for at in (begin - GUARD, begin + array.nbytes):
+        library.amx_forbid(ctypes.c_void_p(raw.ctypes.data + at), ctypes.c_int64(GUARD))
+    return tvm.runtime.from_dlpack(copy)

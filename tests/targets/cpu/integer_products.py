@@ -1,0 +1,66 @@
+"""Random arguments of integer products, and what comes out, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from matrices import DISTINCT, random_matrix
+
+from llmc.formats import WeightFormat
+from llmc.targets.cpu.kernels.integer import sum_factor, unit_of
+from llmc.targets.cpu.layout import pack
+
+AFFINE = [f for f in DISTINCT if not f.is_float]
+
+TOLERANCE = 2e-6
+"""Of Σ|x·w|. Sums of codes are exact; what is rounded are the float32 scalings, one a unit, so the
+error stays within a few 2^-24. One wrong code of 640 shows as 1e-3.
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product of `tokens` rows with a matrix `[m, k]` in a format."""
+
+    fmt: WeightFormat
+    m: int
+    k: int
+    tokens: int
+    block: int
+    bias: bool = True
+    residual: bool = True
+    extreme: bool = False  # codes and activations at the ends of their ranges
+
+    def check(self, run: Callable[..., np.ndarray]) -> None:
+        """`run(*arrays)`, y `[1, T, M]` the last of them, returns y."""
+        arrays, expected, magnitude = self.arguments()
+        error = np.abs(run(*arrays)[0] - expected)
+        assert (error <= TOLERANCE * magnitude).all()
+
+    def arguments(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """The kernel's arguments, the result `[T, M]` and Σ|x·w| of each."""
+        fmt, m, k, tokens, block = self.fmt, self.m, self.k, self.tokens, self.block
+        rng = np.random.default_rng(tokens)
+        matrix, exact = random_matrix(rng, fmt, m, k)
+        codes = rng.integers(-127, 128, (1, tokens, k)).astype(np.int8)
+        if self.extreme:
+            ends = np.array([-128, 127] if fmt.code_dtype == "int8" else [0, (1 << fmt.bits) - 1])
+            matrix.codes[...] = np.where(rng.random((m, 1)) < 0.5, ends[0], ends[1])
+            exact = matrix.dequantize().astype(np.float64)
+            codes[...] = np.where(rng.random((1, tokens, 1)) < 0.5, -127, 127)
+        scales = rng.uniform(0, 0.02, (1, tokens, k // block)).astype(np.float32)
+        unit = unit_of(fmt, block)
+        units = codes.reshape(1, tokens, k // unit, unit).astype(np.int32)
+        sums = (units.sum(-1) * sum_factor(fmt)).astype(np.int32)
+        extra = [rng.standard_normal(m).astype(np.float32)] if self.bias else []
+        extra += [rng.standard_normal((1, tokens, m)).astype(np.float32)] if self.residual else []
+        y = np.full((1, tokens, m), np.nan, np.float32)
+        x = codes[0].reshape(tokens, k // block, block) * scales[0].astype(np.float64)[:, :, None]
+        x = x.reshape(tokens, k)
+        expected = x @ exact.T + sum(e.reshape(-1, m) for e in extra)
+        # Codes are multiplied unsigned, so a zero point's part counts as well.
+        low = exact.min() if fmt.has_min else -np.abs(exact).max()
+        magnitude = np.abs(x) @ (np.abs(exact) + np.abs(low)).T + 1
+        return [codes, scales, sums, *pack(fmt, matrix), *extra, y], expected, magnitude
