@@ -119,6 +119,10 @@ class ExpressionPrinter:
             self.names[var] = name
         return self.names[var]
 
+    def learn(self, var: Expr, value: Expr | tvm.ir.Range) -> None:
+        """Notes what a variable is, for proofs of alignment; another scope may set it again."""
+        self.analyzer.bind(var, value, allow_override=True)
+
     def type_of(self, dtype: str) -> str:
         """GLSL's type for values of `dtype` in a computation."""
         scalar, lanes = split(dtype)

@@ -258,7 +258,7 @@ class _KernelPrinter:
                 self.head.append(f"  {kind} {self.bound[tag]} = {kind}({value});")
             self.expressions.names[var] = self.bound[tag]
             if isinstance(stmt.value, tvm.tirx.IntImm):
-                self.expressions.analyzer.bind(var, tvm.ir.Range(0, stmt.value))
+                self.expressions.learn(var, tvm.ir.Range(0, stmt.value))
         self.statement(stmt.body)
 
     def loop(self, stmt: tvm.tirx.Stmt) -> None:
@@ -268,7 +268,7 @@ class _KernelPrinter:
         begin, extent = printer.print(stmt.min), printer.print(stmt.extent)
         if isinstance(stmt.min, tvm.tirx.IntImm) and isinstance(stmt.extent, tvm.tirx.IntImm):
             if int(stmt.extent) > 0:
-                printer.analyzer.bind(var, tvm.ir.Range.from_min_extent(stmt.min, stmt.extent))
+                printer.learn(var, tvm.ir.Range.from_min_extent(stmt.min, stmt.extent))
             end = str(int(stmt.min) + int(stmt.extent))
         else:
             end = extent if begin == "0" else f"{begin} + {extent}"
@@ -292,7 +292,7 @@ class _KernelPrinter:
         kind = printer.type_of(dtype)
         if dtype in ("int32", "int64"):
             # So that what is known of the value is known of the variable, alignment above all.
-            printer.analyzer.bind(stmt.var, stmt.value)
+            printer.learn(stmt.var, stmt.value)
         self._emit(f"{kind} {printer.name_of(stmt.var)} = {printer.print(stmt.value)};")
 
     def store(self, stmt: tvm.tirx.Stmt) -> None:

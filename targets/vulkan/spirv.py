@@ -20,18 +20,23 @@ def missing_tools() -> list[str]:
     return [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
 
 
+def check_tools() -> None:
+    """Raises CompileError where a tool is missing."""
+    missing = missing_tools()
+    if missing:
+        raise CompileError(
+            f"the Vulkan target needs {' and '.join(TOOLS)}",
+            hint=f"apt-get install {' '.join(missing)}",
+        )
+
+
 @cache
 def compile_glsl(name: str, source: str) -> bytes:
     """The SPIR-V of a compute shader; raises CompileError where a tool is missing or objects.
 
     Equal sources are compiled once.
     """
-    missing = missing_tools()
-    if missing:
-        raise CompileError(
-            "the Vulkan target needs glslangValidator and spirv-val, which are not installed",
-            hint=f"apt-get install {' '.join(missing)}",
-        )
+    check_tools()
     with tempfile.TemporaryDirectory(prefix="llmc-glsl-") as folder:
         text, binary = Path(folder) / "kernel.comp", Path(folder) / "kernel.spv"
         text.write_text(source, encoding="utf-8")

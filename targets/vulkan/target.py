@@ -19,6 +19,7 @@ from llmc.targets.gpu.parameters import Features, GpuParameters
 from llmc.targets.gpu.rules import kernel_rules, key_page, value_page
 from llmc.targets.gpu.schedule import schedule_rules
 from llmc.targets.vulkan.build import FEATURES, register
+from llmc.targets.vulkan.spirv import check_tools
 
 _EXTERNS = ("subgroupAdd", "subgroupMax")
 
@@ -63,6 +64,7 @@ class VulkanTarget:
             raise UsageError(
                 f"unknown Vulkan level {level!r}", hint=f"choose one of {', '.join(LEVELS)}"
             )
+        check_tools()  # before minutes of work, not after them
         register()
         self._level = LEVELS[level or "portable"]
         # The library's host code launches kernels, no more: any CPU of the kind runs it.

@@ -262,3 +262,20 @@ def test_what_glsl_lacks_is_refused_by_name():
     func = elementwise("float32", "float32", lambda v: T.call_pure_extern("float32", "magic", v))
     with pytest.raises(RuntimeError, match="kernel main_kernel: GLSL has no function magic"):
         compiled(func)
+
+
+def test_what_one_scope_knows_of_a_name_does_not_hold_in_another():
+    @T.prim_func(s_tir=True)
+    def main(x: T.Buffer((65,), "float32"), y: T.Buffer((128,), "float32")):
+        for thread in T.thread_binding(16, thread="threadIdx.x"):
+            for half in T.serial(2):
+                if half == 0:
+                    start = thread * 4
+                    y[T.ramp(start, 1, 4)] = x[T.ramp(start, 1, 4)]
+                else:
+                    start = thread * 4 + 1
+                    y[T.ramp(thread * 4 + 64, 1, 4)] = x[T.ramp(start, 1, 4)]
+
+    x = rng.standard_normal(65).astype("float32")
+    got = run(main, x, np.zeros(128, "float32"))[1]
+    np.testing.assert_array_equal(got, np.concatenate([x[:-1], x[1:]]))

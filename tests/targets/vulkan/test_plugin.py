@@ -14,6 +14,7 @@ from vulkan_build import compiled
 
 from llmc import device_plugin
 from llmc.errors import CompileError
+from llmc.targets.registry import open_target
 from llmc.targets.vulkan import spirv
 from llmc.targets.vulkan.build import module_bytes, register
 from llmc.targets.vulkan.glsl_kernel import Kernel
@@ -140,6 +141,8 @@ def test_missing_tools_are_named_with_their_packages(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda tool: None)
     with pytest.raises(CompileError, match="hint: apt-get install glslang-tools spirv-tools"):
         spirv.compile_glsl("k", "a source that was not compiled before")
+    with pytest.raises(CompileError, match="needs glslangValidator and spirv-val"):
+        open_target("vulkan")
     [tools] = [lack for lack in lacks() if not lack.run]
     assert tools.hint == "apt-get install glslang-tools spirv-tools"
 
