@@ -6,8 +6,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import platform
-import signal
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import click
 import psutil
 
 from benchmarks import llama_cpp
+from benchmarks.cli import explained
 from benchmarks.llama_cpp import LlamaCpp
 from benchmarks.models import REPOSITORY, Files, choose_cases, prepare
 from benchmarks.process import run
@@ -139,22 +138,5 @@ def _version() -> str:
     return f"{__version__} ({commit})"
 
 
-def main() -> None:
-    """The command line; deliberate errors are explained, Ctrl-C keeps what was measured."""
-    # Being told to end is no reason to lose what was measured, or to leave a program running.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        bench_cpu.main(prog_name="python -m benchmarks", standalone_mode=False)
-    except click.ClickException as exc:
-        exc.show()
-        sys.exit(exc.exit_code)
-    except LlmcError as exc:
-        click.echo(f"error: {exc}", err=True)
-        sys.exit(exc.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: what was measured until now is kept", err=True)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    main()
+    explained(bench_cpu, "python -m benchmarks")

@@ -68,8 +68,18 @@ class LlamaCpp:
     def quantize(self, source: Path, out: Path, kind: str) -> None:
         """Writes `source` in another type, e.g. Q4_0, as a user would get it."""
         partial = out.with_suffix(".partial")
-        run([self.folder / "llama-quantize", source, partial, kind])
+        # Only a source that is quantized already asks for the option.
+        run([self.folder / "llama-quantize", "--allow-requantize", source, partial, kind])
         partial.rename(out)
+
+    def perplexity(self, model: Path, text: Path, *, threads: int, window: int) -> float:
+        """Perplexity of a text, the second half of each window scored; LlmcError without one."""
+        options = ["-c", str(window), "-t", str(threads)]
+        finished = run([self.folder / "llama-perplexity", "-m", model, "-f", text, *options])
+        found = re.search(r"Final estimate: PPL = ([0-9.]+)", finished.stdout + finished.stderr)
+        if found is None:
+            raise LlmcError(f"`{finished.command}` printed no perplexity")
+        return float(found[1])
 
 
 def json_lines(finished: Finished) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ class Finished:
 
     command: str  # as one would type it
     stdout: str
+    stderr: str = ""
     seconds: float  # from start to exit
     peak_memory_mib: float  # resident, mapped files included
 
@@ -54,7 +55,11 @@ def run(
             said = (err.read() or out.read()).strip()[-_SHOWN_CHARACTERS:]
             raise LlmcError(f"`{shlex.join(words)}` ended with {process.returncode}: {said}")
         return Finished(
-            command=shlex.join(words), stdout=out.read(), seconds=seconds, peak_memory_mib=peak
+            command=shlex.join(words),
+            stdout=out.read(),
+            stderr=err.read(),
+            seconds=seconds,
+            peak_memory_mib=peak,
         )
 
 

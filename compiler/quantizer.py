@@ -96,8 +96,9 @@ def quantize(
 
     importance `[K]` weighs the squared errors of each input feature. Scales may be negative where
     there is no minimum: the extreme of a group takes the one code more that lies below zero. Raises
-    UnsupportedError for float formats and for 8 bits with a minimum, CompileError where the group
-    does not divide K or a value is not finite or too large for the scale type.
+    UnsupportedError for float formats, for those that only GGUF files hold and for 8 bits with a
+    minimum, CompileError where the group does not divide K or a value is not finite or too large
+    for the scale type.
     """
     grid = fit_grid(values, fmt, importance)
     m, k = values.shape
@@ -112,7 +113,12 @@ def quantize(
 
 def fit_grid(values: Float32, fmt: WeightFormat, importance: Float32 | None = None) -> Grid:
     """The grid of `quantize`, which see."""
-    if fmt.is_float or (fmt.has_min and fmt.bits != 4):
+    if (
+        fmt.is_float
+        or fmt.sub_scales
+        or fmt.bits != fmt.code_bits
+        or (fmt.has_min and fmt.bits != 4)
+    ):
         raise UnsupportedError(
             f"no quantizer for format {fmt.name!r}",
             hint="choose a scheme of w8 or w4 weights, such as w8a16 or w4a16-g128",

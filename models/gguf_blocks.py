@@ -1,13 +1,14 @@
 """GGUF blocks taken apart into codes, scales and minimums: exact, and vectorized over the blocks.
 
 A block holds 32 values (256 for the K types) as packed codes with a float16 scale; K types add
-packed sub-scales, which are multiplied out in float32 (11 bits times at most 8: no rounding).
+packed sub-scales, one for each group of 16 or 32.
 Layouts after ggml-quants.h; the tests compare every one with `gguf.quants.dequantize`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -17,10 +18,23 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
 
 from llmc.errors import UnsupportedError
-from llmc.formats import FORMATS, QuantizedMatrix
+from llmc.formats import FORMATS, NestedScales, QuantizedMatrix
 
 Array: TypeAlias = npt.NDArray[Any]
-Parts: TypeAlias = tuple[Array, Array, Array | None]  # codes [n, 32 | 256], scales, minimums [n, g]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """Of n blocks: codes `[n, 32 or 256]`; scales and mins `[n, 1]` float16; of K types the
+    sub-scales of both `[n, groups]` int8.
+    """
+
+    codes: Array
+    scales: Array
+    mins: Array | None = None
+    sub_scales: Array | None = None
+    sub_mins: Array | None = None
+
 
 _FLOATS: dict[GGMLQuantizationType, np.dtype[Any]] = {  # stored values, not blocks
     GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -44,18 +58,23 @@ def take_apart(type_: GGMLQuantizationType, blocks: Array) -> QuantizedMatrix | 
     format_ = FORMATS[type_.name.lower()]
     size, num_bytes = GGML_QUANT_SIZES[type_]
     rows, k = blocks.shape[0], blocks.shape[1] // num_bytes * size
-    groups = format_.num_groups(k)
     codes = np.empty((rows, k), dtype=format_.code_dtype)
-    scales = np.empty((rows, groups), dtype=format_.scale_dtype)
-    mins = np.empty_like(scales) if format_.has_min else None
+    arrays: dict[str, list[Array]] = {}
     for chunk in _chunks(rows, k):
-        raw = np.ascontiguousarray(blocks[chunk]).reshape(-1, num_bytes)
-        chunk_codes, chunk_scales, chunk_mins = split(raw)
-        codes[chunk] = chunk_codes.reshape(-1, k)
-        scales[chunk] = chunk_scales.reshape(-1, groups)
-        if mins is not None and chunk_mins is not None:
-            mins[chunk] = chunk_mins.reshape(-1, groups)
-    return QuantizedMatrix(format=format_, codes=codes, scales=scales, mins=mins)
+        parts = split(np.ascontiguousarray(blocks[chunk]).reshape(-1, num_bytes))
+        codes[chunk] = parts.codes.reshape(-1, k)
+        for name in ("scales", "mins", "sub_scales", "sub_mins"):
+            part = getattr(parts, name)
+            if part is not None:
+                arrays.setdefault(name, []).append(part.reshape(len(codes[chunk]), -1))
+    whole = {name: np.concatenate(chunks) for name, chunks in arrays.items()}
+    if format_.sub_scales is None:
+        return QuantizedMatrix(
+            format=format_, codes=codes, scales=whole["scales"], mins=whole.get("mins")
+        )
+    scales = NestedScales(supers=whole["scales"], subs=whole["sub_scales"])
+    mins = NestedScales(supers=whole["mins"], subs=whole["sub_mins"]) if format_.has_min else None
+    return QuantizedMatrix.of_nested(format_, codes, scales, mins)
 
 
 def to_dense(type_: GGMLQuantizationType, blocks: Array) -> Array:
@@ -105,12 +124,12 @@ def _bits(raw: Array, width: int, rows: int) -> Array:
     return fields.reshape(len(raw), -1)
 
 
-def _q4_0(b: Array) -> Parts:
-    return _bits(b[:, 2:], 4, 16), _f16(b[:, :2]), None
+def _q4_0(b: Array) -> _Parts:
+    return _Parts(codes=_bits(b[:, 2:], 4, 16), scales=_f16(b[:, :2]))
 
 
-def _q4_1(b: Array) -> Parts:
-    return _bits(b[:, 4:], 4, 16), _f16(b[:, :2]), _f16(b[:, 2:4])
+def _q4_1(b: Array) -> _Parts:
+    return _Parts(codes=_bits(b[:, 4:], 4, 16), scales=_f16(b[:, :2]), mins=_f16(b[:, 2:4]))
 
 
 def _q5_codes(high: Array, low: Array) -> Array:
@@ -120,65 +139,77 @@ def _q5_codes(high: Array, low: Array) -> Array:
     return codes
 
 
-def _q5_0(b: Array) -> Parts:
+def _q5_0(b: Array) -> _Parts:
     codes = _q5_codes(b[:, 2:6], b[:, 6:]).astype(np.int8) - np.int8(16)
-    return codes, _f16(b[:, :2]), None
+    return _Parts(codes=codes, scales=_f16(b[:, :2]))
 
 
-def _q5_1(b: Array) -> Parts:
-    return _q5_codes(b[:, 4:8], b[:, 8:]), _f16(b[:, :2]), _f16(b[:, 2:4])
+def _q5_1(b: Array) -> _Parts:
+    codes = _q5_codes(b[:, 4:8], b[:, 8:])
+    return _Parts(codes=codes, scales=_f16(b[:, :2]), mins=_f16(b[:, 2:4]))
 
 
-def _q8_0(b: Array) -> Parts:
-    return np.ascontiguousarray(b[:, 2:]).view(np.int8), _f16(b[:, :2]), None
+def _q8_0(b: Array) -> _Parts:
+    return _Parts(codes=np.ascontiguousarray(b[:, 2:]).view(np.int8), scales=_f16(b[:, :2]))
 
 
-def _q2_k(b: Array) -> Parts:
-    d, dmin = _f16(b[:, 80:82]).astype(np.float32), _f16(b[:, 82:84]).astype(np.float32)
-    scales = d * (b[:, :16] & 15).astype(np.float32)
-    mins = -(dmin * (b[:, :16] >> 4).astype(np.float32))
-    return _bits(b[:, 16:80], 2, 32), scales, mins
+def _q2_k(b: Array) -> _Parts:
+    return _Parts(
+        codes=_bits(b[:, 16:80], 2, 32),
+        scales=_f16(b[:, 80:82]),
+        mins=-_f16(b[:, 82:84]),
+        sub_scales=(b[:, :16] & 15).astype(np.int8),
+        sub_mins=(b[:, :16] >> 4).astype(np.int8),
+    )
 
 
-def _q3_k(b: Array) -> Parts:
-    d = _f16(b[:, 108:110]).astype(np.float32)
+def _q3_k(b: Array) -> _Parts:
     low, high = _bits(b[:, 96:104], 4, 8), _bits(b[:, 104:108], 2, 4)
-    scales = d * ((low | (high << np.uint8(4))).astype(np.int8) - np.int8(32)).astype(np.float32)
-    # Values -4…3: the third bit set means no offset. With the zero point 8 of the format: 4…11.
-    codes = _bits(b[:, 32:96], 2, 32) + (_bits(b[:, :32], 1, 32) << np.uint8(2)) + np.uint8(4)
-    return codes, scales, None
+    # Values -4…3: the third bit set means no offset.
+    codes = _bits(b[:, 32:96], 2, 32) | (_bits(b[:, :32], 1, 32) << np.uint8(2))
+    return _Parts(
+        codes=codes.astype(np.int8) - np.int8(4),
+        scales=_f16(b[:, 108:110]),
+        sub_scales=(low | (high << np.uint8(4))).astype(np.int8) - np.int8(32),
+    )
 
 
-def _k_scales(b: Array) -> tuple[Array, Array]:
-    """Scales and negated minimums `[n, 8]` float32 of Q4_K and Q5_K: 12 bytes of 6-bit fields."""
-    d, dmin = _f16(b[:, :2]).astype(np.float32), _f16(b[:, 2:4]).astype(np.float32)
+def _six_bits(b: Array) -> dict[str, Array]:
+    """Scales and negated minimums of Q4_K and Q5_K: 12 bytes hold 8 sub-scales of each."""
     low, mid, high = b[:, 4:8], b[:, 8:12], b[:, 12:16]
     scales = np.concatenate([low & 63, (high & 15) | ((low >> 2) & 48)], axis=1)
     mins = np.concatenate([mid & 63, (high >> 4) | ((mid >> 2) & 48)], axis=1)
-    return d * scales.astype(np.float32), -(dmin * mins.astype(np.float32))
+    return {
+        "scales": _f16(b[:, :2]),
+        "mins": -_f16(b[:, 2:4]),
+        "sub_scales": scales.astype(np.int8),
+        "sub_mins": mins.astype(np.int8),
+    }
 
 
-def _q4_k(b: Array) -> Parts:
-    return _bits(b[:, 16:], 4, 32), *_k_scales(b)
+def _q4_k(b: Array) -> _Parts:
+    return _Parts(codes=_bits(b[:, 16:], 4, 32), **_six_bits(b))
 
 
-def _q5_k(b: Array) -> Parts:
+def _q5_k(b: Array) -> _Parts:
     codes = _bits(b[:, 48:], 4, 32) | (_bits(b[:, 16:48], 1, 32) << np.uint8(4))
-    return codes, *_k_scales(b)
+    return _Parts(codes=codes, **_six_bits(b))
 
 
-def _q6_k(b: Array) -> Parts:
-    d = _f16(b[:, 208:210]).astype(np.float32)
-    scales = d * np.ascontiguousarray(b[:, 192:208]).view(np.int8).astype(np.float32)
+def _q6_k(b: Array) -> _Parts:
     codes = _bits(b[:, :128], 4, 64) | (_bits(b[:, 128:192], 2, 32) << np.uint8(4))
-    return codes.astype(np.int8) - np.int8(32), scales, None
+    return _Parts(
+        codes=codes.astype(np.int8) - np.int8(32),
+        scales=_f16(b[:, 208:210]),
+        sub_scales=np.ascontiguousarray(b[:, 192:208]).view(np.int8),
+    )
 
 
-def _iq4_nl(b: Array) -> Parts:
-    return _IQ4_NL_VALUES[_bits(b[:, 2:], 4, 16)], _f16(b[:, :2]), None
+def _iq4_nl(b: Array) -> _Parts:
+    return _Parts(codes=_IQ4_NL_VALUES[_bits(b[:, 2:], 4, 16)], scales=_f16(b[:, :2]))
 
 
-_SPLITTERS: dict[GGMLQuantizationType, Callable[[Array], Parts]] = {
+_SPLITTERS: dict[GGMLQuantizationType, Callable[[Array], _Parts]] = {
     GGMLQuantizationType.Q4_0: _q4_0,
     GGMLQuantizationType.Q4_1: _q4_1,
     GGMLQuantizationType.Q5_0: _q5_0,

@@ -150,7 +150,7 @@ def _matrix_cost(
     """A product with a matrix (or a stack of experts), or a look-up of its rows."""
     *inputs, result = others
     fmt = FORMATS[matrix.format]
-    num_weights = matrix.num_bytes * 8 / fmt.bits
+    num_weights = matrix.num_bytes * 8 / fmt.planes[0]
     memory_bytes: float = sum(w.num_bytes for w in weights)
     activation_bytes = sum(a.num_bytes for a in others)
     if all(a.dtype in _INDEX_DTYPES for a in inputs):  # token ids: a look-up

@@ -4,20 +4,33 @@ Sixteen output rows lie across a vector, so that a kernel broadcasts one activat
 horizontal sum. Rows are padded with zeros to whole panels; a panel is contiguous and is read from
 front to back once.
 
-Codes narrower than 32 bits are gathered into one 32-bit word per row, `codes_per_word` consecutive
-input features each: one full-width load brings 32 / bits vectors, and each leaves the word by one
+Codes narrower than 32 bits are gathered into one 32-bit word per row, several consecutive input
+features each: one full-width load brings 32 / bits vectors, and each leaves the word by one
 AND (or one shift) before its conversion, where byte-wise storage pays a widening load per 16 codes.
-Four-bit words hold feature `j` in the low and `j + 4` in the high half of byte `j`, the order that
-byte dot products (VNNI, dot-prod) want as well. Eight-bit codes without a minimum are stored plus
-128, so that every code is unsigned.
+A word of b-bit codes holds, in bit field `p` of byte `j`, feature `4 p + j`: each of its fields is
+four consecutive features in four bytes, the order that byte dot products (VNNI, dot-prod) want.
+Codes without a minimum are stored unsigned, half their range added.
 
-    format     array     shape                         dtype
-    f32, f16   values    [panels, K, 16]               float32, float16
-    bf16       values    [panels, ceil(K / 2), 16]     int32 (even feature in the low half)
-    8 bit      codes     [panels, ceil(K / 4), 16]     int32
-    4 bit      codes     [panels, ceil(K / 8), 16]     int32
-    affine     scales    [panels, num_groups, 16]      the format's scale_dtype
-               mins      the same, where has_min
+Codes of 2, 3, 5 or 6 bits are cut into *planes* of 4, 2 and 1 bits, the lowest bits first, each an
+array of words. Kernels put them together into words of four bytes and go on as with 8 bits.
+
+Sub-scales (K types) are whole numbers of so many bits for each group and row. They are stored
+unsigned, cut in the same way into planes of bytes, which hold one, two or four consecutive groups,
+the first in the lowest bits. A group's scale is its sub-scale times the super-block's, exact in
+float32.
+
+    format     array           shape                             dtype
+    f32, f16   values          [panels, K, 16]                   float32, float16
+    bf16       values          [panels, ceil(K / 2), 16]         int32 (low half: even feature)
+    affine     codes           [panels, ceil(K · b / 32), 16]    int32, one array a plane
+               scales          [panels, num_groups, 16]          the format's scale_dtype
+               mins            the same, where has_min
+    K types    codes           as above
+               scales          [panels, K / 256, 16]             float16
+               sub_scales      [panels, num_groups · b / 8, 16]  uint8, one array a plane
+               mins, sub_mins  the same, where has_min
+
+The arrays of a second plane are called codes_high and sub_scales_high.
 
 A stack of X matrices (experts) has one more axis in front.
 """
@@ -26,6 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -57,25 +71,48 @@ def ceildiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def sub_scale_planes(fmt: WeightFormat) -> tuple[int, ...]:
+    """Bits of a sub-scale in each of its arrays, from the lowest bits up; none without any.
+
+    Six bits take a byte where that costs less than 3 % of the weight: one load and nothing to cut.
+    """
+    if fmt.sub_scales is None:
+        return ()
+    if fmt.sub_scales.bits == 6:
+        return (4, 2) if fmt.group < 32 else (8,)
+    return (fmt.sub_scales.bits,)
+
+
+def plane_suffixes(name: str, planes: tuple[int, ...]) -> tuple[str, ...]:
+    """What the arrays of each plane are called."""
+    return (name, f"{name}_high")[: len(planes)]
+
+
 def code_offsets(fmt: WeightFormat) -> tuple[int, ...]:
-    """The input feature, relative to its word's first, at each bit position from the lowest up."""
-    if fmt.bits == 4:
-        return (0, 4, 1, 5, 2, 6, 3, 7)
+    """The input feature, relative to its word's first, at each bit position from the lowest up.
+
+    Of words as kernels decode them: codes in planes come as bytes.
+    """
     if fmt.name == "f16":
         return (0,)  # a 16-lane float16 load converts in one instruction as it is
-    return tuple(range(32 // fmt.bits))
+    if fmt.is_float:
+        return tuple(range(32 // fmt.bits))
+    return _offsets(fmt.bits)
+
+
+def _offsets(bits: int) -> tuple[int, ...]:
+    fields = 8 // bits  # of a byte
+    return tuple(i % fields * 4 + i // fields for i in range(32 // bits))
 
 
 def codes_per_word(fmt: WeightFormat) -> int:
-    """Input features that one stored element holds."""
+    """Input features that one word holds as kernels decode it."""
     return len(code_offsets(fmt))
 
 
 def stored_zero_point(fmt: WeightFormat) -> int:
     """What is subtracted from a code as stored in a word (always unsigned) before it is scaled."""
-    if fmt.is_float or fmt.has_min:
-        return 0
-    return 1 << (fmt.bits - 1)
+    return fmt.zero_code
 
 
 def num_panels(m: int) -> int:
@@ -94,10 +131,33 @@ def packed_arrays(
     if m < 1 or k < 1:
         raise CompileError(f"a weight matrix has shape [{m}, {k}]; both have to be at least 1")
     lead = (num_panels(m),) if num_experts is None else (num_experts, num_panels(m))
-    words = ceildiv(k, codes_per_word(fmt))
+
+    def array(suffix: str, count: int, dtype: str) -> PackedArray:
+        return PackedArray(suffix=suffix, shape=(*lead, count, PANEL), dtype=dtype)
+
     if fmt.float_dtype is not None:
+        words = ceildiv(k, codes_per_word(fmt))
         dtype = "int32" if fmt.bits == 16 and codes_per_word(fmt) == 2 else fmt.float_dtype
-        return [PackedArray(suffix="values", shape=(*lead, words, PANEL), dtype=dtype)]
+        return [array("values", words, dtype)]
+    groups = _checked_groups(fmt, k)
+    planes, subs = fmt.planes, fmt.sub_scales
+    arrays = [
+        array(suffix, ceildiv(k * bits, 32), "int32")
+        for suffix, bits in zip(plane_suffixes("codes", planes), planes, strict=True)
+    ]
+    for name in ("scales", "mins") if fmt.has_min else ("scales",):
+        if subs is None:
+            arrays.append(array(name, groups, fmt.scale_dtype))
+            continue
+        arrays.append(array(name, k // subs.group, "float16"))
+        planes = sub_scale_planes(fmt)
+        for suffix, bits in zip(plane_suffixes(f"sub_{name}", planes), planes, strict=True):
+            arrays.append(array(suffix, ceildiv(groups * bits, 8), "uint8"))
+    return arrays
+
+
+def _checked_groups(fmt: WeightFormat, k: int) -> int:
+    """Scales of a row; CompileError where they do not fit k features."""
     try:
         groups = fmt.num_groups(k)
     except ValueError as exc:
@@ -108,12 +168,11 @@ def packed_arrays(
         raise CompileError(
             f"{fmt.name}: a group of {fmt.group} codes does not fill whole words of 32 bits"
         )
-    arrays = [PackedArray(suffix="codes", shape=(*lead, words, PANEL), dtype="int32")]
-    for suffix in ("scales", "mins") if fmt.has_min else ("scales",):
-        arrays.append(
-            PackedArray(suffix=suffix, shape=(*lead, groups, PANEL), dtype=fmt.scale_dtype)
+    if fmt.sub_scales is not None and k % fmt.sub_scales.group:
+        raise CompileError(
+            f"{fmt.name}: super-blocks of {fmt.sub_scales.group} do not divide {k} input features"
         )
-    return arrays
+    return groups
 
 
 Matrix = Array | QuantizedMatrix
@@ -154,18 +213,12 @@ def _pack_matrix(fmt: WeightFormat, matrix: Matrix) -> list[Array]:
             raise CompileError(f"{fmt.name}: got a matrix in {matrix.format.name}, expected values")
         dense = matrix.astype(_FLOAT_DTYPES[fmt.float_dtype], copy=False)
         codes = dense.view(np.uint16) if fmt.float_dtype == "bfloat16" else dense
-        parts: list[Array] = [_pack_codes(fmt, codes)]
+        parts = [_pack_words(codes, code_offsets(fmt), fmt.bits)]
     else:
         if not isinstance(matrix, QuantizedMatrix) or matrix.format != fmt:
             found = matrix.format.name if isinstance(matrix, QuantizedMatrix) else "dense values"
             raise CompileError(f"{fmt.name}: got {found}, expected codes and scales of {fmt.name}")
-        shift = stored_zero_point(fmt) - fmt.zero_point
-        codes = (matrix.codes.astype(np.int16) + shift).astype(np.uint8) if shift else matrix.codes
-        parts = [_pack_codes(fmt, codes), _pack_rows(matrix.scales)]
-        if fmt.has_min:
-            if matrix.mins is None:
-                raise CompileError(f"{fmt.name}: the matrix has no minimums")
-            parts.append(_pack_rows(matrix.mins))
+        parts = _pack_affine(fmt, matrix)
     for array, part in zip(arrays, parts, strict=True):
         assert part.shape == array.shape, (fmt.name, array, part.shape)
     return [part.astype(a.dtype, copy=False) for a, part in zip(arrays, parts, strict=True)]
@@ -178,11 +231,51 @@ _FLOAT_DTYPES = {
 }
 
 
-def _pack_codes(fmt: WeightFormat, codes: Array) -> Array:
+def _pack_affine(fmt: WeightFormat, matrix: QuantizedMatrix) -> list[Array]:
+    shift = stored_zero_point(fmt) - fmt.zero_point
+    codes = (matrix.codes.astype(np.int16) + shift).astype(np.uint8) if shift else matrix.codes
+    parts = [_pack_words(p, _offsets(bits), bits) for p, bits in _cut(codes, fmt.planes)]
+    scales = [("scales", matrix.scales, matrix.nested_scales)]
+    if fmt.has_min:
+        if matrix.mins is None:
+            raise CompileError(f"{fmt.name}: the matrix has no minimums")
+        scales.append(("minimums", matrix.mins, matrix.nested_mins))
+    for name, plain, nested in scales:
+        if fmt.sub_scales is None:
+            parts.append(_pack_rows(plain))
+        elif nested is None:
+            raise CompileError(f"{fmt.name}: the matrix has no sub-scales of its {name}")
+        else:
+            parts.append(_pack_rows(nested.supers))
+            subs = (nested.subs.astype(np.int16) + fmt.sub_scales.zero_point).astype(np.uint8)
+            for plane, bits in _cut(subs, sub_scale_planes(fmt)):
+                parts.append(_pack_rows(_bytes_of(plane, bits)))
+    return parts
+
+
+def _cut(codes: npt.NDArray[Any], planes: tuple[int, ...]) -> list[tuple[Array, int]]:
+    """The planes of unsigned codes, with their bits."""
+    if len(planes) == 1:
+        return [(codes, planes[0])]
+    low = planes[0]
+    return [(codes & ((1 << low) - 1), low), (codes >> low, planes[1])]
+
+
+def _bytes_of(fields: npt.NDArray[Any], bits: int) -> Array:
+    """`[M, N]` of b-bit numbers → bytes `[M, ceil(N · b / 8)]`, the first in the lowest bits."""
+    per_byte = 8 // bits
+    m, n = fields.shape
+    packed = np.zeros((m, ceildiv(n, per_byte)), np.uint8)
+    for position in range(per_byte):
+        column = fields[:, position::per_byte]
+        packed[:, : column.shape[1]] |= column << np.uint8(position * bits)
+    return packed
+
+
+def _pack_words(codes: Array, offsets: tuple[int, ...], bits: int) -> Array:
     """`[M, K]` → `[panels, words, 16]`, several codes a word where they are narrower than 32
-    bits.
+    bits: the feature at `offsets[i]` in bit `i · bits`.
     """
-    offsets = code_offsets(fmt)
     if len(offsets) == 1:
         return _pack_rows(codes)
     m, k = codes.shape
@@ -190,7 +283,7 @@ def _pack_codes(fmt: WeightFormat, codes: Array) -> Array:
     words = np.zeros((m, ceildiv(k, width)), np.uint32)
     for position, offset in enumerate(offsets):
         column = codes[:, offset::width].astype(np.uint32)
-        words[:, : column.shape[1]] |= column << np.uint32(position * fmt.bits)
+        words[:, : column.shape[1]] |= column << np.uint32(position * bits)
     return _pack_rows(words.view(np.int32))
 
 

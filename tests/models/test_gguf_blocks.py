@@ -4,26 +4,10 @@ import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
+from tiny_gguf import HALVES, random_blocks
 
 from llmc.formats import FORMATS
 from llmc.models.gguf_blocks import take_apart, to_dense
-
-# Byte offsets of the float16 fields of a block: random bytes there would be NaN or infinity.
-HALVES = {
-    "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q8_0": (0,), "q2_k": (80, 82),
-    "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_nl": (0,),
-}  # fmt: skip
-
-
-def random_blocks(name: str, rows: int, per_row: int) -> tuple[GGMLQuantizationType, np.ndarray]:
-    type_ = GGMLQuantizationType[name.upper()]
-    num_bytes = GGML_QUANT_SIZES[type_][1]
-    rng = np.random.default_rng(7)
-    blocks = rng.integers(0, 256, (rows * per_row, num_bytes), dtype=np.uint8)
-    for at in HALVES[name]:
-        half = rng.normal(0, 0.02, (len(blocks), 1)).astype(np.float16)
-        blocks[:, at : at + 2] = half.view(np.uint8)
-    return type_, blocks.reshape(rows, per_row * num_bytes)
 
 
 def test_every_gguf_format_is_covered() -> None:

@@ -40,7 +40,10 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray],
     quantized: Quantize = plain,
 ) -> Path:
-    """Writes a file; metadata keys without a dot at their head belong to the architecture."""
+    """Writes a file; metadata keys without a dot at their head belong to the architecture.
+
+    Tensors of bytes are blocks already, of the type that `quantized` says.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
         if key == "general.alignment":
@@ -61,12 +64,34 @@ def write_gguf(
             writer.add_array(key, list(value))
     for name, values in tensors.items():
         type_ = quantized(name, values)
-        writer.add_tensor(name, quantize(values, type_), raw_dtype=type_)
+        blocks = values if values.dtype == np.uint8 else quantize(values, type_)
+        writer.add_tensor(name, blocks, raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+# Byte offsets of the float16 fields of a block: random bytes there would be NaN or infinity.
+HALVES = {
+    "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q8_0": (0,), "q2_k": (80, 82),
+    "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_nl": (0,),
+}  # fmt: skip
+
+
+def random_blocks(
+    name: str, rows: int, per_row: int, *, seed: int = 7, scale: float = 0.02
+) -> tuple[gguf.GGMLQuantizationType, np.ndarray]:
+    """(type, blocks `[rows, bytes]`) with any codes and sub-scales, and normal float16 scales."""
+    type_ = gguf.GGMLQuantizationType[name.upper()]
+    num_bytes = gguf.GGML_QUANT_SIZES[type_][1]
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (rows * per_row, num_bytes), dtype=np.uint8)
+    for at in HALVES[name]:
+        half = rng.normal(0, scale, (len(blocks), 1)).astype(np.float16)
+        blocks[:, at : at + 2] = half.view(np.uint8)
+    return type_, blocks.reshape(rows, per_row * num_bytes)
 
 
 def parameters(model) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from fake_model import make_manifest
 from llmc import cpu_features
 from llmc.artifact import Variant
 from llmc.errors import ArtifactError
-from llmc.runtime.devices import choose_variant
+from llmc.runtime.devices import choose_place
 
 TILES = frozenset({"amx_bf16", "amx_int8", "amx_tile"})
 LISTED = TILES | {"avx2", "fma"}
@@ -52,7 +52,7 @@ def test_matrix_registers_are_asked_for_once(machine) -> None:
     assert cpu_features.host_features() == LISTED
     assert cpu_features.host_features() == LISTED
     assert asked == [True]
-    assert choose_variant(manifest(), "cpu").target == "cpu:amx"
+    assert choose_place(manifest(), "cpu").variant.target == "cpu:amx"
 
 
 def test_a_processor_without_them_is_not_asked(machine) -> None:
@@ -65,14 +65,14 @@ def test_what_the_system_refuses_is_not_used(machine) -> None:
     machine(LISTED, False)
     assert cpu_features.host_features() == {"avx2", "fma"}
     with pytest.raises(ArtifactError, match="may not use amx_bf16, amx_int8, amx_tile") as caught:
-        choose_variant(manifest(), "cpu")
+        choose_place(manifest(), "cpu")
     assert "the operating system refuses them" in str(caught.value.hint)
 
 
 def test_what_the_processor_lacks_is_named(machine) -> None:
     machine(frozenset({"avx2"}), True)
     with pytest.raises(ArtifactError, match="cpu:amx needs fma, amx_bf16") as caught:
-        choose_variant(manifest(), "cpu")
+        choose_place(manifest(), "cpu")
     assert "compile the model again" in str(caught.value.hint)
 
 

@@ -25,6 +25,7 @@ from llmc.targets.cpu.kernels.panels import (
     registers,
     splat,
 )
+from llmc.targets.cpu.kernels.unpacked import UnpackedPanels
 from llmc.targets.cpu.layout import PANEL, stored_zero_point
 from llmc.targets.cpu.parameters import IntegerParameters
 
@@ -90,12 +91,14 @@ def integer_panels(
     x: CodedRows,
     rows: Sequence[Expr],
     params: IntegerParameters,
+    unpacked: UnpackedPanels | None = None,
 ) -> list[list[Expr]]:
     """The products of a few activation rows with a few panels: a float32x16 for each [row][panel].
 
     y = Σ_blocks a · Σ_groups (s · Σ (code - zero)·x + min · Σ x), the sums over codes in int32.
+    `unpacked` are the same panels, if they have been put together before.
     """
-    tile = _Tile(weights, panels, x, rows, params)
+    tile = _Tile(weights, panels, x, rows, params, unpacked)
     tile.multiply()
     return tile.result()
 
@@ -110,12 +113,15 @@ class _Tile:
         x: CodedRows,
         rows: Sequence[Expr],
         params: IntegerParameters,
+        unpacked: UnpackedPanels | None,
     ) -> None:
         self.weights, self.panels, self.x, self.rows = weights, panels, x, rows
+        self.source = weights if unpacked is None else unpacked
         self.params = params
         self.unit = unit_of(weights.fmt, x.block)
-        # Whether codes are multiplied as signed bytes, CENTRE taken off.
-        self.centred = params.dot.signed and weights.fmt.bits == 8
+        # Whether codes are multiplied as signed bytes, CENTRE taken off: narrower ones are as well
+        # signed as they are.
+        self.centred = params.dot.signed and weights.fmt.code_bits == 8
         self.size = len(rows) * len(panels)
         # Chains of dependent dot products have to be long enough to hide their latency.
         self.chains = max(1, min(2, params.min_chains // self.size))
@@ -159,17 +165,17 @@ class _Tile:
 
     def _scaled(self, sums: list[Expr], group: Expr, before: Sequence[Expr | None]) -> list[Expr]:
         """before + scale · sum + min · Σx for every [row][panel]."""
-        weights = self.weights
+        source = self.source
         for panel in self._next_panels():
-            prefetch(weights.scale_address(i64(0), panel, group))
-        scales = [T.Bind(weights.scale(i64(0), p, group)) for p in self.panels]
+            prefetch(self.weights.scale_address(i64(0), panel, group))
+        scales = [T.Bind(source.scale(i64(0), p, group)) for p in self.panels]
         values = []
         for i, (total, start) in enumerate(zip(sums, before, strict=True)):
             value = total * scales[i % len(self.panels)]
             values.append(value if start is None else start + value)
-        if not weights.fmt.has_min:
+        if not self.weights.fmt.has_min:
             return [T.Bind(v) for v in values]
-        mins = [T.Bind(weights.minimum(i64(0), p, group)) for p in self.panels]
+        mins = [T.Bind(source.minimum(i64(0), p, group)) for p in self.panels]
         for r, row in enumerate(self.rows):
             total = T.Bind(T.broadcast(T.Cast("float32", self.x.sum(row, group)), PANEL))
             for p in range(len(self.panels)):
@@ -238,7 +244,7 @@ class _Tile:
                     prefetch(weights.word_address(i64(0), panel, ahead))
             for panel in self._next_panels():
                 prefetch(weights.word_address(i64(0), panel, word))
-            stored = [T.Bind(weights.word(i64(0), p, word)) for p in self.panels]
+            stored = [T.Bind(self.source.word(i64(0), p, word)) for p in self.panels]
             for part in range(width // 4):
                 codes = [T.Bind(self._bytes(s, part)) for s in stored]
                 chain = step % self.chains
@@ -251,8 +257,12 @@ class _Tile:
         return sums
 
     def _next_panels(self) -> list[Expr]:
-        """The panels to ask for while these are multiplied: several rows leave memory the time."""
-        if len(self.rows) == 1 or not self.params.next_panels:
+        """The panels to ask for while these are multiplied: several rows leave memory the time.
+
+        None where panels are unpacked first, which reads them all.
+        """
+        alone = len(self.rows) == 1 or self.source is not self.weights
+        if alone or not self.params.next_panels:
             return []
         return [panel + i64(self.params.next_panels) for panel in self.panels]
 

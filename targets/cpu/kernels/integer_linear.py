@@ -7,6 +7,7 @@ int32, the arrays of `packed_arrays(fmt, m, k)`, bias
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import tvm
@@ -17,8 +18,14 @@ from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
 from llmc.targets.cpu.kernels.integer_tiles import integer_tiles
 from llmc.targets.cpu.kernels.panels import Rows, WeightPanels, argument, i64, size_var
-from llmc.targets.cpu.kernels.register_tiles import fetch_residual, for_each_tile, store_tile
+from llmc.targets.cpu.kernels.register_tiles import (
+    Tile,
+    fetch_residual,
+    for_each_tile,
+    store_tile,
+)
 from llmc.targets.cpu.kernels.tiles import Product
+from llmc.targets.cpu.kernels.unpacked import UnpackedPanels, unpack, worth_unpacking
 from llmc.targets.cpu.parameters import IntegerParameters
 
 Expr = Any
@@ -68,13 +75,20 @@ def integer_linear(
             )
             coded = CodedRows(codes, scales, sums, block)
 
-            def tile(panels: list[Expr], rows: list[Expr]) -> None:
+            def tile(
+                panels: list[Expr], rows: list[Expr], unpacked: UnpackedPanels | None = None
+            ) -> None:
                 fetch_residual(residuals, panels, rows)
-                totals = integer_panels(weights, panels, coded, rows, params)
+                totals = integer_panels(weights, panels, coded, rows, params, unpacked)
                 store_tile(product, panels, rows, totals)
 
+            def prepare(panels: list[Expr]) -> Tile:
+                return partial(tile, unpacked=unpack(weights, i64(0), panels))
+
+            worth = prepare if worth_unpacking(fmt) else None
+
             def vectors() -> None:
-                for_each_tile(weights, tokens, count, k, params.tiling, tile)
+                for_each_tile(weights, tokens, count, k, params.tiling, tile, worth)
 
             with params.dot.scope():
                 if params.tiles is None or tokens == 1:

@@ -7,7 +7,7 @@ The functions here run while an IRBuilder frame is open: Python loops become str
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -24,7 +24,9 @@ from llmc.targets.cpu.layout import (
     codes_per_word,
     num_panels,
     packed_arrays,
+    plane_suffixes,
     stored_zero_point,
+    sub_scale_planes,
 )
 
 Expr = Any
@@ -172,7 +174,7 @@ class WeightPanels:
     m: int
     k: int
     stacked: bool
-    buffers: tuple[Expr, ...]
+    buffers: Mapping[str, Expr]  # by the arrays' suffixes
 
     @classmethod
     def arguments(
@@ -180,7 +182,7 @@ class WeightPanels:
     ) -> WeightPanels:
         """Declares the packed arrays as the kernel's next arguments."""
         arrays: list[PackedArray] = packed_arrays(fmt, m, k, num_experts=num_experts)
-        buffers = tuple(argument(f"weight_{a.suffix}", a.shape, a.dtype) for a in arrays)
+        buffers = {a.suffix: argument(f"weight_{a.suffix}", a.shape, a.dtype) for a in arrays}
         return cls(fmt, m, k, num_experts is not None, buffers)
 
     @property
@@ -214,40 +216,99 @@ class WeightPanels:
         return self.fmt.has_min or stored_zero_point(self.fmt) != 0
 
     def word(self, expert: Expr, panel: Expr, word: Expr) -> Expr:
-        """Sixteen rows' stored words."""
-        return self.buffers[0][self._index(expert, panel, word, lanes(i64(0)))]
+        """Sixteen rows' words."""
+        return self._word(expert, panel, word, lanes(i64(0)))
 
     def word_address(self, expert: Expr, panel: Expr, word: Expr) -> Expr:
-        """Where a word vector lies; a word past the panel's last is in the next panel."""
-        return T.address_of(self.buffers[0][self._index(expert, panel, word, i64(0))])
+        """Where a word vector lies; a word past the panel's last is in the next panel.
+
+        Of codes in planes it is where their lowest bits lie.
+        """
+        name, bits = ("values", 0) if self.fmt.is_float else ("codes", self.fmt.planes[0])
+        if bits and bits < self.fmt.bits:
+            word = T.floordiv(word, i64(8 // bits))
+        return T.address_of(self.buffers[name][self._index(expert, panel, word, i64(0))])
 
     def scale_address(self, expert: Expr, panel: Expr, group: Expr) -> Expr:
-        """Where sixteen rows' scales lie."""
-        return T.address_of(self.buffers[1][self._index(expert, panel, group, i64(0))])
+        """Where sixteen rows' scales lie, or the lowest bits of their sub-scales."""
+        if self.fmt.sub_scales is None:
+            return T.address_of(self.buffers["scales"][self._index(expert, panel, group, i64(0))])
+        byte = T.floordiv(group, i64(8 // sub_scale_planes(self.fmt)[0]))
+        return T.address_of(self.buffers["sub_scales"][self._index(expert, panel, byte, i64(0))])
 
     def scalar_word(self, expert: Expr, row: Expr, word: Expr) -> Expr:
-        """One row's stored word."""
-        return self._scalar(0, expert, row, word)
-
-    def scalar_scale(self, expert: Expr, row: Expr, group: Expr) -> Expr:
-        """One row's scale, float32."""
-        return T.Cast("float32", self._scalar(1, expert, row, group))
-
-    def scalar_minimum(self, expert: Expr, row: Expr, group: Expr) -> Expr:
-        """One row's minimum, float32."""
-        return T.Cast("float32", self._scalar(2, expert, row, group))
-
-    def _scalar(self, buffer: int, expert: Expr, row: Expr, column: Expr) -> Expr:
-        panel, lane = T.floordiv(row, i64(PANEL)), T.floormod(row, i64(PANEL))
-        return self.buffers[buffer][self._index(expert, panel, column, lane)]
+        """One row's word."""
+        panel, lane = _place(row)
+        return self._word(expert, panel, word, lane)
 
     def scale(self, expert: Expr, panel: Expr, group: Expr) -> Expr:
         """Sixteen rows' scales, float32x16."""
-        return T.Cast(F32X16, self.buffers[1][self._index(expert, panel, group, lanes(i64(0)))])
+        return self._scale("scales", expert, panel, group, lanes(i64(0)))
 
     def minimum(self, expert: Expr, panel: Expr, group: Expr) -> Expr:
         """Sixteen rows' minimums, float32x16."""
-        return T.Cast(F32X16, self.buffers[2][self._index(expert, panel, group, lanes(i64(0)))])
+        return self._scale("mins", expert, panel, group, lanes(i64(0)))
+
+    def scalar_scale(self, expert: Expr, row: Expr, group: Expr) -> Expr:
+        """One row's scale, float32."""
+        panel, lane = _place(row)
+        return self._scale("scales", expert, panel, group, lane)
+
+    def scalar_minimum(self, expert: Expr, row: Expr, group: Expr) -> Expr:
+        """One row's minimum, float32."""
+        panel, lane = _place(row)
+        return self._scale("mins", expert, panel, group, lane)
+
+    def _word(self, expert: Expr, panel: Expr, word: Expr, lane: Expr) -> Expr:
+        if self.fmt.is_float:
+            return self.buffers["values"][self._index(expert, panel, word, lane)]
+        planes = self.fmt.planes
+        if planes == (self.fmt.bits,):
+            return self.buffers["codes"][self._index(expert, panel, word, lane)]
+        return self._joined("codes", planes, 0x01010101, expert, panel, word, lane)
+
+    def _scale(self, name: str, expert: Expr, panel: Expr, group: Expr, lane: Expr) -> Expr:
+        """Scales or minimums, float32."""
+        subs = self.fmt.sub_scales
+        per_super = 1 if subs is None else subs.group // self.fmt.group
+        place = self._index(expert, panel, T.floordiv(group, i64(per_super)), lane)
+        scale = _typed("float32", self.buffers[name][place], lane)
+        if subs is None:
+            return scale
+        planes = sub_scale_planes(self.fmt)
+        part = self._joined(f"sub_{name}", planes, 1, expert, panel, group, lane)
+        if subs.zero_point:
+            part = part - _each(T.int32(subs.zero_point), lane)
+        return scale * _typed("float32", part, lane)
+
+    def _joined(
+        self,
+        name: str,
+        planes: tuple[int, ...],
+        unit: int,
+        expert: Expr,
+        panel: Expr,
+        index: Expr,
+        lane: Expr,
+    ) -> Expr:
+        """Number `index` of what arrays hold in planes, as int32; `unit` has a one in each byte
+        that is meant.
+        """
+        total: Expr | None = None
+        base = 0
+        for suffix, bits in zip(plane_suffixes(name, planes), planes, strict=True):
+            fields = 8 // bits  # of a byte
+            at = self._index(expert, panel, T.floordiv(index, i64(fields)), lane)
+            part = _typed("int32", self.buffers[suffix][at], lane)
+            if fields > 1:
+                shift = T.Cast("int32", T.floormod(index, i64(fields))) * T.int32(bits)
+                mask = T.int32(((1 << bits) - 1) * unit)
+                part = T.bitwise_and(T.shift_right(part, _each(shift, lane)), _each(mask, lane))
+            if base:
+                part = T.shift_left(part, _each(T.int32(base), lane))
+            total = part if total is None else T.bitwise_or(total, part)
+            base += bits
+        return total
 
     def _index(self, expert: Expr, *rest: Expr) -> tuple[Expr, ...]:
         return (expert, *rest) if self.stacked else rest
@@ -258,6 +319,21 @@ class WeightPanels:
         if zero == 0:
             return self.minimum(expert, panel, group)
         return self.scale(expert, panel, group) * splat(-float(zero))
+
+
+def _place(row: Expr) -> tuple[Expr, Expr]:
+    """(panel, lane) of a row."""
+    return T.floordiv(row, i64(PANEL)), T.floormod(row, i64(PANEL))
+
+
+def _each(value: Expr, lane: Expr) -> Expr:
+    """`value` in as many lanes as the index `lane` has."""
+    return T.broadcast(value, PANEL) if isinstance(lane, tirx.Ramp) else value
+
+
+def _typed(dtype: str, value: Expr, lane: Expr) -> Expr:
+    """`value` as a number, or a vector, of that type."""
+    return T.Cast(f"{dtype}x{PANEL}" if isinstance(lane, tirx.Ramp) else dtype, value)
 
 
 def k_block_words(weights: WeightPanels, k_block: int) -> int:

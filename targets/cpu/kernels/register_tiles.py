@@ -27,18 +27,20 @@ def for_each_tile(
     row_bytes: int,
     tiling: Tiling,
     tile: Tile,
+    prepare: Callable[[list[Expr]], Tile] | None = None,
 ) -> None:
     """Covers `count` rows (exactly one where tokens is 1) × all panels by tiles.
 
     Tasks are row blocks × columns of a few panels, rows outermost: a block's rows, of `row_bytes`
-    each, stay in the cache while weights stream by.
+    each, stay in the cache while weights stream by. In a task of more rows than the largest tile,
+    `prepare` may do what all its tiles need; they are then those that it returns.
     """
     width = min(tiling.one_token_panels if tokens == 1 else tiling.panels, weights.panels)
     columns = ceildiv(weights.panels, width)
     if tokens == 1:
         loop = T.serial if weights.m * weights.k <= tiling.serial_weights else T.parallel
         with loop(i64(columns)) as column:
-            _column(weights, column, width, i64(0), None, tiling, tile)
+            _column(weights, column, width, i64(0), None, tiling, tile, None)
         return
     largest = tiling.token_tiles[0]
     size = max(1, tiling.row_block_bytes // row_bytes // largest) * largest
@@ -46,7 +48,8 @@ def for_each_tile(
     with T.parallel(i64(columns) * row_blocks) as task:
         first = T.Bind(T.floordiv(task, i64(columns)) * i64(size))
         rows = T.Bind(T.min(i64(size), count - first))
-        _column(weights, T.floormod(task, i64(columns)), width, first, rows, tiling, tile)
+        column = T.floormod(task, i64(columns))
+        _column(weights, column, width, first, rows, tiling, tile, prepare)
 
 
 def _column(
@@ -57,16 +60,13 @@ def _column(
     rows: Expr | None,
     tiling: Tiling,
     tile: Tile,
+    prepare: Callable[[list[Expr]], Tile] | None,
 ) -> None:
     """Rows first … first + rows - 1 (None: the one row) times `width` panels, or what is left."""
     panel = T.Bind(column * i64(width))
     rest = weights.panels % width
 
-    def emit(num_panels: int) -> None:
-        panels = [panel + i64(p) for p in range(num_panels)]
-        if rows is None:
-            tile(panels, [first])
-            return
+    def cover(panels: list[Expr], rows: Expr, tile: Tile) -> None:
         done: Expr = i64(0)
         for size in tiling.token_tiles:
             tiles = T.Bind(T.floordiv(rows - done, i64(size)))
@@ -74,6 +74,19 @@ def _column(
                 start = T.Bind(first + done + number * i64(size))
                 tile(panels, [start + i64(r) for r in range(size)])
             done = T.Bind(done + tiles * i64(size))
+
+    def emit(num_panels: int) -> None:
+        panels = [panel + i64(p) for p in range(num_panels)]
+        if rows is None:
+            tile(panels, [first])
+        elif prepare is None:
+            cover(panels, rows, tile)
+        else:
+            with T.If(rows > i64(tiling.token_tiles[0])):
+                with T.Then():
+                    cover(panels, rows, prepare(panels))
+                with T.Else():
+                    cover(panels, rows, tile)
 
     if not rest:
         emit(width)

@@ -16,7 +16,7 @@ AFFINE = [f for f in DISTINCT if not f.is_float]
 
 TOLERANCE = 2e-6
 """Of Σ|x·w|. Sums of codes are exact; what is rounded are the float32 scalings, one a unit, so the
-error stays within a few 2^-24. One wrong code of 640 shows as 1e-3.
+error stays within a few 2^-24. One wrong code of 768 shows as 1e-3.
 """
 
 
@@ -46,7 +46,8 @@ class Case:
         matrix, exact = random_matrix(rng, fmt, m, k)
         codes = rng.integers(-127, 128, (1, tokens, k)).astype(np.int8)
         if self.extreme:
-            ends = np.array([-128, 127] if fmt.code_dtype == "int8" else [0, (1 << fmt.bits) - 1])
+            first = fmt.zero_point - fmt.zero_code
+            ends = np.array([first, first + (1 << fmt.code_bits) - 1])
             matrix.codes[...] = np.where(rng.random((m, 1)) < 0.5, ends[0], ends[1])
             exact = matrix.dequantize().astype(np.float64)
             codes[...] = np.where(rng.random((1, tokens, 1)) < 0.5, -127, 127)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import tvm
 
-from llmc.formats import FORMATS, QuantizedMatrix, WeightFormat
+from llmc.formats import FORMATS, NestedScales, QuantizedMatrix, WeightFormat
 
 FLOAT_DTYPES = {
     "float32": np.float32,
@@ -19,7 +19,8 @@ FLOAT_DTYPES = {
 
 def storage(fmt: WeightFormat) -> tuple[Any, ...]:
     """All that a kernel sees of a format: equal for q4_0 and w4-g32, say."""
-    return fmt.bits, fmt.float_dtype, fmt.group, fmt.scale_dtype, fmt.has_min
+    storage = fmt.bits, fmt.code_bits, fmt.float_dtype, fmt.group, fmt.scale_dtype, fmt.has_min
+    return *storage, fmt.sub_scales
 
 
 HOST = str(tvm.target.codegen.llvm_get_system_cpu())
@@ -37,16 +38,35 @@ def random_matrix(
         values = rng.standard_normal((m, k)).astype(FLOAT_DTYPES[fmt.float_dtype])
         return values, values.astype(np.float64)
     shape = (m, fmt.num_groups(k))
-    low, high = (0, 1 << fmt.bits) if fmt.code_dtype == "uint8" else (-128, 128)
-    scales = rng.uniform(-0.03, 0.03, shape).astype(fmt.scale_dtype)
-    mins = rng.uniform(-0.2, 0.1, shape).astype(fmt.scale_dtype) if fmt.has_min else None
-    codes = rng.integers(low, high, (m, k)).astype(fmt.code_dtype)
-    matrix = QuantizedMatrix(format=fmt, codes=codes, scales=scales, mins=mins)
+    first = -fmt.zero_code + fmt.zero_point
+    codes = rng.integers(first, first + (1 << fmt.code_bits), (m, k)).astype(fmt.code_dtype)
+    if fmt.sub_scales is None:
+        scales = rng.uniform(-0.03, 0.03, shape).astype(fmt.scale_dtype)
+        mins = rng.uniform(-0.2, 0.1, shape).astype(fmt.scale_dtype) if fmt.has_min else None
+        matrix = QuantizedMatrix(format=fmt, codes=codes, scales=scales, mins=mins)
+    else:
+        nested = _nested(rng, fmt, shape, k, 0.03)
+        nested_mins = _nested(rng, fmt, shape, k, 0.2) if fmt.has_min else None
+        matrix = QuantizedMatrix.of_nested(fmt, codes, nested, nested_mins)
     exact = (codes.astype(np.float64) - fmt.zero_point).reshape(*shape, -1)
-    exact = exact * scales.astype(np.float64)[:, :, None]
-    if mins is not None:
-        exact += mins.astype(np.float64)[:, :, None]
+    exact = exact * matrix.scales.astype(np.float64)[:, :, None]
+    if matrix.mins is not None:
+        exact += matrix.mins.astype(np.float64)[:, :, None]
     return matrix, exact.reshape(m, k)
+
+
+def _nested(
+    rng: np.random.Generator, fmt: WeightFormat, shape: tuple[int, int], k: int, largest: float
+) -> NestedScales:
+    """Scales or minimums of up to `largest`, of all sub-scales that the format can hold."""
+    subs = fmt.sub_scales
+    assert subs is not None
+    supers = rng.uniform(-largest, largest, (shape[0], k // subs.group)) / (1 << subs.bits)
+    first = -subs.zero_point
+    return NestedScales(
+        supers=supers.astype(np.float16),
+        subs=rng.integers(first, first + (1 << subs.bits), shape).astype(np.int8),
+    )
 
 
 def build(functions: dict[str, tvm.tirx.PrimFunc], mcpu: str | None = None) -> Any:

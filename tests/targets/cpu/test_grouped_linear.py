@@ -10,11 +10,13 @@ from llmc.targets.cpu.layout import pack
 from llmc.targets.cpu.parameters import PARAMETERS
 
 X, M, TOP_K = 6, 40, 2
-FORMAT_NAMES = ["f32", "bf16", "q4_1", "w8"]
+FORMAT_NAMES = ["f32", "bf16", "q4_1", "q6_k", "w8"]
 KINDS = ["few", "linear"]
 
 
 def features(fmt):
+    if fmt.sub_scales is not None:
+        return 2 * fmt.sub_scales.group
     return 301 if fmt.is_float or fmt.group == 0 else 320
 
 

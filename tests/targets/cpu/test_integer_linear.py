@@ -19,7 +19,7 @@ from llmc.targets.cpu.kernels.quantize_activations import quantize_activations
 from llmc.targets.cpu.parameters import PARAMETERS
 from llmc.targets.cpu.target import ISA_LEVELS, CpuTarget
 
-M, K = 72, 640  # four panels and a half; not a multiple of 256
+M, K = 72, 768  # four panels and a half; three super-blocks
 FEW = [FORMATS[n] for n in ("w8", "q4_0", "q4_1", "q5_1", "q2_k")]
 FORMATS_OF = {"avx512vnni": AFFINE, "avx512": FEW, "avxvnni": FEW, "avx2": FEW}
 # Level -> an instruction that its kernels are made of.

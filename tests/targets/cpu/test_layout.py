@@ -1,10 +1,11 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from matrices import random_matrix
 
 from llmc.errors import CompileError, UnsupportedError
-from llmc.formats import FORMATS, QuantizedMatrix
+from llmc.formats import FORMATS, NestedScales, QuantizedMatrix
 from llmc.targets.cpu.layout import pack, packed_arrays
 from llmc.targets.cpu.parameters import parameters_for
 
@@ -52,10 +53,87 @@ def test_signed_eight_bit_codes_are_stored_plus_128():
     assert words.view(np.uint8).reshape(2, 16, 4)[1, 3].tolist() == [133, 0, 0, 0]
 
 
-def test_codes_above_a_minimum_are_stored_as_they_are():
-    codes = np.tile(np.arange(32) + 200, (16, 1))
-    words = pack(FORMATS["q5_1"], quantized(FORMATS["q5_1"], codes))[0]
-    assert words.view(np.uint8).reshape(8, 16, 4)[1, 9].tolist() == [204, 205, 206, 207]
+def test_codes_of_five_bits_are_words_of_four_and_words_of_one():
+    codes = np.tile(np.arange(32), (16, 1))
+    low, high = pack(FORMATS["q5_1"], quantized(FORMATS["q5_1"], codes))[:2]
+    as_bytes = low.view(np.uint8).reshape(4, 16, 4)
+    assert [f"{b:02x}" for b in as_bytes[1, 9]] == ["c8", "d9", "ea", "fb"]
+    # Bit p of byte j is feature 4 p + j; those from 16 on have the fifth bit.
+    assert high.view(np.uint8).reshape(1, 16, 4)[0, 9].tolist() == [0b11110000] * 4
+
+
+def test_symmetric_codes_in_planes_are_stored_plus_half_their_range():
+    codes = np.array([[-32, -1, 0, 31] * 64] * 16)
+    nested = NestedScales(supers=np.ones((16, 1), np.float16), subs=np.ones((16, 16), np.int8))
+    low, high = pack(
+        FORMATS["q6_k"], QuantizedMatrix.of_nested(FORMATS["q6_k"], codes, nested, None)
+    )[:2]
+    assert (low.view(np.uint8).reshape(-1, 4) == [0x00, 0xFF, 0x00, 0xFF]).all()
+    assert (high.view(np.uint8).reshape(-1, 4) == [0x00, 0b01010101, 0b10101010, 0xFF]).all()
+
+
+def test_sub_scales_of_consecutive_groups_share_bytes():
+    subs = np.tile(np.arange(16, dtype=np.int8) * 4 - 32, (16, 1))
+    nested = NestedScales(supers=np.ones((16, 1), np.float16), subs=subs)
+    matrix = QuantizedMatrix.of_nested(FORMATS["q3_k"], np.zeros((16, 256), np.int8), nested, None)
+    _, _, supers, low, high = pack(FORMATS["q3_k"], matrix)
+    assert supers.shape == (1, 1, 16)
+    # Stored plus 32: 0, 4, 8, …, 60; four low bits of two groups a byte, two high ones of four.
+    assert low[0, :, 3].tolist() == [0x40, 0xC8] * 4
+    assert high[0, :, 3].tolist() == [0b00000000, 0b01010101, 0b10101010, 0b11111111]
+
+
+@pytest.mark.parametrize("name", sorted(n for n in FORMATS if n.startswith("q")))
+def test_a_gguf_format_takes_hardly_more_than_its_file(name):
+    m, k = 64, 1024
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name.upper()]]
+    stored = sum(
+        int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize
+        for a in packed_arrays(FORMATS[name], m, k)
+    )
+    assert stored <= 1.03 * (m * k // block * block_bytes)
+
+
+@pytest.mark.parametrize("name", sorted(n for n in FORMATS if n.startswith("q")))
+def test_packed_codes_and_scales_are_those_of_the_matrix(name):
+    """Read bit by bit, as the layout says, without the code that packs."""
+    fmt = FORMATS[name]
+    matrix, _ = random_matrix(np.random.default_rng(1), fmt, 16, 512)
+    arrays = dict(
+        zip([a.suffix for a in packed_arrays(fmt, 16, 512)], pack(fmt, matrix), strict=True)
+    )
+
+    def joined(first, count, step):
+        """Number i of row r in fields of b bits: in field p of byte j of an array of words."""
+        total, base = np.zeros((16, count), int), 0
+        for suffix in (first, f"{first}_high"):
+            if suffix not in arrays:
+                continue
+            rows = arrays[suffix][0].T.copy().view(np.uint8).reshape(16, -1)
+            bits = rows.shape[1] * 8 // count
+            for i in range(count):
+                at = i // (step * 8 // bits) * step + i % step
+                field = i // step % (8 // bits)
+                total[:, i] += (rows[:, at] >> (field * bits) & ((1 << bits) - 1)) << base
+            base += bits
+        return total
+
+    codes = joined("codes", 512, 4) - (0 if fmt.has_min else 1 << (fmt.code_bits - 1))
+    np.testing.assert_array_equal(codes, matrix.codes.astype(int) - fmt.zero_point)
+    for name in ("scales", "mins") if fmt.has_min else ("scales",):
+        scales = arrays[name][0].T.astype(np.float32)
+        if fmt.sub_scales is not None:
+            subs = joined(f"sub_{name}", fmt.num_groups(512), 1) - fmt.sub_scales.zero_point
+            scales = np.repeat(scales, subs.shape[1] // 2, axis=1) * subs
+        np.testing.assert_array_equal(scales, getattr(matrix, name))
+
+
+def test_sub_scales_are_needed_where_the_format_has_them():
+    fmt = FORMATS["q6_k"]
+    with pytest.raises(CompileError, match="no sub-scales of its scales"):
+        pack(fmt, quantized(fmt, np.zeros((16, 256))))
+    with pytest.raises(CompileError, match="super-blocks of 256 do not divide 288"):
+        packed_arrays(fmt, 16, 288)
 
 
 def test_bfloat16_pairs_hold_the_even_feature_in_the_low_half():

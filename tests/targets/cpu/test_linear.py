@@ -1,9 +1,9 @@
 """Products against float64, in every distinct storage of weights.
 
-Tolerance: the largest |error| / Σ|x·w|. Every product rounds once and sums of K ≤ 700 terms walk
+Tolerance: the largest |error| / Σ|x·w|. Every product rounds once and sums of K < 800 terms walk
 randomly, about √K · 2^-24 = 1.6e-6 of the largest partial sum; codes stored unsigned make partial
 sums up to four times larger than the result's terms, blocks and parallel chains make them smaller
-again. 2e-6 holds with room, while one wrong weight among 700 shows as 1e-3.
+again. 2e-6 holds with room, while one wrong weight among 800 shows as 1e-3.
 """
 
 import dataclasses
@@ -31,6 +31,8 @@ M = 40
 
 def features(fmt):
     """Not a multiple of a word where the format allows it."""
+    if fmt.sub_scales is not None:
+        return 3 * fmt.sub_scales.group
     return 603 if fmt.is_float or fmt.group == 0 else 640
 
 

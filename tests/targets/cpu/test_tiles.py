@@ -41,7 +41,7 @@ VECTORS = Tiling(panels=1, token_tiles=(1,))  # which are tested elsewhere, and 
 INTEGER = replace(PARAMETERS["amx"].integer, tiles=TILES, tiling=VECTORS)
 BFLOAT16 = replace(PARAMETERS["amx"].bfloat16, tiles=TILES, tiling=VECTORS)
 
-K = 640
+K = 768
 SHAPES = {"odd": 72, "even": 64, "one": 9}  # rows of weights: five panels, four, half a one
 # A block of several groups, a unit of several steps, and one that no full step divides.
 BLOCKS = {"wide": ("q4_1", 128), "long": ("w8", 320), "short": ("w8", 160)}
