@@ -54,7 +54,7 @@ class GemmParameters:
 
     rows: int = 64
     tokens: int = 64
-    depth: int = 32  # input features in shared memory at a time
+    depth: int = 16  # input features in shared memory at a time, a whole chunk at least
     thread_rows: int = 8
     thread_tokens: int = 8
     padding: int = 1  # of a feature's tokens in shared memory, so that banks differ

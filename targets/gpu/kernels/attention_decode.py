@@ -15,12 +15,12 @@ stale pages cannot put a NaN in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
 from llmc.targets.gpu.kernels.attention_inputs import Inputs, Shape
+from llmc.targets.gpu.kernels.attention_plans import DecodePlan
 from llmc.targets.gpu.kernels.block import (
     LOWEST,
     add,
@@ -43,42 +43,8 @@ from llmc.targets.gpu.kernels.block import (
     workspace,
 )
 from llmc.targets.gpu.layout import ceildiv
-from llmc.targets.gpu.parameters import AttentionParameters, Features
 
 Expr = Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodePlan:
-    """How a block is used."""
-
-    heads: int  # query heads of a block
-    threads: int
-    steps: int  # positions that a thread scores before values are weighed
-    lanes: int  # features of V that a thread has
-    parts: int  # blocks that share a context
-    features: Features
-
-    @classmethod
-    def of(cls, shape: Shape, params: AttentionParameters, features: Features) -> DecodePlan:
-        """As the table says, within the device's limits."""
-        heads = max(h for h in range(1, params.decode_heads + 1) if shape.heads % h == 0)
-        lanes = 4 if shape.v_head_dim % 4 == 0 else 1
-        columns = ceildiv(shape.v_head_dim // lanes, 32) * 32
-        threads = max(params.decode_threads, columns)
-        return cls(
-            heads=heads,
-            threads=threads,
-            steps=params.decode_steps,
-            lanes=lanes,
-            parts=params.decode_parts,
-            features=features,
-        )
-
-    @property
-    def positions(self) -> int:
-        """Positions scored at a time."""
-        return self.threads * self.steps
 
 
 def decode(shape: Shape, inputs: Inputs, plan: DecodePlan) -> None:

@@ -34,9 +34,9 @@ Expr = Any
 class TileWork:
     """What a block multiplies; all int64.
 
-    x_at turns a tile's token 0 … tokens - 1 into the leading indices of its activations, for any
-    number a valid row; store takes a token, an output feature and its sum, and checks the token
-    itself.
+    The tile's tokens 0 … count - 1 have work; count may be larger than a tile. x_at gives the
+    leading indices of a token's activations; store takes a token, an output feature and its sum,
+    and checks the token itself.
     """
 
     x: Expr
@@ -44,6 +44,7 @@ class TileWork:
     store: Callable[[Expr, Expr, Expr], None]
     expert: Expr | None
     first_row: Expr
+    count: Expr
     thread: Expr
 
 
@@ -65,7 +66,9 @@ def multiply_tile(weights: Weights, work: TileWork, params: GemmParameters) -> N
         _load_weights(weights, work, tile_w, first, depth, params)
         _load_activations(weights, work, tile_x, first, depth, params)
         sync()
-        with T.serial(i64(depth)) as feature:
+        # Threads whose tokens are all missing only help to load.
+        busy = token_thread * i64(params.thread_tokens) < work.count
+        with when(busy), T.serial(i64(depth)) as feature:
             _multiply(tile_w, tile_x, sums, feature, row_thread, token_thread, params)
         sync()
     for row in range(params.thread_rows):
@@ -138,7 +141,7 @@ def _load_activations(
     depth: int,
     params: GemmParameters,
 ) -> None:
-    """`depth` features of the tile's tokens; zeros behind the last one."""
+    """`depth` features of the tile's tokens, zeros behind the last feature."""
     lanes = vector_lanes(weights.k)
     vectors = depth // lanes
 
@@ -152,15 +155,17 @@ def _load_activations(
             for lane in range(lanes):
                 put(tile, values[i64(lane)], column + i64(lane), token)
 
-        if weights.k % depth == 0:
-            fill()
-            return
-        with T.If(first + column < i64(weights.k)):
-            with T.Then():
+        # What a missing token's place holds reaches no output but its own.
+        with when(token < work.count):
+            if weights.k % depth == 0:
                 fill()
-            with T.Else():
-                for lane in range(lanes):
-                    put(tile, f32(0), column + i64(lane), token)
+            else:
+                with T.If(first + column < i64(weights.k)):
+                    with T.Then():
+                        fill()
+                    with T.Else():
+                        for lane in range(lanes):
+                            put(tile, f32(0), column + i64(lane), token)
 
     _shares(vectors * params.tokens, params.threads, work.thread, load)
 

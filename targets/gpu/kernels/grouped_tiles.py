@@ -84,7 +84,7 @@ def grouped_tiles(
                     return T.Cast("int64", groups.order[first + token])
 
                 def x_at(token: Expr) -> tuple[Expr, ...]:
-                    row = choice(T.min(token, count - i64(1)))
+                    row = choice(token)
                     return (quotient(row, top_k) if per_token_input else row,)
 
                 def store(token: Expr, feature: Expr, value: Expr) -> None:
@@ -98,6 +98,7 @@ def grouped_tiles(
                     x_at=x_at,
                     store=store,
                     expert=expert,
+                    count=count,
                     first_row=T.Bind(block * i64(params.rows)),
                     thread=thread,
                 )

@@ -123,9 +123,10 @@ def linear_many(
             first = T.Bind(tile * i64(params.tokens))
             work = gemm.TileWork(
                 x=args.x,
-                x_at=lambda token: args.x_at(first + token),
+                x_at=lambda token: (i64(0), first + token),
                 store=lambda token, row, value: args.store(first + token, row, value),
                 expert=None,
+                count=T.Bind(args.rows - first),
                 first_row=T.Bind(block * i64(params.rows)),
                 thread=thread,
             )

@@ -44,7 +44,7 @@ BFLOAT16 = replace(PARAMETERS["amx"].bfloat16, tiles=TILES, tiling=VECTORS)
 K = 768
 SHAPES = {"odd": 72, "even": 64, "one": 9}  # rows of weights: five panels, four, half a one
 # A block of several groups, a unit of several steps, and one that no full step divides.
-BLOCKS = {"wide": ("q4_1", 128), "long": ("w8", 320), "short": ("w8", 160)}
+BLOCKS = {"wide": ("q4_1", 128), "long": ("w8", 384), "short": ("w8", 96)}
 BF16_TOLERANCE = 1e-6
 
 pytestmark = pytest.mark.skipif(

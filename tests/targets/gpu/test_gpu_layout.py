@@ -2,17 +2,14 @@
 
 import numpy as np
 import pytest
-from matrices import DISTINCT, random_matrix
+from gpu_formats import ALL, features_of
+from matrices import random_matrix
 
 from llmc.errors import CompileError
 from llmc.formats import FORMATS, QuantizedMatrix
 from llmc.targets.gpu.layout import chunk_features, code_offsets, pack, packed_parts
 
-M, K = 70, 144  # neither fills a panel or a chunk of 32 codes
-
-
-def features_of(fmt):
-    return K if fmt.group in (0, 16) else 3 * fmt.group
+M = 70  # fills no panel
 
 
 def read_back(fmt, arrays, m, k):
@@ -47,7 +44,7 @@ def value_of(fmt, bits):
     return bits - fmt.zero_point
 
 
-@pytest.mark.parametrize("fmt", DISTINCT, ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
 def test_every_code_lies_where_the_layout_says(fmt):
     k = features_of(fmt)
     matrix, exact = random_matrix(np.random.default_rng(3), fmt, M, k)
@@ -61,9 +58,9 @@ def test_every_code_lies_where_the_layout_says(fmt):
 def test_a_stack_is_its_matrices_packed_one_by_one(name):
     fmt = FORMATS[name]
     rng = np.random.default_rng(4)
-    matrices = [random_matrix(rng, fmt, 33, 64)[0] for _ in range(3)]
+    matrices = [random_matrix(rng, fmt, 33, 256)[0] for _ in range(3)]
     stacked = pack(fmt, matrices, stacked=True)
-    parts = packed_parts(fmt, 33, 64, num_experts=3)
+    parts = packed_parts(fmt, 33, 256, num_experts=3)
     assert [a.shape for a in stacked] == [p.shape for p in parts]
     for index, matrix in enumerate(matrices):
         for whole, single in zip(stacked, pack(fmt, [matrix], stacked=False), strict=True):

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from gpu_device import build, empty, normal, run
+from gpu_formats import ALL, features_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrices import DISTINCT, random_matrix
+from matrices import random_matrix
 
 from llmc.formats import FORMATS
 from llmc.targets.gpu import layout
@@ -34,15 +35,10 @@ TILES = {
 }
 
 
-def features_of(fmt):
-    """Input features that end within a chunk, where the format's groups allow it."""
-    return {0: 102, 16: 80}.get(fmt.group, 3 * fmt.group)
-
-
 @pytest.fixture(scope="module")
 def kernels():
     functions = {}
-    for fmt in DISTINCT:
+    for fmt in ALL:
         k = features_of(fmt)
         plain = {"bias": False, "residual": False, **F32}
         functions[f"one_{fmt.name}"] = linear_few(
@@ -89,7 +85,7 @@ def close(found, expected, tolerance=TOLERANCE):
     np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("fmt", DISTINCT, ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
 def test_one_token_with_bias_and_residual(kernels, fmt):
     k = features_of(fmt)
     weights, exact = weights_of(fmt, k)

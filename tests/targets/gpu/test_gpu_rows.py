@@ -29,7 +29,7 @@ SUBGROUPS = GpuParameters(
 )
 F32 = {"dtype": "float32", "params": PARAMS}
 VECTOR = {**F32, "vector_dtype": "float32"}
-EMBEDDINGS = {"f32": 66, "f16": 72, "q4_1": 96, "q6_k": 48, "q2_k": 48, "w8": 50}
+EMBEDDINGS = {"f32": 66, "f16": 72, "q4_1": 96, "q6_k": 256, "q2_k": 256, "w8": 50}
 
 
 @pytest.fixture(scope="module")
