@@ -18,6 +18,7 @@ word are those of features 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits up, so th
     affine     scales    [panels, groups, 32]              the format's scale_dtype
                mins      the same, where has_min
 
+Codes are stored with the bits that kernels multiply, 4 or 8, and sub-scales multiplied out.
 `groups` is padded so that every chunk has its scales. A stack of X matrices (experts) has one more
 axis in front.
 """
