@@ -13,6 +13,7 @@ import numpy.typing as npt
 from llmc.artifact import Manifest
 from llmc.errors import ArtifactError, LlmcError
 from llmc.runtime import tvm_runtime
+from llmc.runtime.device_inputs import DeviceInputs
 from llmc.runtime.devices import Place
 from llmc.runtime.devices.cpu import num_threads
 from llmc.runtime.devices.device import Device
@@ -78,6 +79,7 @@ class Executor:
             tvm_runtime.empty((num_pages[c.group], *c.page_shape), c.dtype, self._device)
             for c in manifest.caches
         ]
+        self._inputs = DeviceInputs(self._device)
         self._vm = vm
         self._shape = ffi.Shape
         self.caches = caches
@@ -102,20 +104,23 @@ class Executor:
     def _step(self, inputs: StepInputs) -> Float32:
         num_tokens = len(inputs.input_ids)
         run = next(run for max_tokens, run in self._entries if num_tokens <= max_tokens)
-        tensor = self._tensor
+        arrays = (
+            inputs.input_ids,
+            inputs.positions,
+            inputs.q_starts,
+            inputs.kv_lens,
+            inputs.block_tables,
+            inputs.slots,
+            inputs.state_slots,
+            inputs.logits_rows,
+        )
+        is_host = self._place.device.is_host
         logits = run(
-            tensor(inputs.input_ids),
-            tensor(inputs.positions),
-            tensor(inputs.q_starts),
-            tensor(inputs.kv_lens),
-            tensor(inputs.block_tables),
-            tensor(inputs.slots),
-            tensor(inputs.state_slots),
-            tensor(inputs.logits_rows),
+            *(map(tvm_runtime.from_numpy, arrays) if is_host else self._inputs.copy(arrays)),
             self._shape([inputs.num_decodes, inputs.max_q_len, inputs.max_kv_len]),
             *self._state,
         )
-        if not self._place.device.is_host:
+        if not is_host:
             return tvm_runtime.copy_from(logits)
         result: Float32 = np.asarray(np.from_dlpack(logits), np.float32)  # a view
         return result

@@ -91,9 +91,20 @@ def copy_to(array: npt.NDArray[Any], device: Any) -> Any:  # noqa: ANN401
     """A tensor on `device` with the array's contents."""
     array = np.ascontiguousarray(array)
     tensor = empty(array.shape, str(array.dtype), device)
+    copy_into(tensor, array)
+    return tensor
+
+
+def view(memory: Any, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
+    """A tensor of the same type at the beginning of another."""
+    create = tvm_ffi().get_global_func("runtime.TVMTensorCreateView")
+    return create(memory, tvm_ffi().Shape(shape), memory.dtype, 0)
+
+
+def copy_into(tensor: Any, array: npt.NDArray[Any]) -> None:  # noqa: ANN401
+    """Copies a C-contiguous array into a tensor of its size on any device."""
     copy = tvm_ffi().get_global_func("runtime.TVMTensorCopyFromBytes")
     copy(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
-    return tensor
 
 
 def copy_from(tensor: Any) -> npt.NDArray[np.float32]:  # noqa: ANN401

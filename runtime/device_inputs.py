@@ -1,0 +1,35 @@
+"""A step's inputs on a device with memory of its own, which is kept from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmc.runtime import tvm_runtime
+from llmc.runtime.step import Int32
+
+
+class DeviceInputs:
+    """Memory of the device for each input of a step.
+
+    Allocating it anew would take longer than the kernels of a small model. Not one piece for all:
+    kernels take no tensor that begins inside another.
+    """
+
+    def __init__(self, device: Any) -> None:  # noqa: ANN401 - a device of tvm_ffi's
+        self._device = device
+        self._memory: dict[int, tuple[int, Any]] = {}  # by position: elements, tensor
+
+    def copy(self, arrays: Sequence[Int32]) -> list[Any]:
+        """The arrays as tensors of the device; valid until the next call."""
+        return [self._copy(number, array) for number, array in enumerate(arrays)]
+
+    def _copy(self, number: int, array: Int32) -> Any:  # noqa: ANN401 - a tensor
+        capacity, memory = self._memory.get(number, (-1, None))
+        if array.size > capacity:
+            capacity = 2 * array.size  # block tables grow step by step
+            memory = tvm_runtime.empty((max(capacity, 1),), "int32", self._device)
+            self._memory[number] = capacity, memory
+        tensor = tvm_runtime.view(memory, array.shape)
+        tvm_runtime.copy_into(tensor, array)
+        return tensor
