@@ -19,7 +19,8 @@ from llmc.runtime.step import StepInputs
 
 _BF16_STORAGE = "uint16"  # of caches
 _INDEX_DTYPES = ("int32", "int64")
-_PANEL_AXES = 3  # of a packed matrix; a stack of experts has one more, in front
+# Axes of a matrix by its layout; a stack of experts has one more.
+_AXES = {"panel16": 3, "chunk32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +151,8 @@ def _matrix_cost(
     """A product with a matrix (or a stack of experts), or a look-up of its rows."""
     *inputs, result = others
     fmt = FORMATS[matrix.format]
-    num_weights = matrix.num_bytes * 8 / fmt.planes[0]
+    is_panel = matrix.layout == "panel16"  # which stores the planes of a code one by one
+    num_weights = matrix.num_bytes * 8 / (fmt.planes[0] if is_panel else fmt.bits)
     memory_bytes: float = sum(w.num_bytes for w in weights)
     activation_bytes = sum(a.num_bytes for a in others)
     if all(a.dtype in _INDEX_DTYPES for a in inputs):  # token ids: a look-up
@@ -161,7 +163,7 @@ def _matrix_cost(
             operations=0,
             precision="f32",
         )
-    if len(matrix.shape) > _PANEL_AXES:
+    if len(matrix.shape) > _AXES.get(matrix.layout, 2):
         # At most one expert a row; which ones rows share is in the data.
         num_experts = matrix.shape[0]
         memory_bytes *= min(1.0, result.rows / num_experts)
