@@ -18,6 +18,7 @@ class DeviceInputs:
 
     def __init__(self, device: Any) -> None:  # noqa: ANN401 - a device of tvm_ffi's
         self._device = device
+        self.generation = 0  # changes where inputs move, as longer ones come
         self._memory: dict[int, tuple[int, Any]] = {}  # by position: elements, tensor
 
     def copy(self, arrays: Sequence[Int32]) -> list[Any]:
@@ -30,6 +31,7 @@ class DeviceInputs:
             capacity = 2 * array.size  # block tables grow step by step
             memory = tvm_runtime.empty((max(capacity, 1),), "int32", self._device)
             self._memory[number] = capacity, memory
+            self.generation += 1
         tensor = tvm_runtime.view(memory, array.shape)
         tvm_runtime.copy_into(tensor, array)
         return tensor

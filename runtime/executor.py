@@ -17,8 +17,10 @@ from llmc.runtime.device_inputs import DeviceInputs
 from llmc.runtime.devices import Place
 from llmc.runtime.devices.cpu import num_threads
 from llmc.runtime.devices.device import Device
-from llmc.runtime.step import Float32, StepInputs
+from llmc.runtime.step import Float32, Int32, StepInputs
 from llmc.runtime.weights import load_weights, random_tensors
+
+_BLOCKS = 32  # what recorded steps have block tables in multiples of
 
 
 def load_executor(
@@ -52,6 +54,14 @@ def _explained(device: Device) -> Iterator[None]:
         raise explained from exc
 
 
+def _padded(block_tables: Int32) -> Int32:
+    """As many blocks as a recording is good for: a table grows by one every page."""
+    groups, sequences, blocks = block_tables.shape
+    padded = np.zeros((groups, sequences, -(-blocks // _BLOCKS) * _BLOCKS), np.int32)
+    padded[:, :, :blocks] = block_tables
+    return padded
+
+
 class Executor:
     """Implements StepExecutor."""
 
@@ -80,6 +90,8 @@ class Executor:
             for c in manifest.caches
         ]
         self._inputs = DeviceInputs(self._device)
+        self._graphs = place.device.graphs(place.index)
+        self._instrumented = False
         self._vm = vm
         self._shape = ffi.Shape
         self.caches = caches
@@ -104,22 +116,30 @@ class Executor:
     def _step(self, inputs: StepInputs) -> Float32:
         num_tokens = len(inputs.input_ids)
         run = next(run for max_tokens, run in self._entries if num_tokens <= max_tokens)
+        records = self._graphs is not None and inputs.max_q_len == 1 and not self._instrumented
+        block_tables = _padded(inputs.block_tables) if records else inputs.block_tables
         arrays = (
             inputs.input_ids,
             inputs.positions,
             inputs.q_starts,
             inputs.kv_lens,
-            inputs.block_tables,
+            block_tables,
             inputs.slots,
             inputs.state_slots,
             inputs.logits_rows,
         )
         is_host = self._place.device.is_host
-        logits = run(
-            *(map(tvm_runtime.from_numpy, arrays) if is_host else self._inputs.copy(arrays)),
+        tensors = map(tvm_runtime.from_numpy, arrays) if is_host else self._inputs.copy(arrays)
+        arguments = [
+            *tensors,
             self._shape([inputs.num_decodes, inputs.max_q_len, inputs.max_kv_len]),
             *self._state,
-        )
+        ]
+        if self._graphs is not None and records:
+            key = (*(array.shape for array in arrays), self._inputs.generation)
+            logits = self._graphs.run(key, lambda: run(*arguments))
+        else:
+            logits = run(*arguments)
         if not is_host:
             return tvm_runtime.copy_from(logits)
         result: Float32 = np.asarray(np.from_dlpack(logits), np.float32)  # a view
@@ -131,6 +151,7 @@ class Executor:
 
         It returns 0; an exception in it ends the step with that exception.
         """
+        self._instrumented = callback is not None
         instrument = callback
         if callback is not None and not self._place.device.is_host:
             device = self._device

@@ -44,6 +44,10 @@ class Cpu:
         """The machine's free memory, or what the process's control group allows."""
         return available_host_bytes()
 
+    def graphs(self, index: int) -> None:
+        """There are none."""
+        return None
+
     def explain(self, error: Exception) -> LlmcError | None:
         """A CPU has no errors of its own."""
         return None

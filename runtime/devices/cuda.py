@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llmc.errors import ArtifactError, CapacityError, LlmcError, UsageError
 from llmc.runtime import tvm_runtime
+from llmc.runtime.devices.cuda_graph import CudaGraphs
 
 _DRIVER_HINT = "install NVIDIA's driver 580 or newer"
 _CUDART_HINT = 'pip install "llmc[cuda]" brings libcudart'
@@ -58,6 +59,13 @@ class Cuda:
         """What the driver can still give."""
         return int(str(_attribute(index, _AVAILABLE_GLOBAL_MEMORY)))
 
+    def graphs(self, index: int) -> CudaGraphs:
+        """Recordings of steps on the device."""
+        ffi = tvm_runtime.tvm_ffi()
+        device = ffi.device("cuda", index)
+        set_stream = ffi.get_global_func("runtime.Device_SetStream")
+        return CudaGraphs(_load_cudart(), lambda stream: set_stream(device, stream))
+
     def explain(self, error: Exception) -> LlmcError | None:
         """Errors of CUDA's runtime and driver say CUDA and the error's name."""
         found = re.search(r"CUDA[^\n]*", str(error))
@@ -80,15 +88,14 @@ def _attribute(index: int, kind: int) -> object:
     return attribute(device.dlpack_device_type(), index, kind)
 
 
-def _load_cudart() -> None:
+def _load_cudart() -> ctypes.CDLL:
     """From PyPI's package if it is there, else where the linker finds it."""
     spec = importlib.util.find_spec("nvidia")
     folders = [] if spec is None else [Path(p) for p in spec.submodule_search_locations or ()]
     places = [str(f / "cu13" / "lib" / _CUDART) for f in folders]
     for place in [*(p for p in places if Path(p).exists()), _CUDART]:
         try:
-            ctypes.CDLL(place, ctypes.RTLD_GLOBAL)
+            return ctypes.CDLL(place, ctypes.RTLD_GLOBAL)
         except OSError:
             continue
-        return
     raise ArtifactError(f"{_CUDART} was not found", hint=_CUDART_HINT)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
 
 from llmc.errors import LlmcError
+
+
+class Graphs(Protocol):
+    """Steps recorded once and launched as a whole."""
+
+    def run(self, key: Hashable, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - call's
+        """What `call` returns; calls of one key have to use the same memory."""
 
 
 class Device(Protocol):
@@ -27,6 +35,9 @@ class Device(Protocol):
 
     def available_bytes(self, index: int) -> int:
         """Memory this process can still take; asked after `prepare`."""
+
+    def graphs(self, index: int) -> Graphs | None:
+        """Recordings of steps, where the device has such; asked after `prepare`."""
 
     def explain(self, error: Exception) -> LlmcError | None:
         """An error of TVM's as one of llmc's, where it is the device's."""

@@ -56,6 +56,10 @@ class Vulkan:
         attribute = tvm_runtime.tvm_ffi().get_global_func("runtime.GetDeviceAttr")
         return int(attribute(device.dlpack_device_type(), index, _AVAILABLE_GLOBAL_MEMORY))
 
+    def graphs(self, index: int) -> None:
+        """There are none."""
+        return None
+
     def explain(self, error: Exception) -> LlmcError | None:
         """Errors of the plug-in's begin with "Vulkan: "."""
         found = re.search(r"Vulkan: (.*)", str(error))
