@@ -7,7 +7,10 @@
 // chunk t for slab s, which are the pairs of columns (2t, 2t + 8) of two mmas. So a fragment is one
 // 16-byte load, for weights of 16, 8 and 4 bits and for activations alike, with no ldmatrix.
 //
-// Activations are put into that order first, as Float: x16[slabs][padded tokens][4 threads][8].
+// Activations are put into that order first, as Float: x16[slabs][4 chunks][padded tokens][8].
+//
+// On Hopper (sm_90a) tiles of 16-bit weights go to wgmma instead: eight rows of a chunk are just one
+// of the core matrices that it reads from shared memory, and so are eight tokens of x16.
 #ifndef LLMC_TENSOR_CORES
 #define LLMC_TENSOR_CORES
 #include <cuda_bf16.h>
@@ -183,8 +186,8 @@ __device__ __forceinline__ float row_scale(const Matrix& w, int row) {
 template <class F, typename Data>
 __device__ __forceinline__ void arrange(const Data* x, void* x16, int k, int tokens, int padded,
                                         int slab, int part) {
-  const int item = part * 256 + threadIdx.x, token = item / 4, t = item % 4;
-  if (token >= padded) return;
+  const int item = part * 256 + threadIdx.x, token = item % padded, t = item / padded;
+  if (t >= 4) return;
   const int feature = slab / F::kSlabs * F::kBlock + t * F::kChunk + slab % F::kSlabs * 8;
   float values[8];
   const Data* from = x + (size_t)token * k + feature;
@@ -202,7 +205,7 @@ __device__ __forceinline__ void arrange(const Data* x, void* x16, int k, int tok
   typename F::Float kind;
   const uint4 out = {pack(values[0], values[1], kind), pack(values[2], values[3], kind),
                      pack(values[4], values[5], kind), pack(values[6], values[7], kind)};
-  static_cast<uint4*>(x16)[((size_t)slab * padded + token) * 4 + t] = out;
+  static_cast<uint4*>(x16)[((size_t)slab * 4 + t) * padded + token] = out;
 }
 
 // Few tokens: a block makes 32 rows of kTokens tokens, its warps share the superblocks, every
@@ -219,7 +222,7 @@ __device__ __forceinline__ void few(const Matrix& w, const void* x16, int padded
       static_cast<const typename F::Scale*>(w.scales) + (size_t)panel * w.groups * 32;
   const typename F::Scale* mins =
       static_cast<const typename F::Scale*>(w.mins) + (size_t)panel * w.groups * 32;
-  const uint4* x = static_cast<const uint4*>(x16) + (size_t)tile * kTokens * 4;
+  const uint4* x = static_cast<const uint4*>(x16) + (size_t)tile * kTokens;
   float sums[2][kTiles][4] = {};
   for (int first = warp; first < blocks; first += kWarps * kAhead) {
     uint4 raw[kAhead][4];
@@ -252,7 +255,7 @@ __device__ __forceinline__ void few(const Matrix& w, const void* x16, int padded
         uint4 tokens[kTiles];
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
-          tokens[j] = x[((size_t)(block * F::kSlabs + slab) * padded + j * 8 + g) * 4 + t];
+          tokens[j] = x[((size_t)(block * F::kSlabs + slab) * 4 + t) * padded + j * 8 + g];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           u32 a[4], b[4];
@@ -290,6 +293,75 @@ __device__ __forceinline__ void few(const Matrix& w, const void* x16, int padded
   }
 }
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// A matrix in shared memory for wgmma: chunks `rows` apart of eight rows at a time, not swizzled.
+__device__ __forceinline__ unsigned long long describe(const char* at, int rows) {
+  const unsigned long long start = ((u32)__cvta_generic_to_shared(at) & 0x3ffffu) >> 4;
+  return start | (unsigned long long)rows << 16 | (unsigned long long)(128 >> 4) << 32;
+}
+
+// 64 rows by 128 tokens of 16 features.
+__device__ __forceinline__ void multiply_group(float (&d)[64], unsigned long long a,
+                                               unsigned long long b, half) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, 1, 1, 1, 0, 0;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
+          "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+          "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),
+          "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+          "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
+          "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+          "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),
+          "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+          "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]),
+          "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
+          "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+        : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void multiply_group(float (&d)[64], unsigned long long a,
+                                               unsigned long long b, __nv_bfloat16) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, 1, 1, 1, 0, 0;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
+          "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+          "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),
+          "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+          "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
+          "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+          "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),
+          "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+          "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]),
+          "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
+          "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+        : "l"(a), "l"(b));
+}
+#else
+__device__ __forceinline__ unsigned long long describe(const char*, int) { return 0; }
+template <typename Float>
+__device__ __forceinline__ void multiply_group(float (&)[64], unsigned long long,
+                                               unsigned long long, Float) {}
+#endif
+
 // Many tokens: a tile of kRows by kTokens a block, of kWarpRows by kWarpTokens a warp, kDepth
 // superblocks of it at a time in one of kStages parts of shared memory, filled in the background.
 template <class F, int kRows, int kTokens, int kWarpRows, int kWarpTokens, int kDepth, int kStages>
@@ -302,6 +374,18 @@ struct Tile {
   static const int kAllScales = kDepth * F::kScales * kScaleBytes;
   static const int kStageBytes = kCodeBytes + kTokenBytes + kAllScales * (F::kMin ? 2 : 1);
   static const int kBytes = kStageBytes * kStages;
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  static const bool kGroups = F::kBits == 16 && kWarpRows == 64 && kWarpTokens == 32 && kTokens == 128;
+#else
+  static const bool kGroups = false;
+#endif
+
+  // Where a row of chunk c lies: quads read four chunks of a row, which have to be in different
+  // banks. Groups of warps read eight rows of a chunk.
+  static __device__ __forceinline__ int place(int row, int c) {
+    return kGroups ? row : row ^ (c % 4 * 2);
+  }
 
   static __device__ __forceinline__ void load_scales(const void* from, char* to, const Matrix& w,
                                                      int first_row, int step) {
@@ -330,18 +414,17 @@ struct Tile {
       const int chunk = step * kDepth * 4 + c, panel = (first_row + row) / 32;
       const bool valid = chunk < w.chunks && panel < w.panels();
       const size_t at = valid ? ((size_t)panel * w.chunks + chunk) * 32 + row % 32 : 0;
-      // Quads read four chunks of a row: they lie in different banks.
-      copy16(stage + (c * kRows + (row ^ (c % 4 * 2))) * 16,
+      copy16(stage + (c * kRows + place(row, c)) * 16,
              static_cast<const uint4*>(w.codes) + at, valid);
     }
     char* tokens = stage + kCodeBytes;
 #pragma unroll
     for (int i = 0; i < kDepth * F::kSlabs * kTokens * 4 / kThreads; ++i) {
       const int item = i * kThreads + threadIdx.x;
-      const int piece = item % (kTokens * 4), slab = item / (kTokens * 4);
-      const size_t at =
-          ((size_t)(step * kDepth * F::kSlabs + slab) * padded + first_token) * 4 + piece;
-      copy16(tokens + item * 16, static_cast<const uint4*>(x16) + at, true);
+      const int token = item % kTokens, c = item / kTokens;
+      const size_t at = (size_t)(step * kDepth * F::kSlabs * 4 + c) * padded + first_token + token;
+      copy16(tokens + (c * kTokens + place(token, c)) * 16, static_cast<const uint4*>(x16) + at,
+             true);
     }
     if (F::kScaled) load_scales(w.scales, tokens + kTokenBytes, w, first_row, step);
     if (F::kMin) load_scales(w.mins, tokens + kTokenBytes + kAllScales, w, first_row, step);
@@ -374,7 +457,7 @@ struct Tile {
       for (int r = 0; r < kRowTiles * 2; ++r) {
         const int row = warp_row + r * 8 + g;
         raw[r] = *reinterpret_cast<const uint4*>(
-            stage + ((block * 4 + t) * kRows + (row ^ (t * 2))) * 16);
+            stage + ((block * 4 + t) * kRows + place(row, t)) * 16);
         if (F::kScaled) s[r] = scales_at(tokens + kTokenBytes, block, row, t);
       }
 #pragma unroll
@@ -383,8 +466,8 @@ struct Tile {
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j)
           x[j] = *reinterpret_cast<const uint4*>(
-              tokens + ((block * F::kSlabs + slab) * kTokens + warp_token + j * 8 + g) * 64 +
-              t * 16);
+              tokens + (((block * F::kSlabs + slab) * 4 + t) * kTokens +
+                        place(warp_token + j * 8 + g, t)) * 16);
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
           u32 a[4], b[4];
@@ -396,11 +479,59 @@ struct Tile {
     }
   }
 
+  // 128 threads make 64 rows of all tokens; the products of a step run while the next is awaited.
+  template <typename Data, typename Vector>
+  static __device__ __forceinline__ void run_groups(const Matrix& w, const void* x16, int padded,
+                                                    const Epilogue<Data, Vector>& out,
+                                                    int first_row, int first_token, char* shared) {
+    const int steps = (w.chunks + 4 * kDepth - 1) / (4 * kDepth), group = threadIdx.x / 128;
+    float sums[64] = {};
+#pragma unroll
+    for (int i = 0; i < kStages - kLag; ++i) {
+      if (i < steps) load(w, x16, padded, first_row, first_token, i, shared + i * kStageBytes);
+      commit();
+    }
+    int read = 0, write = kStages - kLag;
+    for (int step = 0; step < steps; ++step) {
+      wait<kStages - kLag - 1>();
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      __syncthreads();
+      const char* stage = shared + read * kStageBytes;
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int c = 0; c < kDepth * 4; c += 2)
+        multiply_group(sums, describe(stage + (c * kRows + group * 64) * 16, kRows),
+                       describe(stage + kCodeBytes + c * kTokens * 16, kTokens),
+                       typename F::Float());
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      const int next = step + kStages - kLag;
+      if (next < steps)
+        load(w, x16, padded, first_row, first_token, next, shared + write * kStageBytes);
+      commit();
+      asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLag - 1) : "memory");
+      read = read + 1 == kStages ? 0 : read + 1;
+      write = write + 1 == kStages ? 0 : write + 1;
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int row = first_row + threadIdx.x / 32 * 16 + g;
+#pragma unroll
+    for (int i = 0; i < 64; ++i)
+      out.store(row + i / 2 % 2 * 8, first_token + i / 4 * 8 + t * 2 + i % 2, sums[i]);
+  }
+
+  // Steps that a stage stays in use after its own: the products of the last one may still run.
+  static const int kLag = kStages > 2 ? 2 : 1;
+
   template <typename Data, typename Vector>
   static __device__ __forceinline__ void run(const Matrix& w, const void* x16, int padded,
                                              const Epilogue<Data, Vector>& out, int row_tile,
                                              int token_tile, char* shared) {
     const int first_row = row_tile * kRows, first_token = token_tile * kTokens;
+    if (kGroups) {
+      run_groups(w, x16, padded, out, first_row, first_token, shared);
+      return;
+    }
     const int warp = threadIdx.x / 32, kAcross = kRows / kWarpRows;
     const int warp_row = warp % kAcross * kWarpRows, warp_token = warp / kAcross * kWarpTokens;
     const int steps = (w.chunks + 4 * kDepth - 1) / (4 * kDepth);
