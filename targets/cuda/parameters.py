@@ -81,7 +81,7 @@ PLANS = {
             (16, FewTokens(tokens=16, ahead=4)),
             (64, FewTokens(tokens=64, ahead=2)),
         ),
-        last=ManyTokens(rows=128, tokens=128, warp_rows=64, warp_tokens=32, depth=2, stages=3),
+        last=ManyTokens(rows=128, tokens=128, warp_rows=64, warp_tokens=32, depth=1, stages=5),
     ),
     8: TensorCorePlan(
         steps=(
