@@ -15,6 +15,7 @@ from llmc.formats import WeightFormat
 from llmc.targets.base import ActivationBlocks, Array, KernelRule, Matrix, PackedPart, ScheduleRule
 from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.target import TRIPLES
+from llmc.targets.cuda.rules import cuda_rules
 from llmc.targets.cuda.toolkit import compile_cuda, load_cuda_runtime
 from llmc.targets.gpu import layout
 from llmc.targets.gpu.parameters import (
@@ -23,7 +24,7 @@ from llmc.targets.gpu.parameters import (
     GemvParameters,
     GpuParameters,
 )
-from llmc.targets.gpu.rules import kernel_rules, key_page, value_page
+from llmc.targets.gpu.rules import key_page, value_page
 from llmc.targets.gpu.schedule import schedule_rules
 
 # Ampere and newer; the driver compiles PTX of the newest for what is newer still.
@@ -69,7 +70,7 @@ class CudaTarget:
         )
         self.pass_config: dict[str, object] = {}
         features = Features(subgroup=32, max_threads=1024, shared_bytes=49152, bfloat16=True)
-        self.kernel_rules: Sequence[tuple[str, KernelRule]] = kernel_rules(
+        self.kernel_rules: Sequence[tuple[str, KernelRule]] = cuda_rules(
             replace(_PARAMETERS, features=features), self.few_tokens
         )
         self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = schedule_rules(self.tvm_target)

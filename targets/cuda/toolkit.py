@@ -67,7 +67,9 @@ def compile_cuda(code: str, architectures: tuple[str, ...]) -> bytes:
 
 def _generate(architectures: tuple[str, ...]) -> list[str]:
     numbers = [architecture.removeprefix("sm_") for architecture in architectures]
-    options = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+    # Hopper's own instructions are there under the name 90a only.
+    exact = [n + "a" if n == "90" else n for n in numbers]
+    options = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in exact]
     newest = numbers[-1]
     return [*options, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
