@@ -69,7 +69,7 @@ class CudaTarget:
             },
         )
         self.pass_config: dict[str, object] = {}
-        features = Features(subgroup=32, max_threads=1024, shared_bytes=49152, bfloat16=True)
+        features = Features(subgroup=32, max_threads=1024, shared_bytes=49152)
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = cuda_rules(
             replace(_PARAMETERS, features=features), self.few_tokens
         )

@@ -23,7 +23,6 @@ class Features:
     subgroup_extern: tuple[str, str] | None = None
     max_threads: int = 256
     shared_bytes: int = 32768
-    bfloat16: bool = False
 
     def combine_subgroup(self, value: Expr, is_maximum: bool) -> Expr:
         """The sum, or the maximum, of `value` over the subgroup; every thread gets it."""
