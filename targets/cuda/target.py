@@ -31,10 +31,10 @@ from llmc.targets.gpu.schedule import schedule_rules
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 _DEFAULT = ("sm_80", "sm_90")
 
-# Measured on an H100: a block has one row of each of 32 threads, so that small matrices occupy more
-# of its 132 multiprocessors; decodes likewise, by parts of a context.
+# Measured on an H100 and an H200: a block has 32 rows and up to 32 threads for each, so that small
+# matrices occupy their 132 multiprocessors; decodes likewise, by parts of a context.
 _PARAMETERS = GpuParameters(
-    gemv=GemvParameters(splits=8, panels=1),
+    gemv=GemvParameters(splits=32, panels=1),
     few=GemvParameters(splits=8),
     attention=AttentionParameters(decode_parts=16),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -42,9 +42,16 @@ class Features:
 class GemvParameters:
     """Products of few tokens: blocks of 32 · splits threads."""
 
-    splits: int = 4  # threads that share a row's chunks
+    splits: int = 4  # threads that share a row's chunks, a power of two; fewer for short rows
     panels: int = 2  # rows of a thread, each 32 apart: they share a load of activations
     token_tile: int = 4  # tokens that a block multiplies each loaded weight with
+
+    def within(self, chunks: int) -> GemvParameters:
+        """With as many splits as leave each thread two of a row's chunks."""
+        splits = self.splits
+        while splits > 1 and 2 * splits > chunks:
+            splits //= 2
+        return replace(self, splits=splits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from llmc.targets.gpu.kernels.kv_write import kv_write, rope, rope_kv_write
 from llmc.targets.gpu.kernels.linear import linear_few, linear_many
 from llmc.targets.gpu.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from llmc.targets.gpu.kernels.top_k import top_k
+from llmc.targets.gpu.layout import num_chunks
 from llmc.targets.gpu.parameters import GemvParameters, GpuParameters
 
 _Rule = Callable[[Site, GpuParameters], Kernel | None]
@@ -41,9 +42,11 @@ def kernel_rules(parameters: GpuParameters, few_tokens: int) -> list[tuple[str, 
     """The rules in the order they are tried, each with the name that `llmc inspect` shows."""
 
     def gemv(site: Site) -> Kernel | None:
-        one = site.tokens == 1 and isinstance(site.op, dialect.Linear)
-        one = one and int(site.extents("x")[1]) == 1
-        return _linear_few(site, 1, parameters.gemv) if one else None
+        op = site.op
+        if not isinstance(op, dialect.Linear) or site.tokens != 1 or int(site.extents("x")[1]) != 1:
+            return None
+        chunks = num_chunks(FORMATS[op.format or "f32"], site.extents("weight")[1])
+        return _linear_few(site, 1, parameters.gemv.within(chunks))
 
     def few(site: Site) -> Kernel | None:
         if not isinstance(site.op, dialect.Linear) or _max_rows(site) > few_tokens:
