@@ -11,21 +11,19 @@ import tvm
 import tvm_ffi
 
 from llmc.errors import UsageError
-from llmc.formats import WeightFormat
-from llmc.targets.base import ActivationBlocks, Array, KernelRule, Matrix, PackedPart, ScheduleRule
+from llmc.targets.base import KernelRule, ScheduleRule
 from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.target import TRIPLES
 from llmc.targets.cuda.rules import cuda_rules
 from llmc.targets.cuda.toolkit import compile_cuda, load_cuda_runtime
-from llmc.targets.gpu import layout
 from llmc.targets.gpu.parameters import (
     AttentionParameters,
     Features,
     GemvParameters,
     GpuParameters,
 )
-from llmc.targets.gpu.rules import key_page, value_page
 from llmc.targets.gpu.schedule import schedule_rules
+from llmc.targets.gpu.target import GpuTarget
 
 # Ampere and newer; the driver compiles PTX of the newest for what is newer still.
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -40,16 +38,12 @@ _PARAMETERS = GpuParameters(
 )
 
 
-class CudaTarget:
+class CudaTarget(GpuTarget):
     """Implements llmc.targets.base.Target; raises UsageError and CompileError."""
 
     name = "cuda"
     device_kind = "cuda"
     library_name = "model.so"
-    layout = layout.LAYOUT
-    page_size = 16
-    few_tokens = 8
-    narrow_products: frozenset[str] = frozenset()
 
     def __init__(self, level: str | None = None) -> None:
         self.architectures = _architectures(level)
@@ -81,27 +75,6 @@ class CudaTarget:
             lambda code: compile_cuda(str(code), architectures),
             override=True,
         )
-
-    def key_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
-        """`[Kv, elements]`."""
-        return key_page(kv_heads, head_dim, kv_dtype, self.page_size)
-
-    def value_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
-        """`[Kv, elements]` likewise."""
-        return value_page(kv_heads, head_dim, kv_dtype, self.page_size)
-
-    def activation_blocks(self, fmt: WeightFormat, features: int) -> ActivationBlocks | None:
-        """None: products are made in floats."""
-        return None
-
-    def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
-        """The arrays of layout chunk32."""
-        *experts, m, k = shape
-        return layout.packed_parts(fmt, m, k, num_experts=experts[0] if experts else None)
-
-    def pack(self, fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool) -> list[Array]:
-        """Packs one matrix, or a stack of experts."""
-        return layout.pack(fmt, matrices, stacked=stacked)
 
     def link(self, executable: tvm.runtime.Executable, path: Path) -> list[str]:
         """Links the host code with the device's inside; the oldest architecture it runs on."""

@@ -10,14 +10,13 @@ from pathlib import Path
 import tvm
 
 from llmc.errors import UsageError
-from llmc.formats import WeightFormat
-from llmc.targets.base import ActivationBlocks, Array, KernelRule, Matrix, PackedPart, ScheduleRule
+from llmc.targets.base import KernelRule, ScheduleRule
 from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.target import TRIPLES
-from llmc.targets.gpu import layout
 from llmc.targets.gpu.parameters import Features, GpuParameters
-from llmc.targets.gpu.rules import kernel_rules, key_page, value_page
+from llmc.targets.gpu.rules import kernel_rules
 from llmc.targets.gpu.schedule import schedule_rules
+from llmc.targets.gpu.target import GpuTarget
 from llmc.targets.vulkan.build import FEATURES, register
 from llmc.targets.vulkan.spirv import check_tools
 
@@ -48,16 +47,12 @@ LEVELS: dict[str, VulkanLevel] = {
 }
 
 
-class VulkanTarget:
+class VulkanTarget(GpuTarget):
     """Implements llmc.targets.base.Target; raises CompileError where the tools are missing."""
 
     name = "vulkan"
     device_kind = "vulkan"
     library_name = "model.dylib" if platform.system() == "Darwin" else "model.so"
-    layout = layout.LAYOUT
-    page_size = 16
-    few_tokens = 8
-    narrow_products: frozenset[str] = frozenset()
 
     def __init__(self, level: str | None = None) -> None:
         if level is not None and level not in LEVELS:
@@ -98,27 +93,6 @@ class VulkanTarget:
             parameters, self.few_tokens
         )
         self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = schedule_rules(self.tvm_target)
-
-    def key_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
-        """`[Kv, elements]`."""
-        return key_page(kv_heads, head_dim, kv_dtype, self.page_size)
-
-    def value_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
-        """`[Kv, elements]` likewise."""
-        return value_page(kv_heads, head_dim, kv_dtype, self.page_size)
-
-    def activation_blocks(self, fmt: WeightFormat, features: int) -> ActivationBlocks | None:
-        """None: products are made in floats."""
-        return None
-
-    def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
-        """The arrays of layout chunk32."""
-        *experts, m, k = shape
-        return layout.packed_parts(fmt, m, k, num_experts=experts[0] if experts else None)
-
-    def pack(self, fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool) -> list[Array]:
-        """Packs one matrix, or a stack of experts."""
-        return layout.pack(fmt, matrices, stacked=stacked)
 
     def link(self, executable: tvm.runtime.Executable, path: Path) -> list[str]:
         """Links the host code with the SPIR-V inside; what the kernels need of a device."""

@@ -1,0 +1,40 @@
+"""What every GPU target has in common: weight layout, KV pages, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmc.formats import WeightFormat
+from llmc.targets.base import ActivationBlocks, Array, Matrix, PackedPart
+from llmc.targets.gpu import layout
+from llmc.targets.gpu.rules import key_page, value_page
+
+
+class GpuTarget:
+    """The part of llmc.targets.base.Target that the shared kernels decide."""
+
+    layout = layout.LAYOUT
+    page_size = 16
+    few_tokens = 8
+    narrow_products: frozenset[str] = frozenset()
+
+    def key_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
+        """`[Kv, elements]`."""
+        return key_page(kv_heads, head_dim, kv_dtype, self.page_size)
+
+    def value_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
+        """`[Kv, elements]` likewise."""
+        return value_page(kv_heads, head_dim, kv_dtype, self.page_size)
+
+    def activation_blocks(self, fmt: WeightFormat, features: int) -> ActivationBlocks | None:
+        """None: products are made in floats."""
+        return None
+
+    def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
+        """The arrays of layout chunk32."""
+        *experts, m, k = shape
+        return layout.packed_parts(fmt, m, k, num_experts=experts[0] if experts else None)
+
+    def pack(self, fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool) -> list[Array]:
+        """Packs one matrix, or a stack of experts."""
+        return layout.pack(fmt, matrices, stacked=stacked)
