@@ -54,6 +54,18 @@ class Kernel:
     operands: tuple[str, ...]
     in_place: tuple[str | None, ...] = (None,)
 
+    @classmethod
+    def of(
+        cls,
+        func: tvm.tirx.PrimFunc,
+        site: Site,
+        order: tuple[str, ...],
+        in_place: tuple[str | None, ...] = (None,),
+    ) -> Kernel:
+        """The kernel on those operands of `order` that the call has; dispatch names the rule."""
+        present = tuple(n for n in order if n in site.types)
+        return cls(func=func, rule="", operands=present, in_place=in_place)
+
 
 KernelRule = Callable[[Site], Kernel | None]
 ScheduleRule = Callable[[tvm.tirx.PrimFunc], tvm.tirx.PrimFunc | None]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import tvm
-
 from llmc import dialect
 from llmc.formats import FORMATS
 from llmc.targets.base import Kernel, KernelRule, Site
@@ -65,7 +63,7 @@ def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, 
             bias="bias" in site.types,
             params=parameters.few,
         )
-        return _kernel(func, site, ("x", "expert_ids", "weight", "bias"))
+        return Kernel.of(func, site, ("x", "expert_ids", "weight", "bias"))
 
     def attention(site: Site) -> Kernel | None:
         return _attention(site, parameters.attention)
@@ -89,17 +87,6 @@ def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, 
     ]
 
 
-def _kernel(
-    func: tvm.tirx.PrimFunc,
-    site: Site,
-    order: tuple[str, ...],
-    in_place: tuple[str | None, ...] = (None,),
-) -> Kernel:
-    """The kernel on those operands of `order` that the call has."""
-    present = tuple(n for n in order if n in site.types)
-    return Kernel(func=func, rule="", operands=present, in_place=in_place)
-
-
 def _linear(site: Site, params: LinearParameters) -> Kernel | None:
     if not isinstance(site.op, dialect.Linear):
         return None
@@ -114,7 +101,7 @@ def _linear(site: Site, params: LinearParameters) -> Kernel | None:
         residual="residual" in site.types,
         params=params,
     )
-    return _kernel(func, site, ("x", "weight", "bias", "residual"))
+    return Kernel.of(func, site, ("x", "weight", "bias", "residual"))
 
 
 def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | None:
@@ -133,7 +120,7 @@ def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | No
         residual="residual" in site.types,
         params=params,
     )
-    return _kernel(func, site, ("codes", "scales", "sums", "weight", "bias", "residual"))
+    return Kernel.of(func, site, ("codes", "scales", "sums", "weight", "bias", "residual"))
 
 
 def _tiles(site: Site, tiles: TileParameters | None) -> TileParameters | None:
@@ -154,13 +141,13 @@ def _bfloat16_linear(site: Site, params: Bfloat16Parameters | None) -> Kernel | 
         residual="residual" in site.types,
         params=params,
     )
-    return _kernel(func, site, ("x", "weight", "bias", "residual"))
+    return Kernel.of(func, site, ("x", "weight", "bias", "residual"))
 
 
 def _round_activations(site: Site) -> Kernel | None:
     if not isinstance(site.op, dialect.RoundActivations):
         return None
-    return _kernel(round_activations(site.extents("x")[2]), site, ("x",))
+    return Kernel.of(round_activations(site.extents("x")[2]), site, ("x",))
 
 
 def _quantize_activations(site: Site) -> Kernel | None:
@@ -171,7 +158,7 @@ def _quantize_activations(site: Site) -> Kernel | None:
     func = quantize_activations(
         features=features, block=op.block, unit=op.unit, factor=op.factor, tokens=rows or None
     )
-    return _kernel(func, site, ("x",), (None, None, None))
+    return Kernel.of(func, site, ("x",), (None, None, None))
 
 
 def _attention(site: Site, tuning: AttentionTuning) -> Kernel | None:
@@ -195,7 +182,7 @@ def _attention(site: Site, tuning: AttentionTuning) -> Kernel | None:
         tokens=site.tokens,
         tuning=tuning,
     )
-    return _kernel(func, site, (*type(op).operands[:-1], "sinks"))
+    return Kernel.of(func, site, (*type(op).operands[:-1], "sinks"))
 
 
 def _embedding(site: Site) -> Kernel | None:
@@ -203,7 +190,7 @@ def _embedding(site: Site) -> Kernel | None:
         return None
     v, e = site.extents("weight")
     func = embedding(FORMATS[site.op.format or "f32"], v, e)
-    return _kernel(func, site, ("ids", "weight"))
+    return Kernel.of(func, site, ("ids", "weight"))
 
 
 def _norm(site: Site) -> Kernel | None:
@@ -217,7 +204,7 @@ def _norm(site: Site) -> Kernel | None:
             heads=extents[2] if len(extents) == 4 else None,
             tokens=site.tokens,
         )
-        return _kernel(func, site, ("x", "weight"))
+        return Kernel.of(func, site, ("x", "weight"))
     if isinstance(op, dialect.AddRmsNorm):
         func = add_rms_norm(
             features=site.extents("x")[-1],
@@ -225,10 +212,10 @@ def _norm(site: Site) -> Kernel | None:
             weight_offset=op.offset,
             tokens=site.tokens,
         )
-        return _kernel(func, site, ("x", "residual", "weight"), (None, None))
+        return Kernel.of(func, site, ("x", "residual", "weight"), (None, None))
     if isinstance(op, dialect.LayerNorm):
         func = layer_norm(features=site.extents("x")[-1], eps=op.eps, bias=True, tokens=site.tokens)
-        return _kernel(func, site, ("x", "weight", "bias"))
+        return Kernel.of(func, site, ("x", "weight", "bias"))
     return None
 
 
@@ -237,7 +224,7 @@ def _rope(site: Site) -> Kernel | None:
     if isinstance(op, dialect.Rope):
         _, _, heads, head_dim = site.extents("x")
         func = rope(heads=heads, head_dim=head_dim, rotary_dim=op.rotary_dim, tokens=site.tokens)
-        return _kernel(func, site, ("x", "cos", "sin"))
+        return Kernel.of(func, site, ("x", "cos", "sin"))
     if isinstance(op, dialect.RopeKvWrite):
         func = rope_kv_write(
             num_heads=op.num_heads,
@@ -252,7 +239,7 @@ def _rope(site: Site) -> Kernel | None:
             num_groups=site.num_groups,
             tokens=site.tokens,
         )
-        return _kernel(func, site, type(op).operands, (None, "k_pages", "v_pages"))
+        return Kernel.of(func, site, type(op).operands, (None, "k_pages", "v_pages"))
     return None
 
 
@@ -270,14 +257,14 @@ def _kv_write(site: Site) -> Kernel | None:
         num_groups=site.num_groups,
         tokens=site.tokens,
     )
-    return _kernel(func, site, type(site.op).operands, ("k_pages", "v_pages"))
+    return Kernel.of(func, site, type(site.op).operands, ("k_pages", "v_pages"))
 
 
 def _gated_activation(site: Site) -> Kernel | None:
     if not isinstance(site.op, dialect.GatedActivation):
         return None
     inner = site.extents("x")[-1] // 2
-    return _kernel(
+    return Kernel.of(
         gated_activation(inner=inner, kind=site.op.kind, tokens=site.tokens), site, ("x",)
     )
 
@@ -286,4 +273,4 @@ def _top_k(site: Site) -> Kernel | None:
     if not isinstance(site.op, dialect.TopK):
         return None
     func = top_k(columns=site.extents("x")[1], k=site.op.k)
-    return _kernel(func, site, ("x",), (None, None))
+    return Kernel.of(func, site, ("x",), (None, None))

@@ -12,8 +12,6 @@ from llmc.targets.cuda.parameters import PLANS
 from llmc.targets.gpu.parameters import GpuParameters
 from llmc.targets.gpu.rules import kernel_rules
 
-_OPERANDS = ("x", "weight", "bias", "residual")
-
 
 def cuda_rules(parameters: GpuParameters, few_tokens: int) -> Sequence[tuple[str, KernelRule]]:
     """The rules in the order they are tried; entry points of `few_tokens` keep the shared ones."""
@@ -34,15 +32,14 @@ def _linear(site: Site, op: dialect.Linear) -> Kernel | None:
     if not multiplies(fmt):
         return None
     m, k = site.extents("weight")
-    present = tuple(name for name in _OPERANDS if name in site.types)
     func = linear_tensor_cores(
         fmt,
         m,
         k,
-        bias="bias" in present,
-        residual="residual" in present,
+        bias="bias" in site.types,
+        residual="residual" in site.types,
         dtype=str(site.types["x"].dtype),
-        vector_dtype=str(site.types["bias"].dtype) if "bias" in present else "float32",
+        vector_dtype=str(site.types["bias"].dtype) if "bias" in site.types else "float32",
         plan=PLANS[fmt.bits],
     )
-    return Kernel(func=func, rule="", operands=present)
+    return Kernel.of(func, site, ("x", "weight", "bias", "residual"))

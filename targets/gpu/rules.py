@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import tvm
-
 from llmc import dialect
 from llmc.formats import FORMATS, WeightFormat
 from llmc.targets.base import Kernel, KernelRule, Site
@@ -83,17 +81,6 @@ def _rules(parameters: GpuParameters) -> list[tuple[str, KernelRule]]:
     return [(name, bound(rule)) for name, rule in named]
 
 
-def _kernel(
-    func: tvm.tirx.PrimFunc,
-    site: Site,
-    order: tuple[str, ...],
-    in_place: tuple[str | None, ...] = (None,),
-) -> Kernel:
-    """The kernel on those operands of `order` that the call has."""
-    present = tuple(n for n in order if n in site.types)
-    return Kernel(func=func, rule="", operands=present, in_place=in_place)
-
-
 def _dtype(site: Site, name: str) -> str:
     """An operand's type; float32 for one that the call lacks."""
     return str(site.types[name].dtype) if name in site.types else "float32"
@@ -113,7 +100,7 @@ def _linear_few(site: Site, tokens: int | None, params: GemvParameters) -> Kerne
         vector_dtype=_dtype(site, "bias"),
         params=params,
     )
-    return _kernel(func, site, ("x", "weight", "bias", "residual"))
+    return Kernel.of(func, site, ("x", "weight", "bias", "residual"))
 
 
 def _linear_many(site: Site, params: GpuParameters) -> Kernel | None:
@@ -130,7 +117,7 @@ def _linear_many(site: Site, params: GpuParameters) -> Kernel | None:
         vector_dtype=_dtype(site, "bias"),
         params=params.gemm,
     )
-    return _kernel(func, site, ("x", "weight", "bias", "residual"))
+    return Kernel.of(func, site, ("x", "weight", "bias", "residual"))
 
 
 def _grouped_linear(site: Site, params: GpuParameters) -> Kernel | None:
@@ -145,7 +132,7 @@ def _grouped_linear(site: Site, params: GpuParameters) -> Kernel | None:
         vector_dtype=_dtype(site, "bias"),
         params=params.gemv,
     )
-    return _kernel(func, site, ("x", "expert_ids", "weight", "bias"))
+    return Kernel.of(func, site, ("x", "expert_ids", "weight", "bias"))
 
 
 def _grouped_tiles(site: Site, params: GpuParameters) -> Kernel | None:
@@ -159,7 +146,7 @@ def _grouped_tiles(site: Site, params: GpuParameters) -> Kernel | None:
         vector_dtype=_dtype(site, "bias"),
         params=params.gemm,
     )
-    return _kernel(func, site, ("x", "expert_ids", "weight", "bias"))
+    return Kernel.of(func, site, ("x", "expert_ids", "weight", "bias"))
 
 
 def _experts(site: Site) -> tuple[WeightFormat, int, int, int, int]:
@@ -198,7 +185,7 @@ def _attention(site: Site, params: GpuParameters) -> Kernel | None:
         sink_dtype=_dtype(site, "sinks"),
         params=params,
     )
-    return _kernel(func, site, (*type(op).operands[:-1], "sinks"))
+    return Kernel.of(func, site, (*type(op).operands[:-1], "sinks"))
 
 
 def _embedding(site: Site, params: GpuParameters) -> Kernel | None:
@@ -213,7 +200,7 @@ def _embedding(site: Site, params: GpuParameters) -> Kernel | None:
         dtype=_dtype(site, "weight"),
         params=params,
     )
-    return _kernel(func, site, ("ids", "weight"))
+    return Kernel.of(func, site, ("ids", "weight"))
 
 
 def _norm(site: Site, params: GpuParameters) -> Kernel | None:
@@ -232,7 +219,7 @@ def _norm(site: Site, params: GpuParameters) -> Kernel | None:
             vector_dtype=vector,
             params=params,
         )
-        return _kernel(func, site, ("x", "weight", "bias"))
+        return Kernel.of(func, site, ("x", "weight", "bias"))
     if isinstance(op, dialect.AddRmsNorm):
         func = add_rms_norm(
             features=extents[-1],
@@ -243,7 +230,7 @@ def _norm(site: Site, params: GpuParameters) -> Kernel | None:
             vector_dtype=vector,
             params=params,
         )
-        return _kernel(func, site, ("x", "residual", "weight"), (None, None))
+        return Kernel.of(func, site, ("x", "residual", "weight"), (None, None))
     func = rms_norm(
         features=extents[-1],
         eps=op.eps,
@@ -254,7 +241,7 @@ def _norm(site: Site, params: GpuParameters) -> Kernel | None:
         vector_dtype=vector,
         params=params,
     )
-    return _kernel(func, site, ("x", "weight"))
+    return Kernel.of(func, site, ("x", "weight"))
 
 
 def _rope(site: Site, params: GpuParameters) -> Kernel | None:
@@ -269,7 +256,7 @@ def _rope(site: Site, params: GpuParameters) -> Kernel | None:
             dtype=_dtype(site, "x"),
             params=params,
         )
-        return _kernel(func, site, ("x", "cos", "sin"))
+        return Kernel.of(func, site, ("x", "cos", "sin"))
     if isinstance(op, dialect.RopeKvWrite):
         func = rope_kv_write(
             num_heads=op.num_heads,
@@ -285,7 +272,7 @@ def _rope(site: Site, params: GpuParameters) -> Kernel | None:
             dtype=_dtype(site, "qkv"),
             params=params,
         )
-        return _kernel(func, site, type(op).operands, (None, "k_pages", "v_pages"))
+        return Kernel.of(func, site, type(op).operands, (None, "k_pages", "v_pages"))
     return None
 
 
@@ -305,7 +292,7 @@ def _kv_write(site: Site, params: GpuParameters) -> Kernel | None:
         dtype=_dtype(site, "key"),
         params=params,
     )
-    return _kernel(func, site, type(site.op).operands, ("k_pages", "v_pages"))
+    return Kernel.of(func, site, type(site.op).operands, ("k_pages", "v_pages"))
 
 
 def _gated_activation(site: Site, params: GpuParameters) -> Kernel | None:
@@ -320,7 +307,7 @@ def _gated_activation(site: Site, params: GpuParameters) -> Kernel | None:
         dtype=_dtype(site, "x"),
         params=params,
     )
-    return _kernel(func, site, ("x",))
+    return Kernel.of(func, site, ("x",))
 
 
 def _top_k(site: Site, params: GpuParameters) -> Kernel | None:
@@ -330,4 +317,4 @@ def _top_k(site: Site, params: GpuParameters) -> Kernel | None:
     func = top_k(
         columns=columns, k=site.op.k, tokens=rows or None, dtype=_dtype(site, "x"), params=params
     )
-    return _kernel(func, site, ("x",), (None, None))
+    return Kernel.of(func, site, ("x",), (None, None))
