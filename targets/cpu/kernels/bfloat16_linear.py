@@ -61,26 +61,11 @@ def bfloat16_linear(
             T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
             count = i64(1) if tokens == 1 else size_var("num_tokens")
             x = argument("x", (1, count, k), "uint16")
-            weights = WeightPanels.arguments(FORMATS["bf16"], m, k)
-            biases = [argument("bias", (m,))] if bias else []
-            residuals = [argument("residual", (1, count, m))] if residual else []
-            y = argument("y", (1, count, m))
-
-            def start(expert: Expr, row: Expr, index: Expr) -> Expr:
-                values = [b[index] for b in biases] + [r[i64(0), row, index] for r in residuals]
-                return sum(values[1:], start=values[0])
-
-            product = Product(
-                weights=weights,
-                x=Rows(x),
-                y=Rows(y),
-                x_row=lambda position: position,
-                y_row=lambda position: position,
-                start=start if bias or residual else None,
-            )
+            product = Product.arguments(x, FORMATS["bf16"], m, k, bias=bias, residual=residual)
+            weights = product.weights
 
             def tile(panels: list[Expr], rows: list[Expr]) -> None:
-                fetch_residual(residuals, panels, rows)
+                fetch_residual(product.residual, panels, rows)
                 store_tile(product, panels, rows, _tile(weights, panels, x, rows, params))
 
             def vectors() -> None:

@@ -56,29 +56,14 @@ def integer_linear(
             codes = argument("codes", (1, count, k), "int8")
             scales = argument("scales", (1, count, k // block))
             sums = argument("sums", (1, count, k // unit_of(fmt, block)), "int32")
-            weights = WeightPanels.arguments(fmt, m, k)
-            biases = [argument("bias", (m,))] if bias else []
-            residuals = [argument("residual", (1, count, m))] if residual else []
-            y = argument("y", (1, count, m))
-
-            def start(expert: Expr, row: Expr, index: Expr) -> Expr:
-                values = [b[index] for b in biases] + [r[i64(0), row, index] for r in residuals]
-                return sum(values[1:], start=values[0])
-
-            product = Product(
-                weights=weights,
-                x=Rows(codes),
-                y=Rows(y),
-                x_row=lambda position: position,
-                y_row=lambda position: position,
-                start=start if bias or residual else None,
-            )
+            product = Product.arguments(codes, fmt, m, k, bias=bias, residual=residual)
+            weights = product.weights
             coded = CodedRows(codes, scales, sums, block)
 
             def tile(
                 panels: list[Expr], rows: list[Expr], unpacked: UnpackedPanels | None = None
             ) -> None:
-                fetch_residual(residuals, panels, rows)
+                fetch_residual(product.residual, panels, rows)
                 totals = integer_panels(weights, panels, coded, rows, params, unpacked)
                 store_tile(product, panels, rows, totals)
 

@@ -58,23 +58,7 @@ def linear(
             T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
             count = i64(1) if tokens == 1 else size_var("num_tokens")
             x = argument("x", (1, count, k))
-            weights = WeightPanels.arguments(fmt, m, k)
-            biases = [argument("bias", (m,))] if bias else []
-            residuals = [argument("residual", (1, count, m))] if residual else []
-            y = argument("y", (1, count, m))
-
-            def start(expert: Expr, row: Expr, index: Expr) -> Expr:
-                values = [b[index] for b in biases] + [r[i64(0), row, index] for r in residuals]
-                return sum(values[1:], start=values[0])
-
-            product = Product(
-                weights=weights,
-                x=Rows(x),
-                y=Rows(y),
-                x_row=lambda position: position,
-                y_row=lambda position: position,
-                start=start if bias or residual else None,
-            )
+            product = Product.arguments(x, fmt, m, k, bias=bias, residual=residual)
             if tokens == 1 or params.fused:
                 _fused(product, tokens, count, params)
             else:

@@ -98,17 +98,16 @@ def _column(
             emit(rest)
 
 
-def fetch_residual(residuals: Sequence[Expr], panels: Sequence[Expr], rows: Sequence[Expr]) -> None:
+def fetch_residual(residual: Expr | None, panels: Sequence[Expr], rows: Sequence[Expr]) -> None:
     """Asks for what `store_tile` will add to several rows: too far apart for the CPU to foresee.
 
-    residuals: none or one `[1, T, M]`. An eighth of the time of a product of 2048 features.
+    residual: `[1, T, M]`. An eighth of the time of a product of 2048 features.
     """
-    if len(rows) == 1:
+    if residual is None or len(rows) == 1:
         return
-    for residual in residuals:
-        for row in rows:
-            for panel in panels:
-                prefetch(T.address_of(residual[i64(0), row, panel * i64(PANEL)]))
+    for row in rows:
+        for panel in panels:
+            prefetch(T.address_of(residual[i64(0), row, panel * i64(PANEL)]))
 
 
 def store_tile(

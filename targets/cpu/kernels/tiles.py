@@ -9,10 +9,12 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.dot import Activations, dot_panel
 from llmc.targets.cpu.kernels.panels import (
     Rows,
     WeightPanels,
+    argument,
     get,
     i64,
     k_block_words,
@@ -44,6 +46,41 @@ class Product:
     x_row: Callable[[Expr], Expr]
     y_row: Callable[[Expr], Expr]
     start: Callable[[Expr, Expr, Expr], Expr] | None
+    residual: Expr | None = None  # `[1, T, M]`, part of `start`
+
+    @classmethod
+    def arguments(
+        cls,
+        x: Expr,
+        fmt: WeightFormat,
+        m: int,
+        k: int,
+        *,
+        bias: bool,
+        residual: bool,
+    ) -> Product:
+        """One matrix times all rows of x `[1, T, K]`; declares the kernel's arguments behind x: the
+        packed arrays, bias and residual where asked, y `[1, T, M]`.
+        """
+        count = x.ty.shape[1]
+        weights = WeightPanels.arguments(fmt, m, k)
+        biases = [argument("bias", (m,))] if bias else []
+        residuals = [argument("residual", (1, count, m))] if residual else []
+        y = argument("y", (1, count, m))
+
+        def start(expert: Expr, row: Expr, index: Expr) -> Expr:
+            values = [b[index] for b in biases] + [r[i64(0), row, index] for r in residuals]
+            return sum(values[1:], start=values[0])
+
+        return cls(
+            weights=weights,
+            x=Rows(x),
+            y=Rows(y),
+            x_row=lambda position: position,
+            y_row=lambda position: position,
+            start=start if bias or residual else None,
+            residual=residuals[0] if residual else None,
+        )
 
 
 def store_panel(product: Product, row: Expr, column: Expr, value: Expr) -> None:
