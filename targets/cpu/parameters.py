@@ -112,9 +112,15 @@ class CpuParameters:
     attention: AttentionTuning = field(default_factory=AttentionTuning)
 
 
+def _vectors(linear: LinearParameters, few_tiles: tuple[int, ...]) -> CpuParameters:
+    """An instruction set's float products: with few tokens weights are decoded for each tile."""
+    few = replace(linear, token_tiles=few_tiles, fused=True, row_block=8)
+    return CpuParameters(linear=linear, few=few)
+
+
 # 32 vector registers of 16 floats: 8 x 2 accumulators already reach 90 % of the multiply-add rate.
-_AVX512 = CpuParameters(
-    linear=LinearParameters(
+_AVX512 = _vectors(
+    LinearParameters(
         tile_panels=2,
         token_tiles=(8, 4, 1),
         fused=False,
@@ -124,68 +130,29 @@ _AVX512 = CpuParameters(
         prefetch_words=128,
         serial_weights=65536,
     ),
-    few=LinearParameters(
-        tile_panels=2,
-        token_tiles=(4, 2, 1),
-        fused=True,
-        k_block=256,
-        row_block=8,
-        gemv_words=4,
-        prefetch_words=128,
-        serial_weights=65536,
-    ),
+    few_tiles=(4, 2, 1),
 )
 _VNNI = replace(_AVX512, integer=IntegerParameters(dot=VPDPBUSD_512))
 _BF16 = replace(_VNNI, bfloat16=Bfloat16Parameters(), attention=AttentionTuning(bf16_dot=True))
 
-# 16 registers of 8 floats: a panel takes two, 6 x 2 accumulators.
-_AVX2 = CpuParameters(
+# 16 registers of 8 floats, of which a panel takes two: 6 x 2 accumulators.
+_AVX2 = replace(
+    _vectors(
+        LinearParameters(
+            tile_panels=1,
+            token_tiles=(6, 2, 1),
+            fused=False,
+            k_block=256,
+            row_block=192,
+            gemv_words=2,
+            prefetch_words=128,
+            serial_weights=65536,
+        ),
+        few_tiles=(2, 1),
+    ),
     attention=AttentionTuning(accumulators=6, few_accumulators=6, strip_rows=3),
-    linear=LinearParameters(
-        tile_panels=1,
-        token_tiles=(6, 2, 1),
-        fused=False,
-        k_block=256,
-        row_block=192,
-        gemv_words=2,
-        prefetch_words=128,
-        serial_weights=65536,
-    ),
-    few=LinearParameters(
-        tile_panels=1,
-        token_tiles=(2, 1),
-        fused=True,
-        k_block=256,
-        row_block=8,
-        gemv_words=2,
-        prefetch_words=128,
-        serial_weights=65536,
-    ),
 )
-# 32 registers of 4 floats: a panel takes four, 6 x 4 accumulators.
-_NEON = CpuParameters(
-    attention=AttentionTuning(accumulators=6, few_accumulators=6, strip_rows=3),
-    linear=LinearParameters(
-        tile_panels=1,
-        token_tiles=(6, 2, 1),
-        fused=False,
-        k_block=256,
-        row_block=192,
-        gemv_words=2,
-        prefetch_words=128,
-        serial_weights=65536,
-    ),
-    few=LinearParameters(
-        tile_panels=1,
-        token_tiles=(2, 1),
-        fused=True,
-        k_block=256,
-        row_block=8,
-        gemv_words=2,
-        prefetch_words=128,
-        serial_weights=65536,
-    ),
-)
+_NEON = _AVX2  # 32 registers of 4 floats, of which a panel takes four: 6 x 4 accumulators
 
 
 def _narrow(dot: ByteDot, token_tiles: tuple[int, ...]) -> IntegerParameters:
