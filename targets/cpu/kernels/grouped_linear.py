@@ -2,7 +2,7 @@
 it.
 
 Buffers in order: x `[T, K]` f32 (each token's row serves its top_k experts) or `[T · top_k, K]` (a
-row for each choice), expert_ids `[T, top_k]` i32, the arrays of `packed_arrays(fmt, m, k,
+row for each choice), expert_ids `[T, top_k]` i32, the arrays of `packed_parts(fmt, m, k,
 num_experts=X)`, bias `[X, M]` f32 where asked, y `[T · top_k, M]` f32; row `t · top_k + j` belongs
 to choice `j` of token `t`.
 """

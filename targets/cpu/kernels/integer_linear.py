@@ -1,7 +1,7 @@
 """y = x · Wᵀ (+ bias) (+ residual) in integers: quantized activations times quantized weights.
 
 Buffers in order: codes `[1, T, K]` int8, scales `[1, T, K / block]` f32, sums `[1, T, K / unit]`
-int32, the arrays of `packed_arrays(fmt, m, k)`, bias
+int32, the arrays of `packed_parts(fmt, m, k)`, bias
 `[M]` f32 where asked, residual `[1, T, M]` f32 where asked, y `[1, T, M]` f32.
 """
 

@@ -1,7 +1,7 @@
 """y = x · Wᵀ (+ bias) (+ residual) with panel-packed weights of any format, for one token, a few or
 many.
 
-Buffers in order: x `[1, T, K]` f32, the arrays of `packed_arrays(fmt, m, k)`, bias `[M]` f32 where
+Buffers in order: x `[1, T, K]` f32, the arrays of `packed_parts(fmt, m, k)`, bias `[M]` f32 where
 asked, residual `[1, T, M]` f32 where asked, y `[1, T, M]` f32.
 """
 

@@ -18,12 +18,11 @@ from tvm.script.ir_builder import tirx as T
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.layout import (
     PANEL,
-    PackedArray,
     ceildiv,
     code_offsets,
     codes_per_word,
     num_panels,
-    packed_arrays,
+    packed_parts,
     plane_suffixes,
     stored_zero_point,
     sub_scale_planes,
@@ -181,7 +180,7 @@ class WeightPanels:
         cls, fmt: WeightFormat, m: int, k: int, num_experts: int | None = None
     ) -> WeightPanels:
         """Declares the packed arrays as the kernel's next arguments."""
-        arrays: list[PackedArray] = packed_arrays(fmt, m, k, num_experts=num_experts)
+        arrays = packed_parts(fmt, m, k, num_experts=num_experts)
         buffers = {a.suffix: argument(f"weight_{a.suffix}", a.shape, a.dtype) for a in arrays}
         return cls(fmt, m, k, num_experts is not None, buffers)
 

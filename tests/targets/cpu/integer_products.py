@@ -64,4 +64,4 @@ class Case:
         # Codes are multiplied unsigned, so a zero point's part counts as well.
         low = exact.min() if fmt.has_min else -np.abs(exact).max()
         magnitude = np.abs(x) @ (np.abs(exact) + np.abs(low)).T + 1
-        return [codes, scales, sums, *pack(fmt, matrix), *extra, y], expected, magnitude
+        return [codes, scales, sums, *pack(fmt, [matrix]), *extra, y], expected, magnitude
