@@ -11,6 +11,9 @@ A word of b-bit codes holds, in bit field `p` of byte `j`, feature `4 p + j`: ea
 four consecutive features in four bytes, the order that byte dot products (VNNI, dot-prod) want.
 Codes without a minimum are stored unsigned, half their range added.
 
+Codes that stand for the values of a code book are stored as indices of 4 bits, which kernels look
+up.
+
 Codes of 2, 3, 5 or 6 bits are cut into *planes* of 4, 2 and 1 bits, the lowest bits first, each an
 array of words. Kernels put them together into words of four bytes and go on as with 8 bits.
 
@@ -180,6 +183,8 @@ def _pack_values(fmt: WeightFormat, values: Array) -> list[Array]:
 def _pack_affine(fmt: WeightFormat, matrix: QuantizedMatrix) -> list[Array]:
     shift = stored_zero_point(fmt) - fmt.zero_point
     codes = (matrix.codes.astype(np.int16) + shift).astype(np.uint8) if shift else matrix.codes
+    if fmt.codebook is not None:
+        codes = np.searchsorted(np.array(fmt.codebook) + shift, codes).astype(np.uint8)
     parts = [_pack_words(p, _offsets(bits), bits) for p, bits in _cut(codes, fmt.planes)]
     scales = [("scales", matrix.scales, matrix.nested_scales)]
     if matrix.mins is not None:

@@ -62,7 +62,7 @@ def grouped_linear(
             x_rows = tokens if per_token_input else choices
             x = argument("x", (x_rows, k))
             expert_ids = argument("expert_ids", (tokens, top_k), "int32")
-            weights = WeightPanels.arguments(fmt, m, k, num_experts)
+            weights = WeightPanels.arguments(fmt, m, k, num_experts, table=params.table)
             biases = [argument("bias", (num_experts, m))] if bias else []
             y = argument("y", (choices, m))
             groups = _group_choices(expert_ids, tokens, top_k, num_experts)

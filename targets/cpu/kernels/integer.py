@@ -121,7 +121,8 @@ class _Tile:
         self.unit = unit_of(weights.fmt, x.block)
         # Whether codes are multiplied as signed bytes, CENTRE taken off: narrower ones are as well
         # signed as they are.
-        self.centred = params.dot.signed and weights.fmt.code_bits == 8
+        whole = weights.fmt.code_bits == 8 or weights.fmt.codebook is not None
+        self.centred = params.dot.signed and whole
         self.size = len(rows) * len(panels)
         # Chains of dependent dot products have to be long enough to hide their latency.
         self.chains = max(1, min(2, params.min_chains // self.size))

@@ -56,7 +56,9 @@ def integer_linear(
             codes = argument("codes", (1, count, k), "int8")
             scales = argument("scales", (1, count, k // block))
             sums = argument("sums", (1, count, k // unit_of(fmt, block)), "int32")
-            product = Product.arguments(codes, fmt, m, k, bias=bias, residual=residual)
+            product = Product.arguments(
+                codes, fmt, m, k, bias=bias, residual=residual, table=params.table
+            )
             weights = product.weights
             coded = CodedRows(codes, scales, sums, block)
 

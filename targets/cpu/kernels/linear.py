@@ -58,7 +58,9 @@ def linear(
             T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
             count = i64(1) if tokens == 1 else size_var("num_tokens")
             x = argument("x", (1, count, k))
-            product = Product.arguments(x, fmt, m, k, bias=bias, residual=residual)
+            product = Product.arguments(
+                x, fmt, m, k, bias=bias, residual=residual, table=params.table
+            )
             if tokens == 1 or params.fused:
                 _fused(product, tokens, count, params)
             else:

@@ -16,6 +16,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.cpu.kernels.byte_table import ByteTable, lookup_scalar
 from llmc.targets.cpu.layout import (
     PANEL,
     ceildiv,
@@ -174,15 +175,22 @@ class WeightPanels:
     k: int
     stacked: bool
     buffers: Mapping[str, Expr]  # by the arrays' suffixes
+    table: ByteTable | None  # how codes are looked up where the format has a code book
 
     @classmethod
     def arguments(
-        cls, fmt: WeightFormat, m: int, k: int, num_experts: int | None = None
+        cls,
+        fmt: WeightFormat,
+        m: int,
+        k: int,
+        num_experts: int | None = None,
+        *,
+        table: ByteTable | None = None,
     ) -> WeightPanels:
         """Declares the packed arrays as the kernel's next arguments."""
         arrays = packed_parts(fmt, m, k, num_experts=num_experts)
         buffers = {a.suffix: argument(f"weight_{a.suffix}", a.shape, a.dtype) for a in arrays}
-        return cls(fmt, m, k, num_experts is not None, buffers)
+        return cls(fmt, m, k, num_experts is not None, buffers, table)
 
     @property
     def panels(self) -> int:
@@ -264,7 +272,14 @@ class WeightPanels:
         planes = self.fmt.planes
         if planes == (self.fmt.bits,):
             return self.buffers["codes"][self._index(expert, panel, word, lane)]
-        return self._joined("codes", planes, 0x01010101, expert, panel, word, lane)
+        codes = self._joined("codes", planes, 0x01010101, expert, panel, word, lane)
+        if self.fmt.codebook is None:
+            return codes
+        entries = [value + self.fmt.zero_code for value in self.fmt.codebook]
+        if not isinstance(lane, tirx.Ramp):
+            return lookup_scalar(entries, codes)
+        assert self.table is not None, self.fmt.name
+        return self.table.lookup(entries, codes)
 
     def _scale(self, name: str, expert: Expr, panel: Expr, group: Expr, lane: Expr) -> Expr:
         """Scales or minimums, float32."""

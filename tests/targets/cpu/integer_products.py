@@ -48,6 +48,8 @@ class Case:
         if self.extreme:
             first = fmt.zero_point - fmt.zero_code
             ends = np.array([first, first + (1 << fmt.code_bits) - 1])
+            if fmt.codebook is not None:
+                ends = np.array(fmt.codebook)[[0, -1]]
             matrix.codes[...] = np.where(rng.random((m, 1)) < 0.5, ends[0], ends[1])
             exact = matrix.dequantize().astype(np.float64)
             codes[...] = np.where(rng.random((1, tokens, 1)) < 0.5, -127, 127)

@@ -20,7 +20,7 @@ from llmc.targets.cpu.parameters import PARAMETERS
 from llmc.targets.cpu.target import ISA_LEVELS, CpuTarget
 
 M, K = 72, 768  # four panels and a half; three super-blocks
-FEW = [FORMATS[n] for n in ("w8", "q4_0", "q4_1", "q5_1", "q2_k")]
+FEW = [FORMATS[n] for n in ("w8", "q4_0", "q4_1", "q5_1", "q2_k", "iq4_nl")]
 FORMATS_OF = {"avx512vnni": AFFINE, "avx512": FEW, "avxvnni": FEW, "avx2": FEW}
 # Level -> an instruction that its kernels are made of.
 INSTRUCTIONS = {
@@ -126,13 +126,13 @@ def test_each_level_is_made_of_its_instruction(level):
 def arm(tmp_path_factory):
     if QEMU is None:
         pytest.skip("no qemu-aarch64 here")
-    formats = [FORMATS[n] for n in ("w8", "q4_1", "q5_1")]
+    formats = [FORMATS[n] for n in ("w8", "q4_1", "q5_1", "iq4_nl")]
     return ArmLibrary(
         products("neon-dotprod", formats), tmp_path_factory.mktemp("arm"), "neon-dotprod"
     )
 
 
-@pytest.mark.parametrize("name", ["w8", "q4_1", "q5_1"])
+@pytest.mark.parametrize("name", ["w8", "q4_1", "q5_1", "iq4_nl"])
 def test_arm_in_an_emulator(arm, name):
     for tokens in (1, 11):
         check(arm, FORMATS[name], "many", tokens)

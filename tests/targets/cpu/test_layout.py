@@ -83,7 +83,7 @@ def test_sub_scales_of_consecutive_groups_share_bytes():
     assert high[0, :, 3].tolist() == [0b00000000, 0b01010101, 0b10101010, 0b11111111]
 
 
-@pytest.mark.parametrize("name", sorted(n for n in FORMATS if n.startswith("q")))
+@pytest.mark.parametrize("name", sorted(n for n in FORMATS if n.startswith(("q", "iq"))))
 def test_a_gguf_format_takes_hardly_more_than_its_file(name):
     m, k = 64, 1024
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name.upper()]]
@@ -94,7 +94,7 @@ def test_a_gguf_format_takes_hardly_more_than_its_file(name):
     assert stored <= 1.03 * (m * k // block * block_bytes)
 
 
-@pytest.mark.parametrize("name", sorted(n for n in FORMATS if n.startswith("q")))
+@pytest.mark.parametrize("name", sorted(n for n in FORMATS if n.startswith(("q", "iq"))))
 def test_packed_codes_and_scales_are_those_of_the_matrix(name):
     """Read bit by bit, as the layout says, without the code that packs."""
     fmt = FORMATS[name]
@@ -118,7 +118,11 @@ def test_packed_codes_and_scales_are_those_of_the_matrix(name):
             base += bits
         return total
 
-    codes = joined("codes", 512, 4) - (0 if fmt.has_min else 1 << (fmt.code_bits - 1))
+    codes = joined("codes", 512, 4)
+    if fmt.codebook is not None:
+        codes = np.array(fmt.codebook)[codes]
+    elif not fmt.has_min:
+        codes = codes - (1 << (fmt.code_bits - 1))
     np.testing.assert_array_equal(codes, matrix.codes.astype(int) - fmt.zero_point)
     for name in ("scales", "mins") if fmt.has_min else ("scales",):
         scales = arrays[name][0].T.astype(np.float32)
