@@ -66,7 +66,7 @@ def integer_linear(
                 panels: list[Expr], rows: list[Expr], unpacked: UnpackedPanels | None = None
             ) -> None:
                 fetch_residual(product.residual, panels, rows)
-                totals = integer_panels(weights, panels, coded, rows, params, unpacked)
+                totals = integer_panels(weights, i64(0), panels, coded, rows, params, unpacked)
                 store_tile(product, panels, rows, totals)
 
             def prepare(panels: list[Expr]) -> Tile:

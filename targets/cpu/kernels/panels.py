@@ -218,6 +218,12 @@ class WeightPanels:
         return ceildiv(self.words, self.groups)
 
     @property
+    def words_per_line(self) -> int:
+        """Consecutive words that share the cache line of `word_address`."""
+        lowest = self.fmt.planes[0]
+        return 1 if lowest == self.fmt.bits else 8 // lowest
+
+    @property
     def needs_sums(self) -> bool:
         """True where a group's sum of activations enters the product (minimum or zero point)."""
         return self.fmt.has_min or stored_zero_point(self.fmt) != 0
@@ -231,9 +237,9 @@ class WeightPanels:
 
         Of codes in planes it is where their lowest bits lie.
         """
-        name, bits = ("values", 0) if self.fmt.is_float else ("codes", self.fmt.planes[0])
-        if bits and bits < self.fmt.bits:
-            word = T.floordiv(word, i64(8 // bits))
+        name = "values" if self.fmt.is_float else "codes"
+        if self.words_per_line > 1:
+            word = T.floordiv(word, i64(self.words_per_line))
         return T.address_of(self.buffers[name][self._index(expert, panel, word, i64(0))])
 
     def scale_address(self, expert: Expr, panel: Expr, group: Expr) -> Expr:
