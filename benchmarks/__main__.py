@@ -13,7 +13,7 @@ import click
 import psutil
 
 from benchmarks import llama_cpp
-from benchmarks.cli import explained
+from benchmarks.cli import cache_option, explained, llama_cpp_option
 from benchmarks.llama_cpp import LlamaCpp
 from benchmarks.models import REPOSITORY, Files, choose_cases, prepare
 from benchmarks.process import run
@@ -38,20 +38,8 @@ _BUSY = 0.5  # load a CPU above which figures are noise
 @click.option("--gen-tokens", type=click.IntRange(min=4), default=32, help="Tokens a sequence.")
 @click.option("--quick", is_flag=True, help=f"A short round of {_QUICK_MODELS}, into the cache.")
 @click.option("--page-only", is_flag=True, help="Make the page from the record again.")
-@click.option(
-    "--cache",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path.home() / ".cache" / "llmc-bench",
-    show_default="~/.cache/llmc-bench",
-    help="Where programs and models are kept.",
-)
-@click.option(
-    "--llama-cpp",
-    "peer_folder",
-    type=click.Path(file_okay=False, path_type=Path),
-    envvar="LLMC_BENCH_LLAMA_CPP",
-    help="Folder of llama.cpp's programs, built elsewhere.  [env: LLMC_BENCH_LLAMA_CPP]",
-)
+@cache_option
+@llama_cpp_option
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),

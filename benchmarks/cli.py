@@ -1,13 +1,29 @@
-"""How the command lines here end: deliberate errors are explained."""
+"""What the command lines here share: their options, and how they end."""
 
 from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 
 import click
 
 from llmc.errors import LlmcError
+
+cache_option = click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path.home() / ".cache" / "llmc-bench",
+    show_default="~/.cache/llmc-bench",
+    help="Where programs and models are kept.",
+)
+llama_cpp_option = click.option(
+    "--llama-cpp",
+    "peer_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="LLMC_BENCH_LLAMA_CPP",
+    help="Folder of llama.cpp's programs, built elsewhere.  [env: LLMC_BENCH_LLAMA_CPP]",
+)
 
 
 def explained(command: click.Command, name: str) -> None:

@@ -22,7 +22,7 @@ import psutil
 from gguf import GGUFReader
 
 from benchmarks import llama_cpp
-from benchmarks.cli import explained
+from benchmarks.cli import cache_option, explained, llama_cpp_option
 from benchmarks.llama_cpp import LlamaCpp
 from benchmarks.models import REPOSITORY, demo_gguf, llmc_command
 from benchmarks.process import run
@@ -272,20 +272,8 @@ def with_tables(page: str, rows: Rows) -> str:
 @click.option("--only", default="", help="Measure rows whose model/scheme/text contains this.")
 @click.option("--again", is_flag=True, help="Measure rows that the record has, too.")
 @click.option("--page-only", is_flag=True, help="Make the tables from the record again.")
-@click.option(
-    "--cache",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path.home() / ".cache" / "llmc-bench",
-    show_default="~/.cache/llmc-bench",
-    help="Where programs and models are kept.",
-)
-@click.option(
-    "--llama-cpp",
-    "peer_folder",
-    type=click.Path(file_okay=False, path_type=Path),
-    envvar="LLMC_BENCH_LLAMA_CPP",
-    help="Folder of llama.cpp's programs, built elsewhere.  [env: LLMC_BENCH_LLAMA_CPP]",
-)
+@cache_option
+@llama_cpp_option
 @click.option(
     "--record",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -216,6 +216,23 @@ class GroupedLinear(Operator):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IntegerGroupedLinear(Operator):
+    """GroupedLinear on what QuantizeActivations made of x as `[1, R, K]`, R being its rows."""
+
+    name: ClassVar[str] = "integer_grouped_linear"
+    operands: ClassVar[tuple[str, ...]] = (
+        "codes",
+        "scales",
+        "sums",
+        "weight",
+        "bias?",
+        "expert_ids",
+    )
+    format: str
+    block: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attention(Operator):
     """Causal attention with K/V heads not repeated.
 
@@ -415,6 +432,7 @@ OPERATORS: dict[str, type[Operator]] = {
         Bfloat16Linear,
         Embedding,
         GroupedLinear,
+        IntegerGroupedLinear,
         Attention,
         RmsNorm,
         AddRmsNorm,

@@ -45,6 +45,7 @@ class WeightFormat:
     scale_dtype: str = "float16"
     has_min: bool = False
     sub_scales: SubScales | None = None
+    codebook: tuple[int, ...] | None = None  # codes are among these, and stored as indices
 
     @property
     def is_float(self) -> bool:
@@ -63,7 +64,9 @@ class WeightFormat:
 
     @property
     def zero_code(self) -> int:
-        """What is added to a code to store it unsigned in `code_bits`; 0 above a minimum."""
+        """What is added to a code to make it unsigned; 0 above a minimum."""
+        if self.codebook is not None:
+            return 128
         return 0 if self.has_min or self.is_float else 1 << (self.code_bits - 1)
 
     @property
@@ -100,6 +103,11 @@ def _affine(
     )
 
 
+def _book(name: str, group: int, values: tuple[int, ...]) -> WeightFormat:
+    """Codes of four bits that stand for sixteen bytes."""
+    return replace(_affine(name, 8, group), code_bits=4, codebook=values)
+
+
 def _nested(
     name: str, bits: int, group: int, sub_bits: int, *, signed: bool = False, min: bool = False
 ) -> WeightFormat:
@@ -132,7 +140,11 @@ FORMATS: dict[str, WeightFormat] = {
         _nested("q4_k", 4, 32, 6, min=True),
         _nested("q5_k", 5, 32, 6, min=True),
         _nested("q6_k", 6, 16, 8, signed=True),
-        _affine("iq4_nl", 8, 32),
+        _book(
+            "iq4_nl",
+            32,
+            (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+        ),
     )
 }
 

@@ -41,9 +41,7 @@ _FLOATS: dict[GGMLQuantizationType, np.dtype[Any]] = {  # stored values, not blo
     GGMLQuantizationType.F16: np.dtype(np.float16),
     GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
-_IQ4_NL_VALUES = np.array(
-    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int8
-)
+_IQ4_NL_VALUES = np.array(FORMATS["iq4_nl"].codebook, dtype=np.int8)
 _CHUNK_VALUES = 1 << 20  # values worked on at once
 
 

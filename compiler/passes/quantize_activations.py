@@ -3,12 +3,13 @@
     y = linear(x, W, bias, residual)
     ->   codes, scales, sums = quantize_activations(x)
          y = integer_linear(codes, scales, sums, W, bias, residual)
+    (likewise integer_grouped_linear for experts)
     or   y = bfloat16_linear(round_activations(x), W, bias, residual)
 
 Stands after fuse_epilogue; the elimination of common subexpressions behind it lets products of one
 x share its codes. The scheme says which of the two; for bytes, the target says which blocks of
-features share a scale, or that it has no integer product for a format. Experts (grouped_linear)
-keep float activations.
+features share a scale, or that it has no integer product for a format. Experts do not take
+bfloat16.
 """
 
 from __future__ import annotations
@@ -31,25 +32,28 @@ def quantize_activations(mod: tvm.IRModule, blocks: Blocks) -> tvm.IRModule:
     """Rewrites every product of `mod` that `blocks` has an answer for."""
 
     def rewrite(call: Expr, scope: Scope) -> Expr | None:
-        found = dialect.Linear.match(call)
+        found = dialect.Linear.match(call) or dialect.GroupedLinear.match(call)
         if found is None or found[0].format is None:
             return None
         operands, fmt = found[1], FORMATS[found[0].format]
-        chosen = blocks(fmt, int(operands["weight"].ty.shape[1]))
+        x, weight = operands["x"], operands["weight"]
+        chosen = blocks(fmt, int(weight.ty.shape[-1]))
         if chosen is None:
             return None
+        if len(x.ty.shape) == 2:  # experts' rows
+            x = scope.emit(relax.op.reshape(x, relax.ShapeExpr([1, *x.ty.shape])))
         coded = dialect.QuantizeActivations(
             block=chosen.block, unit=chosen.unit, factor=chosen.factor
         )
-        parts = scope.emit(coded.call(operands["x"]))
+        parts = scope.emit(coded.call(x))
+        codes = [scope.emit(relax.TupleGetItem(parts, i)) for i in range(3)]
+        if isinstance(found[0], dialect.GroupedLinear):
+            experts = dialect.IntegerGroupedLinear(format=fmt.name, block=chosen.block)
+            last = operands["expert_ids"]
+            return experts.emit(call.ty, *codes, weight, operands.get("bias"), last)
         product = dialect.IntegerLinear(format=fmt.name, block=chosen.block)
-        return product.emit(
-            call.ty,
-            *(scope.emit(relax.TupleGetItem(parts, i)) for i in range(3)),
-            operands["weight"],
-            operands.get("bias"),
-            operands.get("residual"),
-        )
+        epilogue = operands.get("bias"), operands.get("residual")
+        return product.emit(call.ty, *codes, weight, *epilogue)
 
     return apply_rule(mod, rewrite)
 

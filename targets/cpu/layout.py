@@ -11,6 +11,9 @@ A word of b-bit codes holds, in bit field `p` of byte `j`, feature `4 p + j`: ea
 four consecutive features in four bytes, the order that byte dot products (VNNI, dot-prod) want.
 Codes without a minimum are stored unsigned, half their range added.
 
+Codes that stand for the values of a code book are stored as indices of 4 bits, which kernels look
+up.
+
 Codes of 2, 3, 5 or 6 bits are cut into *planes* of 4, 2 and 1 bits, the lowest bits first, each an
 array of words. Kernels put them together into words of four bytes and go on as with 8 bits.
 
@@ -38,32 +41,19 @@ A stack of X matrices (experts) has one more axis in front.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from llmc.errors import CompileError
 from llmc.formats import QuantizedMatrix, WeightFormat
+from llmc.targets import packing
+from llmc.targets.base import Array, Matrix, PackedPart
 
 LAYOUT = "panel16"
 PANEL = 16
 """Output rows across one vector."""
-
-Array = npt.NDArray[np.generic]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackedArray:
-    """One stored array of a packed matrix: what follows the weight's name, shape and NumPy dtype
-    name.
-    """
-
-    suffix: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def ceildiv(a: int, b: int) -> int:
@@ -120,20 +110,19 @@ def num_panels(m: int) -> int:
     return ceildiv(m, PANEL)
 
 
-def packed_arrays(
+def packed_parts(
     fmt: WeightFormat, m: int, k: int, *, num_experts: int | None = None
-) -> list[PackedArray]:
+) -> list[PackedPart]:
     """The arrays that `pack` makes of a matrix `[m, k]` (or of a stack of `num_experts`), in its
     order.
 
     Raises CompileError where the format cannot hold k input features.
     """
-    if m < 1 or k < 1:
-        raise CompileError(f"a weight matrix has shape [{m}, {k}]; both have to be at least 1")
+    packing.check_shape(m, k)
     lead = (num_panels(m),) if num_experts is None else (num_experts, num_panels(m))
 
-    def array(suffix: str, count: int, dtype: str) -> PackedArray:
-        return PackedArray(suffix=suffix, shape=(*lead, count, PANEL), dtype=dtype)
+    def array(suffix: str, count: int, dtype: str) -> PackedPart:
+        return PackedPart(suffix=suffix, shape=(*lead, count, PANEL), dtype=dtype)
 
     if fmt.float_dtype is not None:
         words = ceildiv(k, codes_per_word(fmt))
@@ -158,12 +147,7 @@ def packed_arrays(
 
 def _checked_groups(fmt: WeightFormat, k: int) -> int:
     """Scales of a row; CompileError where they do not fit k features."""
-    try:
-        groups = fmt.num_groups(k)
-    except ValueError as exc:
-        raise CompileError(
-            str(exc), hint="choose a format with a smaller group, or one float format"
-        ) from exc
+    groups = packing.num_groups(fmt, k)
     if groups > 1 and fmt.group % codes_per_word(fmt):
         raise CompileError(
             f"{fmt.name}: a group of {fmt.group} codes does not fill whole words of 32 bits"
@@ -175,74 +159,39 @@ def _checked_groups(fmt: WeightFormat, k: int) -> int:
     return groups
 
 
-Matrix = Array | QuantizedMatrix
+def pack(fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool = False) -> list[Array]:
+    """Packs a matrix `[M, K]`, or a stack of equal ones, into the arrays of `packed_parts`.
 
-
-def pack(fmt: WeightFormat, matrix: Matrix | Sequence[Matrix]) -> list[Array]:
-    """Packs a matrix `[M, K]`, or a stack of X equal ones, into the arrays of `packed_arrays`.
-
-    Float formats take a dense array (any float dtype, `[M, K]` or `[X, M, K]`) and round it to
-    their own; affine formats take a QuantizedMatrix or a sequence of them. Raises CompileError on a
-    mismatch.
+    Float formats take dense arrays (any float dtype) and round them to their own; affine formats
+    take QuantizedMatrix. Raises CompileError on a mismatch.
     """
-    if (isinstance(matrix, np.ndarray) and matrix.ndim == 2) or isinstance(matrix, QuantizedMatrix):
-        return _pack_matrix(fmt, matrix)
-    stack = list(matrix)
-    if not stack:
-        raise CompileError("an empty stack of matrices cannot be packed")
-    m, k = _shape(stack[0])
-    arrays = packed_arrays(fmt, m, k, num_experts=len(stack))
-    packed: list[Array] = [np.empty(a.shape, a.dtype) for a in arrays]
-    for index, one in enumerate(stack):
-        if _shape(one) != (m, k):
-            raise CompileError(f"matrix {index} of a stack of [{m}, {k}] has shape {_shape(one)}")
-        for target, array in zip(packed, _pack_matrix(fmt, one), strict=True):
-            target[index] = array
-    return packed
+    return packing.pack(
+        fmt,
+        matrices,
+        stacked=stacked,
+        parts_of=packed_parts,
+        values=_pack_values,
+        affine=_pack_affine,
+    )
 
 
-def _shape(matrix: Matrix) -> tuple[int, ...]:
-    return matrix.codes.shape if isinstance(matrix, QuantizedMatrix) else matrix.shape
-
-
-def _pack_matrix(fmt: WeightFormat, matrix: Matrix) -> list[Array]:
-    m, k = _shape(matrix)
-    arrays = packed_arrays(fmt, m, k)
-    if fmt.float_dtype is not None:
-        if isinstance(matrix, QuantizedMatrix):
-            raise CompileError(f"{fmt.name}: got a matrix in {matrix.format.name}, expected values")
-        dense = matrix.astype(_FLOAT_DTYPES[fmt.float_dtype], copy=False)
-        codes = dense.view(np.uint16) if fmt.float_dtype == "bfloat16" else dense
-        parts = [_pack_words(codes, code_offsets(fmt), fmt.bits)]
-    else:
-        if not isinstance(matrix, QuantizedMatrix) or matrix.format != fmt:
-            found = matrix.format.name if isinstance(matrix, QuantizedMatrix) else "dense values"
-            raise CompileError(f"{fmt.name}: got {found}, expected codes and scales of {fmt.name}")
-        parts = _pack_affine(fmt, matrix)
-    for array, part in zip(arrays, parts, strict=True):
-        assert part.shape == array.shape, (fmt.name, array, part.shape)
-    return [part.astype(a.dtype, copy=False) for a, part in zip(arrays, parts, strict=True)]
-
-
-_FLOAT_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+def _pack_values(fmt: WeightFormat, values: Array) -> list[Array]:
+    codes = values.view(np.uint16) if fmt.float_dtype == "bfloat16" else values
+    return [_pack_words(codes, code_offsets(fmt), fmt.bits)]
 
 
 def _pack_affine(fmt: WeightFormat, matrix: QuantizedMatrix) -> list[Array]:
     shift = stored_zero_point(fmt) - fmt.zero_point
     codes = (matrix.codes.astype(np.int16) + shift).astype(np.uint8) if shift else matrix.codes
+    if fmt.codebook is not None:
+        codes = np.searchsorted(np.array(fmt.codebook) + shift, codes).astype(np.uint8)
     parts = [_pack_words(p, _offsets(bits), bits) for p, bits in _cut(codes, fmt.planes)]
     scales = [("scales", matrix.scales, matrix.nested_scales)]
-    if fmt.has_min:
-        if matrix.mins is None:
-            raise CompileError(f"{fmt.name}: the matrix has no minimums")
+    if matrix.mins is not None:
         scales.append(("minimums", matrix.mins, matrix.nested_mins))
     for name, plain, nested in scales:
         if fmt.sub_scales is None:
-            parts.append(_pack_rows(plain))
+            parts.append(_pack_rows(plain.astype(fmt.scale_dtype, copy=False)))
         elif nested is None:
             raise CompileError(f"{fmt.name}: the matrix has no sub-scales of its {name}")
         else:

@@ -14,6 +14,7 @@ from llmc.targets.cpu.kernels.byte_dot import (
     VPDPBUSD_512,
     ByteDot,
 )
+from llmc.targets.cpu.kernels.byte_table import PSHUFB_256, PSHUFB_512, TBL, ByteTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class LinearParameters:
     gemv_words: int  # stored words per step of a fused product's inner loop
     prefetch_words: int  # word vectors (64 bytes each) a fused product asks for ahead
     serial_weights: int  # fused products of at most so many weights stay on the calling thread
+    table: ByteTable  # decides no numbers: each instruction set has one
 
     def __post_init__(self) -> None:
         tiles = self.token_tiles
@@ -73,6 +75,7 @@ class IntegerParameters:
     """Products of quantized activations; `block` decides numbers, the rest speed."""
 
     dot: ByteDot
+    table: ByteTable
     block: int = 32  # activation features that share a scale, or a weight group if that is larger
     tiling: Tiling = field(default_factory=lambda: Tiling(panels=2, token_tiles=(6, 4, 3, 2, 1)))
     min_chains: int = 4  # independent sums below which a tile splits each in two
@@ -112,9 +115,15 @@ class CpuParameters:
     attention: AttentionTuning = field(default_factory=AttentionTuning)
 
 
+def _vectors(linear: LinearParameters, few_tiles: tuple[int, ...]) -> CpuParameters:
+    """An instruction set's float products: with few tokens weights are decoded for each tile."""
+    few = replace(linear, token_tiles=few_tiles, fused=True, row_block=8)
+    return CpuParameters(linear=linear, few=few)
+
+
 # 32 vector registers of 16 floats: 8 x 2 accumulators already reach 90 % of the multiply-add rate.
-_AVX512 = CpuParameters(
-    linear=LinearParameters(
+_AVX512 = _vectors(
+    LinearParameters(
         tile_panels=2,
         token_tiles=(8, 4, 1),
         fused=False,
@@ -123,89 +132,53 @@ _AVX512 = CpuParameters(
         gemv_words=4,
         prefetch_words=128,
         serial_weights=65536,
+        table=PSHUFB_512,
     ),
-    few=LinearParameters(
-        tile_panels=2,
-        token_tiles=(4, 2, 1),
-        fused=True,
-        k_block=256,
-        row_block=8,
-        gemv_words=4,
-        prefetch_words=128,
-        serial_weights=65536,
-    ),
+    few_tiles=(4, 2, 1),
 )
-_VNNI = replace(_AVX512, integer=IntegerParameters(dot=VPDPBUSD_512))
+_VNNI = replace(_AVX512, integer=IntegerParameters(dot=VPDPBUSD_512, table=PSHUFB_512))
 _BF16 = replace(_VNNI, bfloat16=Bfloat16Parameters(), attention=AttentionTuning(bf16_dot=True))
 
-# 16 registers of 8 floats: a panel takes two, 6 x 2 accumulators.
-_AVX2 = CpuParameters(
+# 16 registers of 8 floats, of which a panel takes two: 6 x 2 accumulators.
+_AVX2 = replace(
+    _vectors(
+        LinearParameters(
+            tile_panels=1,
+            token_tiles=(6, 2, 1),
+            fused=False,
+            k_block=256,
+            row_block=192,
+            gemv_words=2,
+            prefetch_words=128,
+            serial_weights=65536,
+            table=PSHUFB_256,
+        ),
+        few_tiles=(2, 1),
+    ),
     attention=AttentionTuning(accumulators=6, few_accumulators=6, strip_rows=3),
-    linear=LinearParameters(
-        tile_panels=1,
-        token_tiles=(6, 2, 1),
-        fused=False,
-        k_block=256,
-        row_block=192,
-        gemv_words=2,
-        prefetch_words=128,
-        serial_weights=65536,
-    ),
-    few=LinearParameters(
-        tile_panels=1,
-        token_tiles=(2, 1),
-        fused=True,
-        k_block=256,
-        row_block=8,
-        gemv_words=2,
-        prefetch_words=128,
-        serial_weights=65536,
-    ),
 )
-# 32 registers of 4 floats: a panel takes four, 6 x 4 accumulators.
-_NEON = CpuParameters(
-    attention=AttentionTuning(accumulators=6, few_accumulators=6, strip_rows=3),
-    linear=LinearParameters(
-        tile_panels=1,
-        token_tiles=(6, 2, 1),
-        fused=False,
-        k_block=256,
-        row_block=192,
-        gemv_words=2,
-        prefetch_words=128,
-        serial_weights=65536,
-    ),
-    few=LinearParameters(
-        tile_panels=1,
-        token_tiles=(2, 1),
-        fused=True,
-        k_block=256,
-        row_block=8,
-        gemv_words=2,
-        prefetch_words=128,
-        serial_weights=65536,
-    ),
-)
+# 32 registers of 4 floats, of which a panel takes four: 6 x 4 accumulators.
+_NEON = replace(_AVX2, linear=replace(_AVX2.linear, table=TBL), few=replace(_AVX2.few, table=TBL))
 
 
-def _narrow(dot: ByteDot, token_tiles: tuple[int, ...]) -> IntegerParameters:
+def _narrow(dot: ByteDot, table: ByteTable, token_tiles: tuple[int, ...]) -> IntegerParameters:
     """Products of one panel at a time, where sums and codes take most of the registers."""
     tiling = Tiling(panels=1, token_tiles=token_tiles)
-    return IntegerParameters(dot=dot, tiling=tiling, next_panels=1)
+    return IntegerParameters(dot=dot, table=table, tiling=tiling, next_panels=1)
 
 
 PARAMETERS: dict[str, CpuParameters] = {
     "amx": replace(
         _BF16,
-        integer=IntegerParameters(dot=VPDPBUSD_512, tiles=TileParameters()),
+        integer=IntegerParameters(dot=VPDPBUSD_512, table=PSHUFB_512, tiles=TileParameters()),
         bfloat16=Bfloat16Parameters(tiles=TileParameters()),
     ),
     "avx512bf16": _BF16,
     "avx512vnni": _VNNI,
-    "avx512": replace(_AVX512, integer=_narrow(PMADDUBSW_512, (8, 4, 3, 2, 1))),
-    "avxvnni": replace(_AVX2, integer=_narrow(VPDPBUSD_256, (4, 3, 2, 1))),
-    "avx2": replace(_AVX2, integer=_narrow(PMADDUBSW_256, (4, 3, 2, 1))),
-    "neon-dotprod": replace(_NEON, integer=_narrow(SDOT, (4, 3, 2, 1))),
+    "avx512": replace(_AVX512, integer=_narrow(PMADDUBSW_512, PSHUFB_512, (8, 4, 3, 2, 1))),
+    "avxvnni": replace(_AVX2, integer=_narrow(VPDPBUSD_256, PSHUFB_256, (4, 3, 2, 1))),
+    "avx2": replace(_AVX2, integer=_narrow(PMADDUBSW_256, PSHUFB_256, (4, 3, 2, 1))),
+    "neon-dotprod": replace(_NEON, integer=_narrow(SDOT, TBL, (4, 3, 2, 1))),
     "neon": _NEON,
 }
 

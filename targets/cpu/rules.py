@@ -13,6 +13,7 @@ from llmc.targets.cpu.kernels.attention_tile import AttentionTuning
 from llmc.targets.cpu.kernels.bfloat16_linear import bfloat16_linear, round_activations
 from llmc.targets.cpu.kernels.embedding import embedding
 from llmc.targets.cpu.kernels.grouped_linear import grouped_linear
+from llmc.targets.cpu.kernels.integer_grouped_linear import integer_grouped_linear
 from llmc.targets.cpu.kernels.integer_linear import integer_linear
 from llmc.targets.cpu.kernels.kv_write import kv_write
 from llmc.targets.cpu.kernels.linear import linear
@@ -65,6 +66,9 @@ def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, 
         )
         return Kernel.of(func, site, ("x", "expert_ids", "weight", "bias"))
 
+    def integer_experts(site: Site) -> Kernel | None:
+        return _integer_grouped_linear(site, parameters.integer)
+
     def attention(site: Site) -> Kernel | None:
         return _attention(site, parameters.attention)
 
@@ -77,6 +81,7 @@ def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, 
         ("cpu.quantize", _quantize_activations),
         ("cpu.round", _round_activations),
         ("cpu.experts", experts),
+        ("cpu.integer_experts", integer_experts),
         ("cpu.attention", attention),
         ("cpu.embedding", _embedding),
         ("cpu.norm", _norm),
@@ -121,6 +126,28 @@ def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | No
         params=params,
     )
     return Kernel.of(func, site, ("codes", "scales", "sums", "weight", "bias", "residual"))
+
+
+def _integer_grouped_linear(site: Site, params: IntegerParameters | None) -> Kernel | None:
+    if not isinstance(site.op, dialect.IntegerGroupedLinear) or params is None:
+        return None
+    if site.tokens == 1:  # each expert has one row at most
+        tiling = replace(params.tiling, panels=params.tiling.one_token_panels)
+        params = replace(params, tiling=tiling)
+    num_experts, m, k = site.extents("weight")
+    tokens, top_k = site.types["expert_ids"].shape
+    func = integer_grouped_linear(
+        FORMATS[site.op.format],
+        num_experts,
+        m,
+        k,
+        int(top_k),
+        per_token_input=str(site.types["codes"].shape[1]) == str(tokens),
+        block=site.op.block,
+        bias="bias" in site.types,
+        params=params,
+    )
+    return Kernel.of(func, site, ("codes", "scales", "sums", "expert_ids", "weight", "bias"))
 
 
 def _tiles(site: Site, tiles: TileParameters | None) -> TileParameters | None:

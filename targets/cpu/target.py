@@ -145,12 +145,11 @@ class CpuTarget:
     def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
         """The arrays of layout panel16."""
         *experts, m, k = shape
-        arrays = layout.packed_arrays(fmt, m, k, num_experts=experts[0] if experts else None)
-        return [PackedPart(suffix=a.suffix, shape=a.shape, dtype=a.dtype) for a in arrays]
+        return layout.packed_parts(fmt, m, k, num_experts=experts[0] if experts else None)
 
     def pack(self, fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool) -> list[Array]:
         """Packs one matrix, or a stack of experts."""
-        return layout.pack(fmt, list(matrices) if stacked else matrices[0])
+        return layout.pack(fmt, matrices, stacked=stacked)
 
     def link(self, executable: tvm.runtime.Executable, path: Path) -> list[str]:
         """Links the object code with the thread pool; raises CompileError."""

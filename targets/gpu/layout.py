@@ -27,11 +27,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import ml_dtypes
 import numpy as np
 
-from llmc.errors import CompileError
 from llmc.formats import QuantizedMatrix, WeightFormat
+from llmc.targets import packing
 from llmc.targets.base import Array, Matrix, PackedPart
 
 LAYOUT = "chunk32"
@@ -41,11 +40,6 @@ CHUNK_WORDS = 4
 CHUNK_BITS = 128
 
 _CODE_ORDER = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 1, 2, 3), 16: (0, 1), 32: (0,)}
-_FLOAT_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 
 
 def ceildiv(a: int, b: int) -> int:
@@ -92,12 +86,7 @@ def stored_groups(fmt: WeightFormat, k: int) -> int:
 
     Raises CompileError where the format's groups do not divide k.
     """
-    try:
-        groups = fmt.num_groups(k)
-    except ValueError as exc:
-        raise CompileError(
-            str(exc), hint="choose a format with a smaller group, or one float format"
-        ) from exc
+    groups = packing.num_groups(fmt, k)
     return ceildiv(groups, groups_per_chunk(fmt)) * groups_per_chunk(fmt)
 
 
@@ -108,8 +97,7 @@ def packed_parts(
 
     Raises CompileError where the format cannot hold k input features.
     """
-    if m < 1 or k < 1:
-        raise CompileError(f"a weight matrix has shape [{m}, {k}]; both have to be at least 1")
+    packing.check_shape(m, k)
     lead = (num_panels(m),) if num_experts is None else (num_experts, num_panels(m))
     chunks = (*lead, num_chunks(fmt, k), PANEL, CHUNK_WORDS)
     if fmt.is_float:
@@ -122,53 +110,30 @@ def packed_parts(
     return parts
 
 
-def pack(fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool) -> list[Array]:
+def pack(fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool = False) -> list[Array]:
     """Packs a matrix `[M, K]`, or a stack of equal ones, into the arrays of `packed_parts`.
 
     Float formats take dense arrays (any float dtype) and round them to their own; affine formats
     take QuantizedMatrix. Raises CompileError on a mismatch.
     """
-    if not stacked:
-        return _pack_matrix(fmt, matrices[0])
-    stack = list(matrices)
-    if len(stack) == 1 and isinstance(stack[0], np.ndarray) and stack[0].ndim == 3:
-        stack = list(stack[0])
-    if not stack:
-        raise CompileError("an empty stack of matrices cannot be packed")
-    m, k = _shape(stack[0])
-    parts = packed_parts(fmt, m, k, num_experts=len(stack))
-    packed: list[Array] = [np.empty(p.shape, p.dtype) for p in parts]
-    for index, one in enumerate(stack):
-        if _shape(one) != (m, k):
-            raise CompileError(f"matrix {index} of a stack of [{m}, {k}] has shape {_shape(one)}")
-        for target, array in zip(packed, _pack_matrix(fmt, one), strict=True):
-            target[index] = array
-    return packed
+    return packing.pack(
+        fmt,
+        matrices,
+        stacked=stacked,
+        parts_of=packed_parts,
+        values=_pack_values,
+        affine=_pack_affine,
+    )
 
 
-def _shape(matrix: Matrix) -> tuple[int, ...]:
-    return matrix.codes.shape if isinstance(matrix, QuantizedMatrix) else matrix.shape
+def _pack_values(fmt: WeightFormat, values: Array) -> list[Array]:
+    return [_pack_codes(fmt, values).view(np.float32 if fmt.bits == 32 else np.int32)]
 
 
-def _pack_matrix(fmt: WeightFormat, matrix: Matrix) -> list[Array]:
-    m, k = _shape(matrix)
-    parts = packed_parts(fmt, m, k)
-    if fmt.float_dtype is not None:
-        if isinstance(matrix, QuantizedMatrix):
-            raise CompileError(f"{fmt.name}: got a matrix in {matrix.format.name}, expected values")
-        dense = matrix.astype(_FLOAT_DTYPES[fmt.float_dtype], copy=False)
-        arrays = [_pack_codes(fmt, dense).view(parts[0].dtype)]
-    else:
-        if not isinstance(matrix, QuantizedMatrix) or matrix.format != fmt:
-            found = matrix.format.name if isinstance(matrix, QuantizedMatrix) else "dense values"
-            raise CompileError(f"{fmt.name}: got {found}, expected codes and scales of {fmt.name}")
-        arrays = [_pack_codes(fmt, matrix.codes), _pack_groups(matrix.scales, parts[1])]
-        if fmt.has_min:
-            if matrix.mins is None:
-                raise CompileError(f"{fmt.name}: the matrix has no minimums")
-            arrays.append(_pack_groups(matrix.mins, parts[2]))
-    for part, array in zip(parts, arrays, strict=True):
-        assert array.shape == part.shape, (fmt.name, part, array.shape)
+def _pack_affine(fmt: WeightFormat, matrix: QuantizedMatrix) -> list[Array]:
+    arrays = [_pack_codes(fmt, matrix.codes), _pack_groups(fmt, matrix.scales)]
+    if matrix.mins is not None:
+        arrays.append(_pack_groups(fmt, matrix.mins))
     return arrays
 
 
@@ -191,9 +156,10 @@ def _pack_codes(fmt: WeightFormat, codes: Array) -> Array:
     return np.ascontiguousarray(packed.transpose(0, 2, 1, 3)).view(np.int32)
 
 
-def _pack_groups(rows: Array, part: PackedPart) -> Array:
+def _pack_groups(fmt: WeightFormat, rows: Array) -> Array:
     """`[M, groups]` → `[panels, padded groups, 32]`, missing ones zero."""
-    panels, groups, _ = part.shape
-    padded = np.zeros((panels * PANEL, groups), part.dtype)
-    padded[: rows.shape[0], : rows.shape[1]] = rows
-    return np.ascontiguousarray(padded.reshape(panels, PANEL, groups).transpose(0, 2, 1))
+    m, groups = rows.shape
+    stored = ceildiv(groups, groups_per_chunk(fmt)) * groups_per_chunk(fmt)
+    padded = np.zeros((num_panels(m) * PANEL, stored), fmt.scale_dtype)
+    padded[:m, :groups] = rows
+    return np.ascontiguousarray(padded.reshape(-1, PANEL, stored).transpose(0, 2, 1))

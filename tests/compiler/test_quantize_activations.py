@@ -66,6 +66,26 @@ def test_products_of_one_input_share_its_codes():
     assert kinds.count(dialect.IntegerLinear) == 2
 
 
+def test_experts_take_codes_of_their_rows():
+    experts = dialect.GroupedLinear(format="q4_0")
+    mod = apply(
+        graph(
+            lambda emit, x, w, ids: experts.call(x, w, None, ids),
+            x=[T, 64],
+            w=[4, 16, 64],
+            ids=([T, 2], "int32"),
+        )
+    )
+    coded, product = operators(mod)
+    assert coded == dialect.QuantizeActivations(block=32, unit=32, factor=-8)
+    assert product == dialect.IntegerGroupedLinear(format="q4_0", block=32)
+    [call] = [b.value for b in bindings(mod["main"]) if dialect.IntegerGroupedLinear.match(b.value)]
+    _, operands = dialect.IntegerGroupedLinear.match(call)
+    assert [int(operands["codes"].ty.shape[i]) for i in (0, 2)] == [1, 64]
+    assert operands["expert_ids"].name == "ids"
+    assert_idempotent(apply, mod)
+
+
 def test_bfloat16_weights_take_bfloat16_activations():
     linear = dialect.Linear(format="bf16")
     mod = round_activations(

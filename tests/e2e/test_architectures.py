@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmc
+from llmc.artifact import Manifest
 
 VOCAB_SIZE = 128
 NUM_TOKENS = 50
@@ -84,3 +85,21 @@ def test_compiled_logits_match_transformers_in_every_mode(
         logits = engine.logits(ids.tolist(), chunk_tokens=chunk_tokens)
         # Sums of a few hundred float32 products in another order; logits are of size 2 to 8.
         np.testing.assert_allclose(logits, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_experts_in_bytes_come_near_those_in_floats(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("mixtral", **ARCHITECTURES["mixtral"])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    ids = np.random.default_rng(1).integers(0, VOCAB_SIZE, NUM_TOKENS).tolist()
+    logits = {}
+    for scheme in ("w8a16", "w8a8"):
+        out = tmp_path / scheme
+        llmc.compile(tmp_path / "model", target="cpu", quant=scheme, out=out, max_batch_tokens=32)
+        logits[scheme] = llmc.Engine(out).logits(ids, chunk_tokens=13)
+    rules = {kernel.rule for kernel in Manifest.load(tmp_path / "w8a8").kernels}
+    assert "cpu.integer_experts" in rules
+    assert "cpu.experts" not in rules
+    difference = logits["w8a8"] - logits["w8a16"]
+    # Each of two layers' products rounds its activations to steps of 1/127 of the largest of 32.
+    assert np.sqrt((difference**2).mean()) < 0.03 * logits["w8a16"].std()

@@ -1,6 +1,6 @@
 """y = x · Wᵀ (+ bias) (+ residual) of bfloat16 numbers, two products an instruction and lane.
 
-Buffers in order: x `[1, T, K]` bfloat16 (as uint16), the values of a bf16 matrix as `packed_arrays`
+Buffers in order: x `[1, T, K]` bfloat16 (as uint16), the values of a bf16 matrix as `packed_parts`
 says, bias `[M]` f32 where asked, residual `[1, T, M]` f32 where asked, y `[1, T, M]` f32.
 """
 

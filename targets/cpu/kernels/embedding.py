@@ -1,7 +1,7 @@
 """Rows of a panel-packed matrix by id: the token embedding, also where the LM head shares the
 weights.
 
-Buffers in order: ids `[1, T]` i32, the arrays of `packed_arrays(fmt, v, e)`, y `[1, T, E]` f32.
+Buffers in order: ids `[1, T]` i32, the arrays of `packed_parts(fmt, v, e)`, y `[1, T, E]` f32.
 """
 
 from __future__ import annotations

@@ -87,6 +87,7 @@ class CodedRows:
 
 def integer_panels(
     weights: WeightPanels,
+    expert: Expr,
     panels: Sequence[Expr],
     x: CodedRows,
     rows: Sequence[Expr],
@@ -98,7 +99,7 @@ def integer_panels(
     y = Σ_blocks a · Σ_groups (s · Σ (code - zero)·x + min · Σ x), the sums over codes in int32.
     `unpacked` are the same panels, if they have been put together before.
     """
-    tile = _Tile(weights, panels, x, rows, params, unpacked)
+    tile = _Tile(weights, expert, panels, x, rows, params, unpacked)
     tile.multiply()
     return tile.result()
 
@@ -109,43 +110,55 @@ class _Tile:
     def __init__(
         self,
         weights: WeightPanels,
+        expert: Expr,
         panels: Sequence[Expr],
         x: CodedRows,
         rows: Sequence[Expr],
         params: IntegerParameters,
         unpacked: UnpackedPanels | None,
     ) -> None:
-        self.weights, self.panels, self.x, self.rows = weights, panels, x, rows
+        self.weights, self.expert, self.panels = weights, expert, panels
+        self.x, self.rows = x, rows
         self.source = weights if unpacked is None else unpacked
         self.params = params
         self.unit = unit_of(weights.fmt, x.block)
         # Whether codes are multiplied as signed bytes, CENTRE taken off: narrower ones are as well
         # signed as they are.
-        self.centred = params.dot.signed and weights.fmt.code_bits == 8
+        whole = weights.fmt.code_bits == 8 or weights.fmt.codebook is not None
+        self.centred = params.dot.signed and whole
         self.size = len(rows) * len(panels)
-        # Chains of dependent dot products have to be long enough to hide their latency.
-        self.chains = max(1, min(2, params.min_chains // self.size))
+        # Chains of dependent dot products hide their latency; short units do so among themselves.
+        dots = self.unit // 4
+        self.chains = max(1, min(2, params.min_chains // self.size)) if dots > 4 else 1
         self.totals = registers(self.size)
         for i in range(self.size):
             put(self.totals, i, splat(0.0))
 
     def multiply(self) -> None:
         """Adds all blocks to the totals."""
-        weights, block = self.weights, self.x.block
-        group = weights.fmt.group
-        with T.serial(i64(weights.k // block)) as b:
-            if group and group < block:
-                self._groups(b, block // group)
-                return
-            sums = self._unit(b)
-            scales = [T.Bind(self.x.scale(row, b)) for row in self.rows]
-            if not group:  # the row's scale comes last
-                for i, value in enumerate(sums):
-                    scaled = value * scales[i // len(self.panels)]
-                    put(self.totals, i, get(self.totals, i) + scaled)
-                return
-            for i, value in enumerate(self._scaled(sums, b, [None] * self.size)):
-                put(self.totals, i, get(self.totals, i) + value * scales[i // len(self.panels)])
+        blocks = self.weights.k // self.x.block
+        # What lies in planes changes its place from block to block: known places are cheaper.
+        is_fine = bool(self.weights.fmt.sub_scales) and len(self.rows) == 1
+        together = 2 if is_fine and blocks % 2 == 0 else 1
+        with T.serial(i64(blocks // together)) as step:
+            for j in range(together):
+                self._block(T.Bind(step * i64(together) + i64(j)))
+
+    def _block(self, b: Expr) -> None:
+        """Adds a block to the totals."""
+        group, block = self.weights.fmt.group, self.x.block
+        if group and group < block:
+            self._groups(b, block // group)
+            return
+        sums = self._unit(b)
+        scales = [T.Bind(self.x.scale(row, b)) for row in self.rows]
+        if not group:  # the row's scale comes last
+            for i, value in enumerate(sums):
+                scaled = value * scales[i // len(self.panels)]
+                put(self.totals, i, get(self.totals, i) + scaled)
+            return
+        for i, value in enumerate(self._scaled(sums, b, [None] * self.size)):
+            put(self.totals, i, get(self.totals, i) + value * scales[i // len(self.panels)])
 
     def _groups(self, block: Expr, count: int) -> None:
         """A block of several groups: scaled by the weights' scales first, by its own at the end."""
@@ -167,15 +180,15 @@ class _Tile:
         """before + scale · sum + min · Σx for every [row][panel]."""
         source = self.source
         for panel in self._next_panels():
-            prefetch(self.weights.scale_address(i64(0), panel, group))
-        scales = [T.Bind(source.scale(i64(0), p, group)) for p in self.panels]
+            prefetch(self.weights.scale_address(self.expert, panel, group))
+        scales = [T.Bind(source.scale(self.expert, p, group)) for p in self.panels]
         values = []
         for i, (total, start) in enumerate(zip(sums, before, strict=True)):
             value = total * scales[i % len(self.panels)]
             values.append(value if start is None else start + value)
         if not self.weights.fmt.has_min:
             return [T.Bind(v) for v in values]
-        mins = [T.Bind(source.minimum(i64(0), p, group)) for p in self.panels]
+        mins = [T.Bind(source.minimum(self.expert, p, group)) for p in self.panels]
         for r, row in enumerate(self.rows):
             total = T.Bind(T.broadcast(T.Cast("float32", self.x.sum(row, group)), PANEL))
             for p in range(len(self.panels)):
@@ -238,13 +251,14 @@ class _Tile:
         step = 0
         for j in range(count):
             word = T.Bind(first + i64(j))
-            if self.params.prefetch_words and len(self.rows) == 1:
+            begins_line = j % weights.words_per_line == 0  # the first word does
+            if self.params.prefetch_words and len(self.rows) == 1 and begins_line:
                 for panel in self.panels:
                     ahead = word + i64(self.params.prefetch_words)
-                    prefetch(weights.word_address(i64(0), panel, ahead))
+                    prefetch(weights.word_address(self.expert, panel, ahead))
             for panel in self._next_panels():
-                prefetch(weights.word_address(i64(0), panel, word))
-            stored = [T.Bind(self.source.word(i64(0), p, word)) for p in self.panels]
+                prefetch(weights.word_address(self.expert, panel, word))
+            stored = [T.Bind(self.source.word(self.expert, p, word)) for p in self.panels]
             for part in range(width // 4):
                 codes = [T.Bind(self._bytes(s, part)) for s in stored]
                 chain = step % self.chains
@@ -284,7 +298,7 @@ class _Tile:
         count = len(self.panels)
         values = [get(self.totals, i) for i in range(self.size)]
         if not self.weights.fmt.group:
-            scales = [T.Bind(self.weights.scale(i64(0), p, i64(0))) for p in self.panels]
+            scales = [T.Bind(self.weights.scale(self.expert, p, i64(0))) for p in self.panels]
             values = [v * scales[i % count] for i, v in enumerate(values)]
         return [values[r * count : (r + 1) * count] for r in range(len(self.rows))]
 

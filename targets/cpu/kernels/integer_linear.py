@@ -1,7 +1,7 @@
 """y = x · Wᵀ (+ bias) (+ residual) in integers: quantized activations times quantized weights.
 
 Buffers in order: codes `[1, T, K]` int8, scales `[1, T, K / block]` f32, sums `[1, T, K / unit]`
-int32, the arrays of `packed_arrays(fmt, m, k)`, bias
+int32, the arrays of `packed_parts(fmt, m, k)`, bias
 `[M]` f32 where asked, residual `[1, T, M]` f32 where asked, y `[1, T, M]` f32.
 """
 
@@ -56,7 +56,9 @@ def integer_linear(
             codes = argument("codes", (1, count, k), "int8")
             scales = argument("scales", (1, count, k // block))
             sums = argument("sums", (1, count, k // unit_of(fmt, block)), "int32")
-            product = Product.arguments(codes, fmt, m, k, bias=bias, residual=residual)
+            product = Product.arguments(
+                codes, fmt, m, k, bias=bias, residual=residual, table=params.table
+            )
             weights = product.weights
             coded = CodedRows(codes, scales, sums, block)
 
@@ -64,7 +66,7 @@ def integer_linear(
                 panels: list[Expr], rows: list[Expr], unpacked: UnpackedPanels | None = None
             ) -> None:
                 fetch_residual(product.residual, panels, rows)
-                totals = integer_panels(weights, panels, coded, rows, params, unpacked)
+                totals = integer_panels(weights, i64(0), panels, coded, rows, params, unpacked)
                 store_tile(product, panels, rows, totals)
 
             def prepare(panels: list[Expr]) -> Tile:

@@ -1,7 +1,7 @@
 """y = x · Wᵀ (+ bias) (+ residual) with panel-packed weights of any format, for one token, a few or
 many.
 
-Buffers in order: x `[1, T, K]` f32, the arrays of `packed_arrays(fmt, m, k)`, bias `[M]` f32 where
+Buffers in order: x `[1, T, K]` f32, the arrays of `packed_parts(fmt, m, k)`, bias `[M]` f32 where
 asked, residual `[1, T, M]` f32 where asked, y `[1, T, M]` f32.
 """
 
@@ -58,7 +58,9 @@ def linear(
             T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
             count = i64(1) if tokens == 1 else size_var("num_tokens")
             x = argument("x", (1, count, k))
-            product = Product.arguments(x, fmt, m, k, bias=bias, residual=residual)
+            product = Product.arguments(
+                x, fmt, m, k, bias=bias, residual=residual, table=params.table
+            )
             if tokens == 1 or params.fused:
                 _fused(product, tokens, count, params)
             else:

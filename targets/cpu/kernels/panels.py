@@ -16,14 +16,14 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.cpu.kernels.byte_table import ByteTable, lookup_scalar
 from llmc.targets.cpu.layout import (
     PANEL,
-    PackedArray,
     ceildiv,
     code_offsets,
     codes_per_word,
     num_panels,
-    packed_arrays,
+    packed_parts,
     plane_suffixes,
     stored_zero_point,
     sub_scale_planes,
@@ -175,15 +175,22 @@ class WeightPanels:
     k: int
     stacked: bool
     buffers: Mapping[str, Expr]  # by the arrays' suffixes
+    table: ByteTable | None  # how codes are looked up where the format has a code book
 
     @classmethod
     def arguments(
-        cls, fmt: WeightFormat, m: int, k: int, num_experts: int | None = None
+        cls,
+        fmt: WeightFormat,
+        m: int,
+        k: int,
+        num_experts: int | None = None,
+        *,
+        table: ByteTable | None = None,
     ) -> WeightPanels:
         """Declares the packed arrays as the kernel's next arguments."""
-        arrays: list[PackedArray] = packed_arrays(fmt, m, k, num_experts=num_experts)
+        arrays = packed_parts(fmt, m, k, num_experts=num_experts)
         buffers = {a.suffix: argument(f"weight_{a.suffix}", a.shape, a.dtype) for a in arrays}
-        return cls(fmt, m, k, num_experts is not None, buffers)
+        return cls(fmt, m, k, num_experts is not None, buffers, table)
 
     @property
     def panels(self) -> int:
@@ -211,6 +218,12 @@ class WeightPanels:
         return ceildiv(self.words, self.groups)
 
     @property
+    def words_per_line(self) -> int:
+        """Consecutive words that share the cache line of `word_address`."""
+        lowest = self.fmt.planes[0]
+        return 1 if lowest == self.fmt.bits else 8 // lowest
+
+    @property
     def needs_sums(self) -> bool:
         """True where a group's sum of activations enters the product (minimum or zero point)."""
         return self.fmt.has_min or stored_zero_point(self.fmt) != 0
@@ -224,9 +237,9 @@ class WeightPanels:
 
         Of codes in planes it is where their lowest bits lie.
         """
-        name, bits = ("values", 0) if self.fmt.is_float else ("codes", self.fmt.planes[0])
-        if bits and bits < self.fmt.bits:
-            word = T.floordiv(word, i64(8 // bits))
+        name = "values" if self.fmt.is_float else "codes"
+        if self.words_per_line > 1:
+            word = T.floordiv(word, i64(self.words_per_line))
         return T.address_of(self.buffers[name][self._index(expert, panel, word, i64(0))])
 
     def scale_address(self, expert: Expr, panel: Expr, group: Expr) -> Expr:
@@ -265,7 +278,14 @@ class WeightPanels:
         planes = self.fmt.planes
         if planes == (self.fmt.bits,):
             return self.buffers["codes"][self._index(expert, panel, word, lane)]
-        return self._joined("codes", planes, 0x01010101, expert, panel, word, lane)
+        codes = self._joined("codes", planes, 0x01010101, expert, panel, word, lane)
+        if self.fmt.codebook is None:
+            return codes
+        entries = [value + self.fmt.zero_code for value in self.fmt.codebook]
+        if not isinstance(lane, tirx.Ramp):
+            return lookup_scalar(entries, codes)
+        assert self.table is not None, self.fmt.name
+        return self.table.lookup(entries, codes)
 
     def _scale(self, name: str, expert: Expr, panel: Expr, group: Expr, lane: Expr) -> Expr:
         """Scales or minimums, float32."""

@@ -40,7 +40,7 @@ def for_each_tile(
     if tokens == 1:
         loop = T.serial if weights.m * weights.k <= tiling.serial_weights else T.parallel
         with loop(i64(columns)) as column:
-            _column(weights, column, width, i64(0), None, tiling, tile, None)
+            cover_column(weights, column, width, i64(0), None, tiling, tile, None)
         return
     largest = tiling.token_tiles[0]
     size = max(1, tiling.row_block_bytes // row_bytes // largest) * largest
@@ -49,10 +49,10 @@ def for_each_tile(
         first = T.Bind(T.floordiv(task, i64(columns)) * i64(size))
         rows = T.Bind(T.min(i64(size), count - first))
         column = T.floormod(task, i64(columns))
-        _column(weights, column, width, first, rows, tiling, tile, prepare)
+        cover_column(weights, column, width, first, rows, tiling, tile, prepare)
 
 
-def _column(
+def cover_column(
     weights: WeightPanels,
     column: Expr,
     width: int,
@@ -111,25 +111,33 @@ def fetch_residual(residual: Expr | None, panels: Sequence[Expr], rows: Sequence
 
 
 def store_tile(
-    product: Product, panels: Sequence[Expr], rows: Sequence[Expr], totals: list[list[Expr]]
+    product: Product,
+    panels: Sequence[Expr],
+    rows: Sequence[Expr],
+    totals: list[list[Expr]],
+    expert: Expr | None = None,
 ) -> None:
-    """Stores totals[row][panel], with the bias and residual that the product starts from."""
+    """Stores totals[row][panel] in those rows of y, with the bias and residual that the product
+    starts from.
+    """
     m = product.weights.m
     for p, panel in enumerate(panels):
         column = T.Bind(panel * i64(PANEL))
         for row, by_panel in zip(rows, totals, strict=True):
             value = by_panel[p]
             if product.start is not None:
-                value = value + _start(product, m, row, column)
+                value = value + _start(
+                    product, m, i64(0) if expert is None else expert, row, column
+                )
             store_panel(product, row, column, value)
 
 
-def _start(product: Product, m: int, row: Expr, column: Expr) -> Expr:
+def _start(product: Product, m: int, expert: Expr, row: Expr, column: Expr) -> Expr:
     """What 16 outputs begin with: bias and residual."""
     assert product.start is not None
     start = product.start
     if m % PANEL == 0:
-        return start(i64(0), row, lanes(column))
+        return start(expert, row, lanes(column))
     begin = registers(1)
-    load_panel(m, column, lambda at: start(i64(0), row, at), begin, 0)
+    load_panel(m, column, lambda at: start(expert, row, at), begin, 0)
     return get(begin, 0)

@@ -10,6 +10,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.cpu.kernels.byte_table import ByteTable
 from llmc.targets.cpu.kernels.dot import Activations, dot_panel
 from llmc.targets.cpu.kernels.panels import (
     Rows,
@@ -58,12 +59,13 @@ class Product:
         *,
         bias: bool,
         residual: bool,
+        table: ByteTable | None = None,
     ) -> Product:
         """One matrix times all rows of x `[1, T, K]`; declares the kernel's arguments behind x: the
         packed arrays, bias and residual where asked, y `[1, T, M]`.
         """
         count = x.ty.shape[1]
-        weights = WeightPanels.arguments(fmt, m, k)
+        weights = WeightPanels.arguments(fmt, m, k, table=table)
         biases = [argument("bias", (m,))] if bias else []
         residuals = [argument("residual", (1, count, m))] if residual else []
         y = argument("y", (1, count, m))

@@ -48,6 +48,8 @@ class Case:
         if self.extreme:
             first = fmt.zero_point - fmt.zero_code
             ends = np.array([first, first + (1 << fmt.code_bits) - 1])
+            if fmt.codebook is not None:
+                ends = np.array(fmt.codebook)[[0, -1]]
             matrix.codes[...] = np.where(rng.random((m, 1)) < 0.5, ends[0], ends[1])
             exact = matrix.dequantize().astype(np.float64)
             codes[...] = np.where(rng.random((1, tokens, 1)) < 0.5, -127, 127)
@@ -64,4 +66,4 @@ class Case:
         # Codes are multiplied unsigned, so a zero point's part counts as well.
         low = exact.min() if fmt.has_min else -np.abs(exact).max()
         magnitude = np.abs(x) @ (np.abs(exact) + np.abs(low)).T + 1
-        return [codes, scales, sums, *pack(fmt, matrix), *extra, y], expected, magnitude
+        return [codes, scales, sums, *pack(fmt, [matrix]), *extra, y], expected, magnitude

@@ -20,7 +20,7 @@ FLOAT_DTYPES = {
 def storage(fmt: WeightFormat) -> tuple[Any, ...]:
     """All that a kernel sees of a format: equal for q4_0 and w4-g32, say."""
     storage = fmt.bits, fmt.code_bits, fmt.float_dtype, fmt.group, fmt.scale_dtype, fmt.has_min
-    return *storage, fmt.sub_scales
+    return *storage, fmt.sub_scales, fmt.codebook
 
 
 HOST = str(tvm.target.codegen.llvm_get_system_cpu())
@@ -40,6 +40,8 @@ def random_matrix(
     shape = (m, fmt.num_groups(k))
     first = -fmt.zero_code + fmt.zero_point
     codes = rng.integers(first, first + (1 << fmt.code_bits), (m, k)).astype(fmt.code_dtype)
+    if fmt.codebook is not None:
+        codes = rng.choice(np.array(fmt.codebook, fmt.code_dtype), (m, k))
     if fmt.sub_scales is None:
         scales = rng.uniform(-0.03, 0.03, shape).astype(fmt.scale_dtype)
         mins = rng.uniform(-0.2, 0.1, shape).astype(fmt.scale_dtype) if fmt.has_min else None

@@ -42,7 +42,9 @@ def check(function, tokens, *, bias, residual):
     extra = [rng.standard_normal(M).astype(np.float32)] if bias else []
     extra += [rng.standard_normal((1, tokens, M)).astype(np.float32)] if residual else []
     y = tensor(np.full((1, tokens, M), np.nan, np.float32))
-    function(*(tensor(a) for a in (x.view(np.uint16), *pack(FORMATS["bf16"], weights), *extra)), y)
+    function(
+        *(tensor(a) for a in (x.view(np.uint16), *pack(FORMATS["bf16"], [weights]), *extra)), y
+    )
     exact, factors = weights.astype(np.float64), x[0].astype(np.float64)
     expected = factors @ exact.T + sum(e.reshape(-1, M) for e in extra)
     magnitude = np.abs(factors) @ np.abs(exact.T) + 1

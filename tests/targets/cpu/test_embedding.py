@@ -26,6 +26,6 @@ def test_rows_come_back_in_the_order_of_the_ids(library, fmt, tokens):
     ids = rng.integers(0, V, (1, tokens)).astype(np.int32)
     ids[0, 0] = V - 1  # the partial panel's last row
     y = tensor(np.full((1, tokens, features(fmt)), np.nan, np.float32))
-    library[fmt.name.replace("-", "_")](tensor(ids), *map(tensor, pack(fmt, matrix)), y)
+    library[fmt.name.replace("-", "_")](tensor(ids), *map(tensor, pack(fmt, [matrix])), y)
     # code · scale + min: two roundings of float32, relative to the larger of the terms (at most 8).
     np.testing.assert_allclose(y.numpy()[0], exact[ids[0]], rtol=0, atol=8 * 2**-23)

@@ -64,7 +64,7 @@ def test_each_choice_gets_its_expert_s_product(library, name, kind, shared, toke
     y = tensor(np.full((tokens * TOP_K, M), np.nan, np.float32))
     extra = [tensor(bias)] if shared else []
     function = library[f"{name}_{kind}_{shared}"]
-    function(tensor(x), tensor(ids), *map(tensor, pack(fmt, matrices)), *extra, y)
+    function(tensor(x), tensor(ids), *map(tensor, pack(fmt, matrices, stacked=True)), *extra, y)
     for choice, expert in enumerate(ids.reshape(-1)):
         row = x[choice // TOP_K if shared else choice].astype(np.float64)
         expected = exact[expert] @ row + (bias[expert] if shared else 0)
@@ -83,7 +83,7 @@ def test_the_weights_of_experts_that_nobody_chose_are_not_used(library, kind):
     x = rng.standard_normal((9 * TOP_K, features(fmt))).astype(np.float32)
     ids = np.tile(np.array([[4, 1]], np.int32), (9, 1))
     y = tensor(np.zeros((9 * TOP_K, M), np.float32))
-    packed = map(tensor, pack(fmt, matrices))
+    packed = map(tensor, pack(fmt, matrices, stacked=True))
     library[f"f32_{kind}_False"](tensor(x), tensor(ids), *packed, y)
     assert np.isfinite(y.numpy()).all()
     np.testing.assert_allclose(y.numpy()[7], exact[1] @ x[7], atol=1e-3)

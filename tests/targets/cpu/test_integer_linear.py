@@ -4,23 +4,21 @@ from functools import cache
 
 import numpy as np
 import pytest
-import tvm
 from arm_library import QEMU, ArmLibrary
+from host_library import HostLibrary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from integer_products import AFFINE, Case
 from matrices import build, tensor
 
-from llmc.cpu_features import host_features
 from llmc.formats import FORMATS
 from llmc.targets.cpu.kernels.integer import activation_block
 from llmc.targets.cpu.kernels.integer_linear import integer_linear
 from llmc.targets.cpu.kernels.quantize_activations import quantize_activations
 from llmc.targets.cpu.parameters import PARAMETERS
-from llmc.targets.cpu.target import ISA_LEVELS, CpuTarget
 
 M, K = 72, 768  # four panels and a half; three super-blocks
-FEW = [FORMATS[n] for n in ("w8", "q4_0", "q4_1", "q5_1", "q2_k")]
+FEW = [FORMATS[n] for n in ("w8", "q4_0", "q4_1", "q5_1", "q2_k", "iq4_nl")]
 FORMATS_OF = {"avx512vnni": AFFINE, "avx512": FEW, "avxvnni": FEW, "avx2": FEW}
 # Level -> an instruction that its kernels are made of.
 INSTRUCTIONS = {
@@ -51,26 +49,8 @@ def products(level, formats):
     }
 
 
-class HostLibrary:
-    """The kernels of a level that this machine has."""
-
-    def __init__(self, functions, level):
-        named = {n: f.with_attr("global_symbol", n) for n, f in functions.items()}
-        target = CpuTarget(level)
-        with tvm.transform.PassContext(config=target.pass_config):
-            self._module = tvm.compile(tvm.IRModule(named), target=target.tvm_target)
-        self.assembly = self._module.mod.inspect_source("asm")
-
-    def run(self, name, *arrays):
-        tensors = [tensor(a) for a in arrays]
-        self._module[name](*tensors)
-        return tensors[-1].numpy()
-
-
 @cache
 def library_of(level):
-    if not host_features().issuperset(ISA_LEVELS[level].features):
-        pytest.skip(f"this CPU is not of level {level}")
     functions = products(level, FORMATS_OF[level])
     functions["wide"] = product(FORMATS["q4_1"], None, level, block=128)
     return HostLibrary(functions, level)
@@ -126,13 +106,13 @@ def test_each_level_is_made_of_its_instruction(level):
 def arm(tmp_path_factory):
     if QEMU is None:
         pytest.skip("no qemu-aarch64 here")
-    formats = [FORMATS[n] for n in ("w8", "q4_1", "q5_1")]
+    formats = [FORMATS[n] for n in ("w8", "q4_1", "q5_1", "iq4_nl")]
     return ArmLibrary(
         products("neon-dotprod", formats), tmp_path_factory.mktemp("arm"), "neon-dotprod"
     )
 
 
-@pytest.mark.parametrize("name", ["w8", "q4_1", "q5_1"])
+@pytest.mark.parametrize("name", ["w8", "q4_1", "q5_1", "iq4_nl"])
 def test_arm_in_an_emulator(arm, name):
     for tokens in (1, 11):
         check(arm, FORMATS[name], "many", tokens)

@@ -70,7 +70,7 @@ def check(function, fmt, tokens, *, m=M, k=None, bias, residual, tolerance=TOLER
     extra = [rng.standard_normal(m).astype(np.float32)] if bias else []
     extra += [rng.standard_normal((1, tokens, m)).astype(np.float32)] if residual else []
     y = tensor(np.full((1, tokens, m), np.nan, np.float32))
-    arguments = [tensor(a) for a in (x, *pack(fmt, matrix), *extra)]
+    arguments = [tensor(a) for a in (x, *pack(fmt, [matrix]), *extra)]
     function(*arguments, y)
     expected = x[0].astype(np.float64) @ exact.T
     magnitude = np.abs(x[0].astype(np.float64)) @ np.abs(exact.T)
@@ -103,7 +103,7 @@ def test_an_empty_batch_does_nothing(library, kind):
     matrix, _ = random_matrix(np.random.default_rng(0), fmt, M, features(fmt))
     empty = np.zeros((1, 0, M), np.float32)
     extra = [np.zeros(M, np.float32)] if kind == "few" else []
-    arguments = (np.zeros((1, 0, 640), np.float32), *pack(fmt, matrix), *extra, empty, empty)
+    arguments = (np.zeros((1, 0, 640), np.float32), *pack(fmt, [matrix]), *extra, empty, empty)
     library[key(fmt, kind)](*map(tensor, arguments))
 
 

@@ -145,7 +145,7 @@ def test_bfloat16_products(library, shape, tokens):
     bias = rng.standard_normal(m).astype(np.float32)
     residual = rng.standard_normal((1, tokens, m)).astype(np.float32)
     y = np.full((1, tokens, m), np.nan, np.float32)
-    arrays = (x.view(np.uint16), *pack(FORMATS["bf16"], weights), bias, residual, y)
+    arrays = (x.view(np.uint16), *pack(FORMATS["bf16"], [weights]), bias, residual, y)
     got = library.run(f"bfloat16_{shape}", *arrays)[0]
     exact, factors = weights.astype(np.float64), x[0].astype(np.float64)
     magnitude = np.abs(factors) @ np.abs(exact.T) + 1
