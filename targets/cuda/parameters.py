@@ -1,4 +1,4 @@
-"""The tunable numbers of products on tensor cores, by how many tokens there are."""
+"""The tunable numbers of kernels on tensor cores: of products and of attention."""
 
 from __future__ import annotations
 
@@ -99,3 +99,50 @@ PLANS = {
     ),
 }
 """The plan by the bits of a weight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlashPlan:
+    """Tiles of 16 * row_tiles rows a warp, in blocks of positions.
+
+    hold keeps queries in registers. group_positions, where it is not 0, are what groups of four
+    warps walk on Hopper in place of `positions`.
+    """
+
+    warps: int
+    row_tiles: int = 1
+    positions: int = 64
+    stages: int = 2  # blocks of keys and values in shared memory
+    hold: bool = True
+    group_positions: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.positions % 16 == 0, self
+        assert self.stages >= 2, self
+        assert not self.group_positions or (self.warps % 4, self.row_tiles) == (0, 1), self
+        assert self.group_positions in (0, 64, 128), self
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return 16 * self.row_tiles * self.warps
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+
+FLASH_PLANS = (
+    (64, 64, FlashPlan(warps=8, hold=False, group_positions=64)),
+    (128, 128, FlashPlan(warps=12, hold=False, group_positions=64)),
+    (128, 128, FlashPlan(warps=8, group_positions=64)),
+    (192, 128, FlashPlan(warps=8, hold=False, group_positions=64)),
+    (192, 192, FlashPlan(warps=8, positions=32, hold=False)),
+    (256, 256, FlashPlan(warps=8, positions=32, hold=False)),
+    (256, 256, FlashPlan(warps=4, positions=32, hold=False)),
+)
+"""Most features of keys and of values; the first plan serves that finds its shared memory."""
+
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+"""Shared memory that a block may have."""

@@ -225,7 +225,7 @@ struct Attention {
     const int lane = threadIdx.x % 32;
     // Keys: matrices are 8 positions by 8 features, features first, then positions.
     const char* key = keys + lane / 8 % 2 * kStride + (lane / 16 * 8 + lane % 8) * 16;
-    const char* row = queries + lane / 16 * kQueryStride + lane % 16 * 16;
+    const char* row = queries + lane / 16 * kQueryStride + (warp_row + lane % 16) * 16;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       u32 a[kRowTiles][4];
@@ -556,7 +556,7 @@ struct Attention {
 };
 
 // Block (tile from the last on, K/V head) of a launch of `tiles` tiles.
-template <class A, typename Data, typename Sink>
+template <class A, bool kSinks, typename Data, typename Sink>
 __device__ __forceinline__ void attend(const void* q, const void* q_starts, const void* kv_lens,
                                        const void* tables, const void* k_pages,
                                        const void* v_pages, const void* sinks, void* out,
@@ -574,8 +574,8 @@ __device__ __forceinline__ void attend(const void* q, const void* q_starts, cons
   if (found.sequence < 0) return;
   const Rule rule = {scale, softcap, window};
   A(batch, rule, found, kv_head)
-      .run(static_cast<const Data*>(q), static_cast<const Sink*>(sinks), static_cast<Data*>(out),
-           static_cast<char*>(shared));
+      .run(static_cast<const Data*>(q), kSinks ? static_cast<const Sink*>(sinks) : nullptr,
+           static_cast<Data*>(out), static_cast<char*>(shared));
 }
 
 }  // namespace llmc

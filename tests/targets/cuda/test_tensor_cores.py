@@ -1,7 +1,6 @@
 """Products on tensor cores: their machine code here, their numbers where there is a GPU."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from llmc.targets.cuda.target import CudaTarget
 from llmc.targets.gpu import layout
 
 sys.path.append(str(Path(__file__).parent.parent / "cpu"))
+from cuda_code import machine_code, sass_by_kernel
 from matrices import DISTINCT, random_matrix
 
 needs_nvcc = pytest.mark.skipif(
@@ -54,15 +54,7 @@ def product(fmt, m, k, **options):
 def test_every_kernel_multiplies_on_tensor_cores_and_keeps_to_registers(architecture, tmp_path):
     """Fragments come 16 bytes at a time, tiles asynchronously, and nothing is spilled."""
     functions = {f"w{n}": product(FORMATS[n], 4096, 4096) for n in ("bf16", "q4_0", "q6_k")}
-    (tmp_path / "kernels").write_bytes(machine_code(functions, architecture))
-    listing = subprocess.run(
-        [toolkit.find_tool("cuobjdump"), "--dump-sass", "kernels"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    kernels = dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function :|\Z)", listing, re.S))
+    kernels = sass_by_kernel(machine_code(functions, architecture), tmp_path)
     products = {name: text for name, text in kernels.items() if not name.endswith("_kernel")}
     assert len(products) == sum(len(PLANS[bits].kernels) for bits in (16, 4, 8))
     for name, text in products.items():
@@ -73,23 +65,6 @@ def test_every_kernel_multiplies_on_tensor_cores_and_keeps_to_registers(architec
         assert re.search(r"LDG\.E\S*\.128|LDGSTS\.E\S*\.128", text), name
         assert not re.search(r"\b(STL|LDL)\b", text), f"{name} spills"
     assert any("LDGSTS" in text for text in products.values())
-
-
-def machine_code(functions, architecture):
-    """The fat binary that the target embeds."""
-    kept = []
-    target = CudaTarget(architecture)
-    compile_cuda = tvm.get_global_func("tvm_callback_cuda_compile")
-
-    def keep(code):
-        kept.append(bytes(compile_cuda(code)))
-        return kept[-1]
-
-    tvm.register_global_func("tvm_callback_cuda_compile", keep, override=True)
-    named = {name: f.with_attr("global_symbol", name) for name, f in functions.items()}
-    tvm.compile(tvm.IRModule(named), target=target.tvm_target)
-    [code] = kept
-    return code
 
 
 @pytest.mark.parametrize("fmt", HALVES, ids=lambda f: f.name)
