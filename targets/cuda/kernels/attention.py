@@ -64,8 +64,8 @@ def flash(shape: Shape, inputs: Inputs, plan: FlashPlan) -> None:
         # Those with the longest context first, of all heads.
         tile = tiles - i64(1) - T.floordiv(block, i64(shape.num_kv_heads))
         sinks = inputs.out if inputs.sinks is None else inputs.sinks
-        buffers = (inputs.q, inputs.q_starts, inputs.kv_lens, inputs.tables)
-        buffers = (*buffers, inputs.k_pages, inputs.v_pages, sinks, inputs.out)
+        batch = (inputs.q, inputs.q_starts, inputs.kv_lens, inputs.tables)
+        buffers = (*batch, inputs.k_pages, inputs.v_pages, sinks, inputs.out)
         numbers = (inputs.sequences, inputs.tables.ty.shape[2], tile)
         head = T.floormod(block, i64(shape.num_kv_heads))
         T.evaluate(

@@ -177,8 +177,14 @@ def test_attention_matches_float64(kernels, name):
 
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_scores_and_values_are_multiplied_on_tensor_cores_without_spills(architecture, tmp_path):
-    names = ("bf16", "mixed", "heads_of_128", "heads_of_96", "heads_of_256", "everything")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("heads_of_128", "heads_of_96", "bf16"),
+        pytest.param(tuple(CASES), marks=pytest.mark.slow, id="all"),
+    ],
+)
+def test_tensor_cores_multiply_scores_and_values_without_spills(names, architecture, tmp_path):
     code = machine_code({name: function(CASES[name]) for name in names}, architecture)
     listing = sass_by_kernel(code, tmp_path)
     # The launches of a function: decode, its merge, prefill.
