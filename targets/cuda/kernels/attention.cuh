@@ -1,4 +1,5 @@
-// Attention of several new tokens of a sequence over its pages, on tensor cores (mma.sync m16n8k16).
+// Attention of several new tokens of a sequence over its pages, on tensor cores: mma.sync m16n8k16,
+// and wgmma on Hopper.
 //
 // A tile's rows are a K/V head's new tokens times the query heads that share it (token-major), so
 // that keys and values are read once for all of them. The block walks the context kPositions at a
@@ -204,7 +205,8 @@ struct Attention {
   }
 
   template <typename Data>
-  __device__ __forceinline__ void hold_queries(const Data* q, u32 (&held)[kRowTiles][kSteps][4]) const {
+  __device__ __forceinline__ void hold_queries(const Data* q,
+                                               u32 (&held)[kRowTiles][kSteps][4]) const {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
@@ -277,8 +279,8 @@ struct Attention {
 
   // Scores of the block of positions `from` on become weights, powers of two of their distance to
   // the row's highest; `factors` is what earlier sums are worth.
-  __device__ __forceinline__ void soften(Scores& scores, Softmax& rows, float (&factors)[kRowTiles][2],
-                                         int from) const {
+  __device__ __forceinline__ void soften(Scores& scores, Softmax& rows,
+                                         float (&factors)[kRowTiles][2], int from) const {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     if (rule.softcap != 0.f) {
       // tanh(u) = 1 - 2 / (exp2(2 u log2 e) + 1) is right at both ends: exp2 is 0 or infinite.
@@ -499,7 +501,8 @@ struct Attention {
       multiply_group(scores, a + k * (2 * kQueryStride >> 4), b + k * (2 * kStride >> 4), Float());
   }
 
-  static __device__ __forceinline__ void weigh_groups(Sums& sums, const u32 (&weights)[kTiles / 2][4],
+  static __device__ __forceinline__ void weigh_groups(Sums& sums,
+                                                      const u32 (&weights)[kTiles / 2][4],
                                                       const char* values) {
     const unsigned long long b = describe(values, 128, kStride);
 #pragma unroll

@@ -12,6 +12,7 @@ import pytest
 import tvm
 
 from llmc import dialect
+from llmc.cuda_toolkit import find_cudart
 from llmc.targets.base import Site
 from llmc.targets.cuda import toolkit
 from llmc.targets.cuda.kernels.attention import flash, flash_bytes, flash_plan
@@ -27,7 +28,7 @@ from gpu_pages import matrices, packed, page_shapes
 from paged_reference import attention, make_batch
 
 needs_nvcc = pytest.mark.skipif(
-    toolkit.find_tool("cuobjdump") is None or toolkit.find_cudart() is None,
+    toolkit.find_tool("cuobjdump") is None or find_cudart() is None,
     reason=toolkit.NVCC_HINT,
 )
 MIXED = ((1, 1), (1, 40), (1, 300), (0, 0), (5, 5), (70, 70), (33, 170), (2, 19), (0, 0))

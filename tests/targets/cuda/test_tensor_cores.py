@@ -9,6 +9,7 @@ import pytest
 import tvm
 
 from llmc import dialect
+from llmc.cuda_toolkit import find_cudart
 from llmc.formats import FORMATS
 from llmc.targets.base import Site
 from llmc.targets.cuda import toolkit
@@ -22,7 +23,7 @@ from cuda_code import machine_code, sass_by_kernel
 from matrices import DISTINCT, random_matrix
 
 needs_nvcc = pytest.mark.skipif(
-    toolkit.find_tool("cuobjdump") is None or toolkit.find_cudart() is None,
+    toolkit.find_tool("cuobjdump") is None or find_cudart() is None,
     reason=toolkit.NVCC_HINT,
 )
 HALVES = [f for f in DISTINCT if f.bits <= 16]
