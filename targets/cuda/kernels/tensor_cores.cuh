@@ -18,12 +18,12 @@ namespace llmc {
 
 // How a weight is stored; group 0 is a scale for the whole row, applied to the sums.
 template <typename Float_, int kBits_, bool kSigned_, int kZero_, typename Scale_, int kGroup_,
-          bool kMin_>
+          bool kMin_, bool kFloatCodes_ = false>
 struct Format {
   typedef Float_ Float;
   typedef Scale_ Scale;
   static const int kBits = kBits_, kZero = kZero_, kGroup = kGroup_;
-  static const bool kSigned = kSigned_, kMin = kMin_;
+  static const bool kSigned = kSigned_, kMin = kMin_, kFloatCodes = kFloatCodes_;
   static const bool kScaled = kBits < 16 && kGroup > 0;
   static const bool kRowScale = kBits < 16 && kGroup == 0;
   static const int kChunk = 128 / kBits;  // features
@@ -80,6 +80,20 @@ __device__ __forceinline__ u32 weigh(__half2 code, const Scales<F>& s, int slab)
                          : __hmul2(code, s.scale[part]));
 }
 
+// Two e4m3 numbers, of the lower half of `pair`, as float16.
+__device__ __forceinline__ u32 decode_e4m3(u32 pair) {
+#if __CUDA_ARCH__ >= 890
+  u32 both;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(both) : "h"((unsigned short)pair));
+  return both;
+#else
+  // With its bits at the float16's, whose exponent's bias is 8 more.
+  const u32 up = __byte_perm(pair, 0, 0x1404);
+  const u32 bits = (up & 0x80008000u) | (up & 0x7f007f00u) >> 1;
+  return as_bits(__hmul2(as_half2(bits), __float2half2_rn(256.f)));
+#endif
+}
+
 // The 8 weights of a slab that a chunk holds, as four pairs. Or-ed into the mantissa of 1024, a code
 // becomes a float16 without a conversion.
 template <class F>
@@ -89,6 +103,9 @@ __device__ __forceinline__ void decode(const uint4& chunk, const Scales<F>& s, i
   if (F::kBits == 16) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) out[i] = words[i];
+  } else if (F::kFloatCodes) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = decode_e4m3(words[2 * slab + i / 2] >> (i % 2 * 16));
   } else if (F::kBits == 8) {
     const __half2 base = __float2half2_rn(F::kSigned ? 1152.f : 1024.f);
 #pragma unroll

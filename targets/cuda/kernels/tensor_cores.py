@@ -182,6 +182,7 @@ def _format(fmt: WeightFormat) -> str:
     scale = NAMES[fmt.scale_dtype]
     least = str(fmt.has_min).lower()
     numbers = f"{fmt.bits}, {signed}, {fmt.zero_point}, {scale}, {fmt.group}, {least}"
+    numbers += ", true" if fmt.float_codes else ""
     return f"llmc::Format<{kind}, {numbers}>"
 
 
