@@ -506,8 +506,20 @@ struct Attention {
                                                       const char* values) {
     const unsigned long long b = describe(values, 128, kStride);
 #pragma unroll
-    for (int k = 0; k < kTiles / 2; ++k)
-      multiply_group<true, true>(sums[0], weights[k], b + k * 16, Float());
+    for (int k = 0; k < kTiles / 2; ++k) weigh_columns<0>(sums, weights[k], b + k * 16);
+  }
+
+  // 16 positions of the features from 8 * kColumn on, as many at a time as an instruction takes.
+  template <int kColumn>
+  static __device__ __forceinline__ void weigh_columns(Sums& sums, const u32 (&weights)[4],
+                                                       unsigned long long values) {
+    if constexpr (kColumn < kColumns) {
+      const int kLeft = kColumns - kColumn;
+      const int kWidth = kLeft >= 16 ? 16 : kLeft >= 8 ? 8 : kLeft >= 4 ? 4 : 2;
+      float(&part)[kWidth][4] = *reinterpret_cast<float(*)[kWidth][4]>(&sums[0][kColumn]);
+      multiply_group<true, true>(part, weights, values + kColumn * (kStride >> 4), Float());
+      weigh_columns<kColumn + kWidth>(sums, weights, values);
+    }
   }
 
   // Keeps reads of sums behind the wait for them.

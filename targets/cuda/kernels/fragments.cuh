@@ -62,11 +62,15 @@ __device__ __forceinline__ unsigned long long describe(const char* at, int along
 // The rows are in shared memory, or are fragments as mma's; columns may be read transposed.
 #define LLMC_4(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define LLMC_16(d, j) LLMC_4(d, j), LLMC_4(d, j + 1), LLMC_4(d, j + 2), LLMC_4(d, j + 3)
+#define LLMC_SUMS_16(d) LLMC_4(d, 0), LLMC_4(d, 1)
+#define LLMC_SUMS_32(d) LLMC_16(d, 0)
 #define LLMC_SUMS_64(d) LLMC_16(d, 0), LLMC_16(d, 4)
 #define LLMC_SUMS_128(d) LLMC_SUMS_64(d), LLMC_16(d, 8), LLMC_16(d, 12)
+#define LLMC_TEXT_16 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define LLMC_TEXT_32 LLMC_TEXT_16 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define LLMC_TEXT_64                                                                         \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                   \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+  LLMC_TEXT_32 ", %16, %17, %18, %19, %20, %21, %22, %23, "                                  \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
 #define LLMC_TEXT_128                                                                        \
   LLMC_TEXT_64 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "    \
   "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -88,12 +92,14 @@ __device__ __forceinline__ unsigned long long describe(const char* at, int along
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)kAdd),       \
                    "n"((int)kTransposed));                                                   \
   }
-LLMC_MULTIPLY_GROUP(64, half, "f16", "%32, %33, %34", "{%32, %33, %34, %35}, %36, %37, 1, 1, %38")
-LLMC_MULTIPLY_GROUP(128, half, "f16", "%64, %65, %66", "{%64, %65, %66, %67}, %68, %69, 1, 1, %70")
-LLMC_MULTIPLY_GROUP(64, __nv_bfloat16, "bf16", "%32, %33, %34",
-                    "{%32, %33, %34, %35}, %36, %37, 1, 1, %38")
-LLMC_MULTIPLY_GROUP(128, __nv_bfloat16, "bf16", "%64, %65, %66",
-                    "{%64, %65, %66, %67}, %68, %69, 1, 1, %70")
+#define LLMC_MULTIPLY_GROUPS(N, SHARED, HELD)                \
+  LLMC_MULTIPLY_GROUP(N, half, "f16", SHARED, HELD)          \
+  LLMC_MULTIPLY_GROUP(N, __nv_bfloat16, "bf16", SHARED, HELD)
+LLMC_MULTIPLY_GROUPS(16, "%8, %9, %10", "{%8, %9, %10, %11}, %12, %13, 1, 1, %14")
+LLMC_MULTIPLY_GROUPS(32, "%16, %17, %18", "{%16, %17, %18, %19}, %20, %21, 1, 1, %22")
+LLMC_MULTIPLY_GROUPS(64, "%32, %33, %34", "{%32, %33, %34, %35}, %36, %37, 1, 1, %38")
+LLMC_MULTIPLY_GROUPS(128, "%64, %65, %66", "{%64, %65, %66, %67}, %68, %69, 1, 1, %70")
+#undef LLMC_MULTIPLY_GROUPS
 #undef LLMC_MULTIPLY_GROUP
 
 __device__ __forceinline__ void begin_groups() {
