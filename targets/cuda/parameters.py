@@ -103,29 +103,25 @@ PLANS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlashPlan:
-    """Tiles of 16 * row_tiles rows a warp, in blocks of positions.
-
-    hold keeps queries in registers. group_positions, where it is not 0, are what groups of four
-    warps walk on Hopper in place of `positions`.
+    """Tiles of 16 rows a warp over blocks of positions: group_positions at a time where groups of
+    four warps multiply together (sm_90), positions elsewhere.
     """
 
     warps: int
-    row_tiles: int = 1
     positions: int = 64
     stages: int = 2  # blocks of keys and values in shared memory
-    hold: bool = True
-    group_positions: int = 0
+    group_positions: int = 64
 
     def __post_init__(self) -> None:
+        assert self.warps % 4 == 0, self
         assert self.positions % 16 == 0, self
         assert self.stages >= 2, self
-        assert not self.group_positions or (self.warps % 4, self.row_tiles) == (0, 1), self
-        assert self.group_positions in (0, 64, 128), self
+        assert self.group_positions in (16, 32, 64, 128), self
 
     @property
     def rows(self) -> int:
         """Rows of a tile."""
-        return 16 * self.row_tiles * self.warps
+        return 16 * self.warps
 
     @property
     def threads(self) -> int:
@@ -134,13 +130,14 @@ class FlashPlan:
 
 
 FLASH_PLANS = (
-    (64, 64, FlashPlan(warps=8, hold=False, group_positions=64)),
-    (128, 128, FlashPlan(warps=12, hold=False, group_positions=64)),
-    (128, 128, FlashPlan(warps=8, group_positions=64)),
-    (192, 128, FlashPlan(warps=8, hold=False, group_positions=64)),
-    (192, 192, FlashPlan(warps=8, positions=32, hold=False)),
-    (256, 256, FlashPlan(warps=8, positions=32, hold=False)),
-    (256, 256, FlashPlan(warps=4, positions=32, hold=False)),
+    (96, 96, FlashPlan(warps=8)),
+    (128, 128, FlashPlan(warps=12)),
+    (128, 128, FlashPlan(warps=8)),
+    (192, 192, FlashPlan(warps=8, positions=32)),
+    (192, 192, FlashPlan(warps=8, positions=32, group_positions=32)),
+    (256, 256, FlashPlan(warps=8, positions=32)),
+    (256, 256, FlashPlan(warps=8, positions=32, group_positions=32)),
+    (256, 256, FlashPlan(warps=4, positions=32, group_positions=32)),
 )
 """Most features of keys and of values; the first plan serves that finds its shared memory."""
 

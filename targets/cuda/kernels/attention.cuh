@@ -94,32 +94,30 @@ __device__ __forceinline__ TileOfBatch find_tile(const Batch& batch, int tile) {
   return {-1, 0};
 }
 
-// kD features of keys and kDv of values, kHeads query heads to each of kKvHeads. Each of kWarps has
-// 16 * kRowTiles rows. kHold: queries stay in registers. On Hopper (sm_90a), groups of four warps
-// with a row tile each take wgmma, kGroupPositions at a time, where that is not 0.
+// kD features of keys and kDv of values, kHeads query heads to each of kKvHeads; 16 rows a warp. On
+// Hopper (sm_90a) groups of four warps take wgmma, kGroupPositions at a time.
 template <typename Float_, int kD, int kDv, int kHeads, int kKvHeads, int kPage, int kWarps,
-          int kRowTiles, int kPositions, int kStages, bool kHold_, int kGroupPositions>
+          int kPositions, int kStages, int kGroupPositions>
 struct Attention {
   typedef Float_ Float;
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  static const bool kGroups = kGroupPositions > 0;
+  static const bool kGroups = true;
 #else
   static const bool kGroups = false;
 #endif
-  static const bool kHold = kHold_ && !kGroups;
-  static const int kThreads = 32 * kWarps, kWarpRows = 16 * kRowTiles, kRows = kWarps * kWarpRows;
+  static const int kThreads = 32 * kWarps, kWarpRows = 16, kRows = kWarps * kWarpRows;
   static const int kBlock = kGroups ? kGroupPositions : kPositions;
   static const int kGroupHeads = kHeads, kPages = kBlock / kPage;
   static const int kSteps = kD / 16, kTiles = kBlock / 8, kColumns = kDv / 8;
   // From a chunk to the next.
   static const int kQueryStride = (kRows + 1) * 16, kStride = (kBlock + 1) * 16;
-  static const int kQueryBytes = kHold ? 0 : kD / 8 * kQueryStride;
+  static const int kQueryBytes = kD / 8 * kQueryStride;
   static const int kKeyBytes = kD / 8 * kStride, kValueBytes = kDv / 8 * kStride;
   static const int kStageBytes = kKeyBytes + kValueBytes;
   static const int kTables = kGroups ? 3 : kStages;  // blocks whose pages are known
   static const int kTableBytes = (kTables * kPages * 4 + 15) / 16 * 16;
-  typedef float Scores[kRowTiles][kTiles][4];
-  typedef float Sums[kRowTiles][kColumns][4];
+  typedef float Scores[kTiles][4];
+  typedef float Sums[kColumns][4];
 
   // The block's part of the batch.
   const Batch& batch;
@@ -134,7 +132,7 @@ struct Attention {
 
   // A row's highest score and, of what the thread has seen, the weights' sum.
   struct Softmax {
-    float highest[kRowTiles][2], totals[kRowTiles][2];
+    float highest[2], totals[2];
   };
 
   __device__ __forceinline__ Attention(const Batch& b, const Rule& r, const TileOfBatch& found,
@@ -204,139 +202,101 @@ struct Attention {
     }
   }
 
-  template <typename Data>
-  __device__ __forceinline__ void hold_queries(const Data* q,
-                                               u32 (&held)[kRowTiles][kSteps][4]) const {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int half_tile = 0; half_tile < 2; ++half_tile) {
-        const Data* from = query(q, warp_row + i * 16 + half_tile * 8 + g) + 2 * t;
-#pragma unroll
-        for (int part = 0; part < 2 * kSteps; ++part)
-          held[i][part / 2][part % 2 * 2 + half_tile] =
-              pack((float)from[part * 8], (float)from[part * 8 + 1], Float());
-      }
-  }
-
-  // scores[row][position] of a warp's rows.
-  __device__ __forceinline__ void score(Scores& scores,
-                                        const u32 (&held)[kRowTiles][kHold ? kSteps : 1][4],
-                                        const char* queries, const char* keys) const {
+  // scores[position] += queries * keys, of the warp's rows.
+  __device__ __forceinline__ void score(Scores& scores, const char* queries,
+                                        const char* keys) const {
     const int lane = threadIdx.x % 32;
     // Keys: matrices are 8 positions by 8 features, features first, then positions.
     const char* key = keys + lane / 8 % 2 * kStride + (lane / 16 * 8 + lane % 8) * 16;
     const char* row = queries + lane / 16 * kQueryStride + (warp_row + lane % 16) * 16;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      u32 a[kRowTiles][4];
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        if (kHold) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) a[i][e] = held[i][kHold ? k : 0][e];
-        } else {
-          load_matrices(a[i], row + 2 * k * kQueryStride + i * 256);
-        }
-      }
+      u32 a[4];
+      load_matrices(a, row + 2 * k * kQueryStride);
 #pragma unroll
       for (int j = 0; j < kTiles; j += 2) {
         u32 b[4];
         load_matrices(b, key + 2 * k * kStride + j * 128);
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          mma(scores[i][j], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1], Float());
-          mma(scores[i][j + 1], a[i][0], a[i][1], a[i][2], a[i][3], b[2], b[3], Float());
-        }
+        mma(scores[j], a[0], a[1], a[2], a[3], b[0], b[1], Float());
+        mma(scores[j + 1], a[0], a[1], a[2], a[3], b[2], b[3], Float());
       }
     }
   }
 
-  // sums[row][feature] += weights * values.
-  __device__ __forceinline__ void weigh(Sums& sums,
-                                        const Scores& weights,
+  // sums[feature] += weights * values, of the warp's rows.
+  __device__ __forceinline__ void weigh(Sums& sums, const Scores& weights,
                                         const char* values) const {
     const int lane = threadIdx.x % 32;
     const char* value = values + lane / 16 * kStride + lane % 16 * 16;
 #pragma unroll
     for (int k = 0; k < kTiles; k += 2) {
-      u32 a[kRowTiles][4];
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) fragment(a[i], weights[i], k);
+      u32 a[4];
+      fragment(a, weights, k);
 #pragma unroll
       for (int j = 0; j < kColumns; j += 2) {
         u32 b[4];
         load_transposed(b, value + j * kStride + k * 128);
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          mma(sums[i][j], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1], Float());
-          mma(sums[i][j + 1], a[i][0], a[i][1], a[i][2], a[i][3], b[2], b[3], Float());
-        }
+        mma(sums[j], a[0], a[1], a[2], a[3], b[0], b[1], Float());
+        mma(sums[j + 1], a[0], a[1], a[2], a[3], b[2], b[3], Float());
       }
     }
   }
 
   // Scores of the block of positions `from` on become weights, powers of two of their distance to
   // the row's highest; `factors` is what earlier sums are worth.
-  __device__ __forceinline__ void soften(Scores& scores, Softmax& rows,
-                                         float (&factors)[kRowTiles][2], int from) const {
+  __device__ __forceinline__ void soften(Scores& scores, Softmax& rows, float (&factors)[2],
+                                         int from) const {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     if (rule.softcap != 0.f) {
       // tanh(u) = 1 - 2 / (exp2(2 u log2 e) + 1) is right at both ends: exp2 is 0 or infinite.
 #pragma unroll
-      for (int n = 0; n < kRowTiles * kTiles * 4; ++n) {
-        float& score = scores[n / (kTiles * 4)][n / 4 % kTiles][n % 4];
+      for (int n = 0; n < kTiles * 4; ++n) {
+        float& score = scores[n / 4][n % 4];
         const float power = power_of_two(score * (2 * kLog2e * rule.scale / rule.softcap));
         score = rule.softcap - __fdividef(2 * rule.softcap, power + 1);
       }
     }
     if (from + kBlock - 1 > row_position || (rule.window && from <= last_position - rule.window)) {
 #pragma unroll
-      for (int n = 0; n < kRowTiles * kTiles * 4; ++n) {
-        const int i = n / (kTiles * 4), j = n / 4 % kTiles, e = n % 4;
-        const int limit = base + (first + warp_row + i * 16 + e / 2 * 8 + g) / kHeads;
-        const int position = from + j * 8 + t * 2 + e % 2;
+      for (int n = 0; n < kTiles * 4; ++n) {
+        const int limit = base + (first + warp_row + n % 4 / 2 * 8 + g) / kHeads;
+        const int position = from + n / 4 * 8 + t * 2 + n % 2;
         if (position > limit || (rule.window && position <= limit - rule.window))
-          scores[i][j][e] = -INFINITY;
+          scores[n / 4][n % 4] = -INFINITY;
       }
     }
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
+    for (int half_tile = 0; half_tile < 2; ++half_tile) {
+      float top = rows.highest[half_tile];
 #pragma unroll
-      for (int half_tile = 0; half_tile < 2; ++half_tile) {
-        float top = rows.highest[i][half_tile];
+      for (int j = 0; j < kTiles; ++j)
+        top = fmaxf(top, fmaxf(scores[j][2 * half_tile], scores[j][2 * half_tile + 1]));
+      top = largest_of_quad(top);
+      // A row that has seen nothing yet: its weights are zeros, not powers of NaN.
+      const float above = top == -INFINITY ? 0.f : top * rule.unit();
+      const float factor = power_of_two(rows.highest[half_tile] * rule.unit() - above);
+      factors[half_tile] = factor;
+      rows.highest[half_tile] = top;
+      float total = rows.totals[half_tile] * factor;
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j)
-          top = fmaxf(top, fmaxf(scores[i][j][2 * half_tile], scores[i][j][2 * half_tile + 1]));
-        top = largest_of_quad(top);
-        // A row that has seen nothing yet: its weights are zeros, not powers of NaN.
-        const float above = top == -INFINITY ? 0.f : top * rule.unit();
-        const float factor = power_of_two(rows.highest[i][half_tile] * rule.unit() - above);
-        factors[i][half_tile] = factor;
-        rows.highest[i][half_tile] = top;
-        float total = rows.totals[i][half_tile] * factor;
+      for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& weight = scores[i][j][2 * half_tile + e];
-            weight = power_of_two(weight * rule.unit() - above);
-            total += weight;
-          }
-        rows.totals[i][half_tile] = total;
-      }
+        for (int e = 0; e < 2; ++e) {
+          float& weight = scores[j][2 * half_tile + e];
+          weight = power_of_two(weight * rule.unit() - above);
+          total += weight;
+        }
+      rows.totals[half_tile] = total;
+    }
   }
 
-  static __device__ __forceinline__ void rescale(Sums& sums, const float (&factors)[kRowTiles][2]) {
+  static __device__ __forceinline__ void rescale(Sums& sums, const float (&factors)[2]) {
 #pragma unroll
-    for (int n = 0; n < kRowTiles * kColumns * 4; ++n)
-      sums[n / (kColumns * 4)][n / 4 % kColumns][n % 4] *= factors[n / (kColumns * 4)][n % 4 / 2];
+    for (int n = 0; n < kColumns * 4; ++n) sums[n / 4][n % 4] *= factors[n % 4 / 2];
   }
 
   // A block's weights for positions 8k ... 8k + 15 as the left operand.
-  static __device__ __forceinline__ void fragment(u32 (&a)[4], const float (&weights)[kTiles][4],
-                                                  int k) {
+  static __device__ __forceinline__ void fragment(u32 (&a)[4], const Scores& weights, int k) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float* from = weights[k + e / 2] + e % 2 * 2;
@@ -350,27 +310,25 @@ struct Attention {
                                          Data* out) const {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int half_tile = 0; half_tile < 2; ++half_tile) {
-        const int row = first + warp_row + i * 16 + half_tile * 8 + g;
-        float weight = sum_of_quad(rows.totals[i][half_tile]), factor = 1.f;
-        if (row >= total) continue;
-        const int head = kv_head * kHeads + row % kHeads;
-        if (sinks) {
-          const float top = rows.highest[i][half_tile] * rule.unit();
-          const float sink = (float)sinks[head] * kLog2e, above = fmaxf(top, sink);
-          factor = power_of_two(top - above);
-          weight = weight * factor + power_of_two(sink - above);
-        }
-        factor /= weight;
-        const int token = batch.q_starts[sequence] + row / kHeads;
-        Data* to = out + ((size_t)token * kKvHeads * kHeads + head) * kDv + 2 * t;
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j)
-          store(to + j * 8, sums[i][j][2 * half_tile] * factor,
-                sums[i][j][2 * half_tile + 1] * factor);
+    for (int half_tile = 0; half_tile < 2; ++half_tile) {
+      const int row = first + warp_row + half_tile * 8 + g;
+      float weight = sum_of_quad(rows.totals[half_tile]), factor = 1.f;
+      if (row >= total) continue;
+      const int head = kv_head * kHeads + row % kHeads;
+      if (sinks) {
+        const float top = rows.highest[half_tile] * rule.unit();
+        const float sink = (float)sinks[head] * kLog2e, above = fmaxf(top, sink);
+        factor = power_of_two(top - above);
+        weight = weight * factor + power_of_two(sink - above);
       }
+      factor /= weight;
+      const int token = batch.q_starts[sequence] + row / kHeads;
+      Data* to = out + ((size_t)token * kKvHeads * kHeads + head) * kDv + 2 * t;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+        store(to + j * 8, sums[j][2 * half_tile] * factor,
+              sums[j][2 * half_tile + 1] * factor);
+    }
   }
 
   // By mma.sync: kStages blocks of keys and values in shared memory.
@@ -386,11 +344,7 @@ struct Attention {
       load_values(i, table + i * kPages, stages + i * kStageBytes + kKeyBytes);
       commit();
     }
-    u32 held[kRowTiles][kHold ? kSteps : 1][4];
-    if constexpr (kHold)
-      hold_queries(q, held);
-    else
-      share_queries(q, queries);
+    share_queries(q, queries);
     int next_page = threadIdx.x < kPages ? page(kStages * kPages + threadIdx.x) : 0;
     int read = 0, write = kStages - 1;
     for (int step = 0; step < steps; ++step) {
@@ -412,8 +366,8 @@ struct Attention {
       if (from > last_position || (rule.window && from + kBlock <= row_position - rule.window + 1))
         continue;  // nothing that the warp sees
       Scores scores = {};
-      float factors[kRowTiles][2];
-      score(scores, held, queries, stage);
+      float factors[2];
+      score(scores, queries, stage);
       soften(scores, rows, factors, from);
       rescale(sums, factors);
       weigh(sums, scores, stage + kKeyBytes);
@@ -426,7 +380,7 @@ struct Attention {
   template <typename Data>
   __device__ __forceinline__ void run_groups(const Data* q, Sums& sums, Softmax& rows,
                                              char* shared) const {
-    static_assert(kRowTiles == 1 && kWarps % 4 == 0, "a group has 64 rows");
+    static_assert(kWarps % 4 == 0, "a group has four warps");
     int* table = reinterpret_cast<int*>(shared);
     char* queries = shared + kTableBytes;
     char* keys = queries + kQueryBytes;
@@ -440,19 +394,19 @@ struct Attention {
     commit();
     int next_page = threadIdx.x < kPages ? page(3 * kPages + threadIdx.x) : 0;
     Scores scores;
-    float factors[1][2];
+    float factors[2];
     u32 weights[kTiles / 2][4];
     wait<1>();
     publish();
     __syncthreads();
     begin_groups();
-    score_groups(scores[0], mine, keys);
+    score_groups(scores, mine, keys);
     commit_groups();
     wait_groups<0>();
-    settle(scores[0]);
+    settle(scores);
     soften(scores, rows, factors, start);
 #pragma unroll
-    for (int k = 0; k < kTiles; k += 2) fragment(weights[k / 2], scores[0], k);
+    for (int k = 0; k < kTiles; k += 2) fragment(weights[k / 2], scores, k);
     int step = 0;
     for (; step + 1 < steps; ++step) {
       wait<0>();
@@ -468,18 +422,18 @@ struct Attention {
         next_page = page((step + 4) * kPages + threadIdx.x);
       }
       begin_groups();
-      score_groups(scores[0], mine, keys + (1 - odd) * kKeyBytes);
+      score_groups(scores, mine, keys + (1 - odd) * kKeyBytes);
       commit_groups();
       weigh_groups(sums, weights, values + odd * kValueBytes);
       commit_groups();
       wait_groups<1>();
-      settle(scores[0]);
+      settle(scores);
       soften(scores, rows, factors, start + (step + 1) * kBlock);
       wait_groups<0>();
-      settle(sums[0]);
+      settle(sums);
       rescale(sums, factors);
 #pragma unroll
-      for (int k = 0; k < kTiles; k += 2) fragment(weights[k / 2], scores[0], k);
+      for (int k = 0; k < kTiles; k += 2) fragment(weights[k / 2], scores, k);
     }
     wait<0>();
     publish();
@@ -488,11 +442,11 @@ struct Attention {
     weigh_groups(sums, weights, values + step % 2 * kValueBytes);
     commit_groups();
     wait_groups<0>();
-    settle(sums[0]);
+    settle(sums);
   }
 
-  static __device__ __forceinline__ void score_groups(float (&scores)[kTiles][4],
-                                                      const char* queries, const char* keys) {
+  static __device__ __forceinline__ void score_groups(Scores& scores, const char* queries,
+                                                      const char* keys) {
     const unsigned long long a = describe(queries, kQueryStride, 128);
     const unsigned long long b = describe(keys, kStride, 128);
     multiply_group<false>(scores, a, b, Float());
@@ -516,7 +470,7 @@ struct Attention {
     if constexpr (kColumn < kColumns) {
       const int kLeft = kColumns - kColumn;
       const int kWidth = kLeft >= 16 ? 16 : kLeft >= 8 ? 8 : kLeft >= 4 ? 4 : 2;
-      float(&part)[kWidth][4] = *reinterpret_cast<float(*)[kWidth][4]>(&sums[0][kColumn]);
+      float(&part)[kWidth][4] = *reinterpret_cast<float(*)[kWidth][4]>(&sums[kColumn]);
       multiply_group<true, true>(part, weights, values + kColumn * (kStride >> 4), Float());
       weigh_columns<kColumn + kWidth>(sums, weights, values);
     }
@@ -537,14 +491,7 @@ struct Attention {
     for (int i = threadIdx.x; i < kTables * kPages; i += kThreads) table[i] = page(i);
     __syncthreads();
     Sums sums = {};
-    Softmax rows;
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int half_tile = 0; half_tile < 2; ++half_tile) {
-        rows.highest[i][half_tile] = -INFINITY;
-        rows.totals[i][half_tile] = 0.f;
-      }
+    Softmax rows = {{-INFINITY, -INFINITY}, {0.f, 0.f}};
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     if constexpr (kGroups)
       run_groups(q, sums, rows, shared);

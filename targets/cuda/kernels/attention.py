@@ -20,18 +20,21 @@ from llmc.targets.gpu.layout import ceildiv
 Expr = Any
 
 _FLOATS = {"float16": "half", "uint16": "__nv_bfloat16"}
+_MATRIX = 8  # positions that ldmatrix takes from a chunk
 _FRAGMENT = 16  # features, rows, positions of an mma
-_GROUP_COLUMNS = (64, 128)  # of values, that wgmma is spelled out for
 
 
 def flash_plan(
     head_dim: int, v_head_dim: int, page_size: int, kv_dtype: str, shared_bytes: int
 ) -> FlashPlan | None:
     """How blocks with so much shared memory are used; None where tensor cores do not fit."""
-    if kv_dtype not in _FLOATS or head_dim % _FRAGMENT or v_head_dim % _FRAGMENT:
+    if kv_dtype not in _FLOATS or any(n % _FRAGMENT for n in (head_dim, v_head_dim)):
+        return None
+    if page_size % _MATRIX:
         return None
     for keys, values, plan in FLASH_PLANS:
-        if head_dim > keys or v_head_dim > values or plan.positions % page_size or page_size % 8:
+        blocks = (plan.positions, plan.group_positions)
+        if head_dim > keys or v_head_dim > values or any(n % page_size for n in blocks):
             continue
         if flash_bytes(head_dim, v_head_dim, page_size, plan) <= shared_bytes:
             return plan
@@ -41,15 +44,11 @@ def flash_plan(
 def flash_bytes(head_dim: int, v_head_dim: int, page_size: int, plan: FlashPlan) -> int:
     """Shared memory of a block, where it takes most; attention.cuh divides it."""
     chunks, queries = (head_dim + v_head_dim) // 8, head_dim // 8 * (plan.rows + 1) * 16
-    walks = [(plan.positions, plan.stages, plan.stages, 0 if plan.hold else queries)]
-    groups = _group_positions(v_head_dim, plan)
-    if groups:
-        walks.append((groups, 2, 3, queries))
-    return max(
+    walks = ((plan.positions, plan.stages, plan.stages), (plan.group_positions, 2, 3))
+    return queries + max(
         ceildiv(tables * (positions // page_size) * 4, 16) * 16
-        + own
         + stages * chunks * (positions + 1) * 16
-        for positions, stages, tables, own in walks
+        for positions, stages, tables in walks
     )
 
 
@@ -83,17 +82,12 @@ def flash(shape: Shape, inputs: Inputs, plan: FlashPlan) -> None:
         )
 
 
-def _group_positions(v_head_dim: int, plan: FlashPlan) -> int:
-    return plan.group_positions if v_head_dim in _GROUP_COLUMNS else 0
-
-
 def _name(shape: Shape, inputs: Inputs, plan: FlashPlan) -> str:
     """The device function with its template's arguments."""
     heads = (shape.head_dim, shape.v_head_dim, shape.heads, shape.num_kv_heads, shape.page_size)
-    tiles = (plan.warps, plan.row_tiles, plan.positions, plan.stages)
+    tiles = (plan.warps, plan.positions, plan.stages, plan.group_positions)
     numbers = ", ".join(str(n) for n in (*heads, *tiles))
-    hold, groups = str(plan.hold).lower(), _group_positions(shape.v_head_dim, plan)
-    kind = f"llmc::Attention<{_FLOATS[shape.kv.dtype]}, {numbers}, {hold}, {groups}>"
+    kind = f"llmc::Attention<{_FLOATS[shape.kv.dtype]}, {numbers}>"
     data = NAMES[str(inputs.out.ty.dtype)]
     sink = "float" if inputs.sinks is None else NAMES[str(inputs.sinks.ty.dtype)]
     return f"llmc::attend<{kind}, {str(inputs.sinks is not None).lower()}, {data}, {sink}>"
