@@ -68,6 +68,17 @@ def test_every_kernel_multiplies_on_tensor_cores_and_keeps_to_registers(architec
     assert any("LDGSTS" in text for text in products.values())
 
 
+@needs_nvcc
+def test_fp8_weights_become_float16_by_the_chips_own_conversion(tmp_path):
+    code = machine_code({"fp8": product(FORMATS["fp8"], 4096, 4096)}, "sm_90")
+    products = [t for n, t in sass_by_kernel(code, tmp_path).items() if not n.endswith("_kernel")]
+    assert len(products) == len(PLANS[8].kernels)
+    for text in products:
+        assert "F2FP.F16.E4M3.UNPACK_B" in text
+        assert "HMMA.16816.F32 " in text
+        assert not re.search(r"\b(STL|LDL)\b", text)
+
+
 @pytest.mark.parametrize("fmt", HALVES, ids=lambda f: f.name)
 def test_tiles_fit_the_shared_memory_of_every_architecture(fmt):
     for step in PLANS[fmt.bits].kernels:
