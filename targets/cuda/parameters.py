@@ -141,5 +141,7 @@ FLASH_PLANS = (
 )
 """Most features of keys and of values; the first plan serves that finds its shared memory."""
 
-SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
-"""Shared memory that a block may have."""
+SHARED_KIB = {"sm_80": 99, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+"""Shared memory that a block may have on every device that runs the architecture's machine code:
+that of sm_80, which has 163 KiB, runs on sm_86 and sm_89 too.
+"""

@@ -211,6 +211,10 @@ def test_where_there_is_room_heads_of_128_get_larger_tiles():
     assert rows == {99: 128, 163: 192}
 
 
+def test_code_of_an_architecture_keeps_to_the_memory_of_all_that_run_it():
+    assert SHARED_KIB["sm_80"] == min(SHARED_KIB[name] for name in ("sm_86", "sm_89"))
+
+
 @needs_nvcc
 @pytest.mark.parametrize(
     ("change", "rule"),
