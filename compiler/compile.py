@@ -91,7 +91,7 @@ def compile_model(
             f"unknown KV type {kv_name!r}", hint=f"choose one of {', '.join(KV_DTYPES)}"
         )
     device = open_target(target)
-    scheme = scheme.resolved(target, device.narrow_products)
+    scheme = scheme.resolved(target, device.narrow_products, device.lacking_formats)
     with timer.phase("open"):
         model = _open(str(source))
         windows = None if text is None else calibration.windows_of(model, text)

@@ -33,6 +33,8 @@ _DIVISORS = {
     4: (7.0, 8.0, 5.0, 6.0, 6.5, 7.25, 7.5, 7.75, 8.25, 8.5, 8.75, 9.0, 9.5, 10.0, 11.0, 12.0),
     8: (127.0, 128.0, 129.5, 132.0, 136.0, 141.0, 149.0, 159.0),
 }
+# An octave: what the steps of e4m3 are relative to.
+_FLOAT_DIVISORS = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
 _SPAN_DIVISORS = (15.0, 14.0, 14.5, 15.5, 16.0, 16.75, 17.5, 18.5, 20.0)
 _CLIPPED_BELOW = (0.0, 0.5, 1.0)
 """Shares of what a span divisor clips that are taken from the lower end."""
@@ -56,11 +58,16 @@ class Grid:
         return Grid(format=self.format, scales=self.scales[chosen], mins=mins)
 
     def nearest(self, grouped: Float32) -> Float32:
-        """Nearest codes of values `[M, groups, group]`, whole numbers, signed where symmetric."""
+        """Nearest codes of values `[M, groups, group]`: whole numbers, signed where symmetric, or
+        those of e4m3.
+        """
         lowest, highest = code_range(self.format)
         inverse = np.divide(1, self.scales, out=np.zeros_like(self.scales), where=self.scales != 0)
         codes = grouped if self.mins is None else grouped - self.mins[:, :, None]
         codes = codes * inverse[:, :, None]
+        if self.format.float_codes:
+            np.clip(codes, lowest, highest, out=codes)
+            return codes.astype(self.format.code_dtype).astype(np.float32)
         np.rint(codes, out=codes)
         return np.clip(codes, lowest, highest, out=codes)
 
@@ -84,6 +91,8 @@ class Grid:
 
 def code_range(fmt: WeightFormat) -> tuple[int, int]:
     """Smallest and largest code, before a zero point is added."""
+    if fmt.float_codes:
+        return -448, 448
     if fmt.has_min:
         return 0, (1 << fmt.bits) - 1
     return -(1 << (fmt.bits - 1)), (1 << (fmt.bits - 1)) - 1
@@ -190,7 +199,7 @@ def _candidates(values: Float32, fmt: WeightFormat) -> Iterator[Grid]:
     at = np.abs(values).argmax(axis=2)
     extreme = np.take_along_axis(values, at[:, :, None], axis=2)[:, :, 0]
     _check_finite(extreme)
-    for divisor in _DIVISORS[fmt.bits]:
+    for divisor in _FLOAT_DIVISORS if fmt.float_codes else _DIVISORS[fmt.bits]:
         yield Grid(format=fmt, scales=_rounded(-extreme / np.float32(divisor), fmt), mins=None)
 
 

@@ -33,11 +33,19 @@ class Scheme:
     max_mean_abs: float  # what verify accepts, mean over positions, in nats
     max_abs: float  # of any position
 
-    def resolved(self, target: str, narrow_products: frozenset[str]) -> Scheme:
-        """The scheme on a target; raises UnsupportedError for int8 where it has no such products.
+    def resolved(
+        self, target: str, narrow_products: frozenset[str], lacking: frozenset[str] = frozenset()
+    ) -> Scheme:
+        """The scheme on a target; raises UnsupportedError for int8 where it has no such products,
+        and for formats that are `lacking` there.
 
         A scheme with the target's best activations becomes the one that names them.
         """
+        if self.matrices in lacking:
+            raise UnsupportedError(
+                f"{self.name}: {target} has no products of {self.matrices} weights",
+                hint="choose w8a16, which is as small and more exact",
+            )
         if self.activations == "best":
             return SCHEMES[f"{self.name}-a8" if "int8" in narrow_products else f"{self.name}-a16"]
         if self.activations == "int8" and "int8" not in narrow_products:
@@ -99,6 +107,7 @@ SCHEMES: dict[str, Scheme] = {
         _scheme("bf16", "bf16", "bf16", fallback="bf16", activations="bfloat16"),
         _scheme("f16", "f16", "f16", fallback="f16"),
         _scheme("w8a16", "w8", "w8"),
+        _scheme("fp8", "fp8", "w8"),
         _scheme("w4a16-g32", "w4-g32", "w8"),
         _scheme("w4a16-g64", "w4-g64", "w8"),
         _scheme("w4a16-g128", "w4-g128", "w8"),

@@ -5,7 +5,8 @@ group of consecutive input features,
 
     w[m, k] = code[m, k] · scale[m, k // group] + min[m, k // group]
 
-with signed codes and no minimum where the format is symmetric. Every GGUF block format is affine in
+with signed codes and no minimum where the format is symmetric. Codes of fp8 are small floats (e4m3:
+"FP8 Formats for Deep Learning", Micikevicius et al., 2022). Every GGUF block format is affine in
 this sense: the K types' scales are products of a small whole number for each group and a float16
 for each super-block, which float32 holds exactly (11-bit times at most 8-bit mantissas).
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import ml_dtypes  # noqa: F401  (NumPy knows float8_e4m3fn by it)
 import numpy as np
 import numpy.typing as npt
 
@@ -46,6 +48,7 @@ class WeightFormat:
     has_min: bool = False
     sub_scales: SubScales | None = None
     codebook: tuple[int, ...] | None = None  # codes are among these, and stored as indices
+    float_codes: bool = False  # codes are e4m3 numbers
 
     @property
     def is_float(self) -> bool:
@@ -60,14 +63,16 @@ class WeightFormat:
     @property
     def code_dtype(self) -> str:
         """Of unpacked codes: 4-bit codes and codes above a minimum are unsigned."""
+        if self.float_codes:
+            return "float8_e4m3fn"
         return "uint8" if self.bits == 4 or self.has_min else "int8"
 
     @property
     def zero_code(self) -> int:
-        """What is added to a code to make it unsigned; 0 above a minimum."""
+        """What is added to a code to store it unsigned in `code_bits`; 0 above a minimum."""
         if self.codebook is not None:
             return 128
-        return 0 if self.has_min or self.is_float else 1 << (self.code_bits - 1)
+        return 0 if self.has_min or self.is_float or self.float_codes else 1 << (self.code_bits - 1)
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -123,6 +128,7 @@ FORMATS: dict[str, WeightFormat] = {
         _float("bf16", 16, "bfloat16"),
         _float("f16", 16, "float16"),
         _affine("w8", 8, 0, "float32"),
+        replace(_affine("fp8", 8, 0, "float32"), float_codes=True),
         _affine("w4-g32", 4, 32),
         _affine("w4-g64", 4, 64),
         _affine("w4-g128", 4, 128),

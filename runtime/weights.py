@@ -36,14 +36,17 @@ def random_tensors(manifest: Manifest, tensor: Callable[[npt.NDArray[Any]], Any]
 
 def _random(weight: WeightTensor, generator: np.random.Generator) -> npt.NDArray[Any]:
     dtype = np.dtype(weight.dtype)
-    if dtype.kind in "iu" and weight.format != "bf16":
+    if dtype.kind in "iu" and weight.format not in ("bf16", "f16"):
         data = generator.integers(0, 256, weight.num_bytes, np.uint8)
+        if weight.format == "fp8":
+            data &= np.uint8(0xF7)  # no code is NaN
         return data.view(dtype).reshape(weight.shape)
     # Large matrices repeat: drawing billions of numbers would take minutes.
     count = weight.num_bytes // dtype.itemsize
     values = generator.standard_normal(min(count, 1 << 20), np.float32) * np.float32(0.02)
-    if dtype.kind in "iu":  # bfloat16's bits
-        values = (values.view(np.uint32) >> 16).astype(np.uint16).view(dtype)
+    if dtype.kind in "iu":  # the bits of 16-bit floats
+        upper = (values.view(np.uint32) >> 16).astype(np.uint16)
+        values = (upper if weight.format == "bf16" else values.astype(np.float16)).view(dtype)
     return np.resize(values.astype(dtype), weight.shape)
 
 

@@ -99,6 +99,7 @@ class Target(Protocol):
     layout: str
     page_size: int
     narrow_products: frozenset[str]  # of int8 and bfloat16: what it multiplies faster than float32
+    lacking_formats: frozenset[str]  # names of weight formats that its kernels do not decode
     few_tokens: int  # largest T of the entry point for small batches
     pass_config: dict[str, object]
     kernel_rules: Sequence[tuple[str, KernelRule]]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import re
-from pathlib import Path
 
+from llmc.cuda_toolkit import CUDART, find_cudart
 from llmc.errors import ArtifactError, CapacityError, LlmcError, UsageError
 from llmc.runtime import tvm_runtime
 from llmc.runtime.devices.cuda_graph import CudaGraphs
 
 _DRIVER_HINT = "install NVIDIA's driver 580 or newer"
 _CUDART_HINT = 'pip install "llmc[cuda]" brings libcudart'
-_CUDART = "libcudart.so.13"
 # tvm::runtime::DeviceAttrKind
 _EXISTS, _COMPUTE_VERSION, _AVAILABLE_GLOBAL_MEMORY = 0, 4, 15
 # Features of artifacts: the oldest architecture that they hold code for.
@@ -89,13 +87,10 @@ def _attribute(index: int, kind: int) -> object:
 
 
 def _load_cudart() -> ctypes.CDLL:
-    """From PyPI's package if it is there, else where the linker finds it."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [] if spec is None else [Path(p) for p in spec.submodule_search_locations or ()]
-    places = [str(f / "cu13" / "lib" / _CUDART) for f in folders]
-    for place in [*(p for p in places if Path(p).exists()), _CUDART]:
-        try:
-            return ctypes.CDLL(place, ctypes.RTLD_GLOBAL)
-        except OSError:
-            continue
-    raise ArtifactError(f"{_CUDART} was not found", hint=_CUDART_HINT)
+    library = find_cudart()
+    if library is None:
+        raise ArtifactError(f"{CUDART} was not found", hint=_CUDART_HINT)
+    try:
+        return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    except OSError as exc:
+        raise ArtifactError(f"{library} does not load: {exc}", hint=_CUDART_HINT) from exc

@@ -11,7 +11,7 @@ import tvm
 
 from llmc.cpu_features import host_features
 from llmc.errors import UsageError
-from llmc.formats import WeightFormat
+from llmc.formats import FORMATS, WeightFormat
 from llmc.targets.base import ActivationBlocks, Array, KernelRule, Matrix, PackedPart, ScheduleRule
 from llmc.targets.cpu import layout
 from llmc.targets.cpu.kernels.integer import activation_block, sum_factor, unit_of
@@ -115,6 +115,7 @@ class CpuTarget:
         self._parameters = parameters_for(self.isa)
         narrow = {"int8": self._parameters.integer, "bfloat16": self._parameters.bfloat16}
         self.narrow_products = frozenset(name for name, has in narrow.items() if has is not None)
+        self.lacking_formats = frozenset(f.name for f in FORMATS.values() if f.float_codes)
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = kernel_rules(
             self._parameters, self.few_tokens
         )

@@ -1,4 +1,4 @@
-"""The tunable numbers of products on tensor cores, by how many tokens there are."""
+"""The tunable numbers of kernels on tensor cores: of products and of attention."""
 
 from __future__ import annotations
 
@@ -99,3 +99,49 @@ PLANS = {
     ),
 }
 """The plan by the bits of a weight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlashPlan:
+    """Tiles of 16 rows a warp over blocks of positions: group_positions at a time where groups of
+    four warps multiply together (sm_90), positions elsewhere.
+    """
+
+    warps: int
+    positions: int = 64
+    stages: int = 2  # blocks of keys and values in shared memory
+    group_positions: int = 64
+
+    def __post_init__(self) -> None:
+        assert self.warps % 4 == 0, self
+        assert self.positions % 16 == 0, self
+        assert self.stages >= 2, self
+        assert self.group_positions in (16, 32, 64, 128), self
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return 16 * self.warps
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+
+FLASH_PLANS = (
+    (96, 96, FlashPlan(warps=8)),
+    (128, 128, FlashPlan(warps=12)),
+    (128, 128, FlashPlan(warps=8)),
+    (192, 192, FlashPlan(warps=8, positions=32)),
+    (192, 192, FlashPlan(warps=8, positions=32, group_positions=32)),
+    (256, 256, FlashPlan(warps=8, positions=32)),
+    (256, 256, FlashPlan(warps=8, positions=32, group_positions=32)),
+    (256, 256, FlashPlan(warps=4, positions=32, group_positions=32)),
+)
+"""Most features of keys and of values; the first plan serves that finds its shared memory."""
+
+SHARED_KIB = {"sm_80": 99, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+"""Shared memory that a block may have on every device that runs the architecture's machine code:
+that of sm_80, which has 163 KiB, runs on sm_86 and sm_89 too.
+"""

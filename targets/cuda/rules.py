@@ -1,20 +1,27 @@
-"""What CUDA has in front of the kernels of all GPUs: products on tensor cores."""
+"""What CUDA has in front of the kernels of all GPUs: products and attention on tensor cores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from llmc import dialect
 from llmc.formats import FORMATS
 from llmc.targets.base import Kernel, KernelRule, Site
+from llmc.targets.cuda.kernels.attention import flash, flash_plan
 from llmc.targets.cuda.kernels.tensor_cores import linear_tensor_cores, multiplies
 from llmc.targets.cuda.parameters import PLANS
 from llmc.targets.gpu.parameters import GpuParameters
-from llmc.targets.gpu.rules import kernel_rules
+from llmc.targets.gpu.rules import attention_kernel, kernel_rules
 
 
-def cuda_rules(parameters: GpuParameters, few_tokens: int) -> Sequence[tuple[str, KernelRule]]:
-    """The rules in the order they are tried; entry points of `few_tokens` keep the shared ones."""
+def cuda_rules(
+    parameters: GpuParameters, few_tokens: int, shared_bytes: int
+) -> Sequence[tuple[str, KernelRule]]:
+    """The rules in the order they are tried; products of `few_tokens` keep the shared ones.
+
+    A block of attention may have `shared_bytes` of shared memory.
+    """
 
     def tensor_cores(site: Site) -> Kernel | None:
         if not isinstance(site.op, dialect.Linear):
@@ -23,7 +30,17 @@ def cuda_rules(parameters: GpuParameters, few_tokens: int) -> Sequence[tuple[str
             return None
         return _linear(site, site.op)
 
-    return [("cuda.tensor_cores", tensor_cores), *kernel_rules(parameters, few_tokens)]
+    def attention(site: Site) -> Kernel | None:
+        if not isinstance(site.op, dialect.PagedAttention) or site.tokens == 1:
+            return None
+        head_dim, kv_dtype = site.extents("query")[3], str(site.types["k_pages"].dtype)
+        plan = flash_plan(head_dim, site.op.v_head_dim, site.page_size, kv_dtype, shared_bytes)
+        if plan is None or site.op.scale <= 0:  # the highest product is the highest score
+            return None
+        return attention_kernel(site, parameters, partial(flash, plan=plan))
+
+    own = [("cuda.tensor_cores", tensor_cores), ("cuda.attention", attention)]
+    return [*own, *kernel_rules(parameters, few_tokens)]
 
 
 def _linear(site: Site, op: dialect.Linear) -> Kernel | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llmc.targets.cuda.toolkit import NVCC_HINT, find_cudart, find_tool, has_driver
+from llmc.cuda_toolkit import CUDART, find_cudart
+from llmc.targets.cuda.toolkit import NVCC_HINT, find_tool, has_driver
 from llmc.targets.status import Lack
 
 
@@ -12,7 +13,7 @@ def lacks() -> list[Lack]:
     if find_tool("nvcc") is None:
         found.append(Lack(reason="compiling kernels needs nvcc", hint=NVCC_HINT, run=False))
     if find_cudart() is None:
-        found.append(Lack(reason="libcudart.so.13 was not found", hint=NVCC_HINT))
+        found.append(Lack(reason=f"{CUDART} was not found", hint=NVCC_HINT))
     if not has_driver():
         found.append(
             Lack(

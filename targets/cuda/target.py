@@ -14,6 +14,7 @@ from llmc.errors import UsageError
 from llmc.targets.base import KernelRule, ScheduleRule
 from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.target import TRIPLES
+from llmc.targets.cuda.parameters import SHARED_KIB
 from llmc.targets.cuda.rules import cuda_rules
 from llmc.targets.cuda.toolkit import compile_cuda, load_cuda_runtime
 from llmc.targets.gpu.parameters import (
@@ -65,7 +66,9 @@ class CudaTarget(GpuTarget):
         self.pass_config: dict[str, object] = {}
         features = Features(subgroup=32, max_threads=1024, shared_bytes=49152)
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = cuda_rules(
-            replace(_PARAMETERS, features=features), self.few_tokens
+            replace(_PARAMETERS, features=features),
+            self.few_tokens,
+            min(SHARED_KIB[architecture] for architecture in self.architectures) * 1024,
         )
         self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = schedule_rules(self.tvm_target)
         # TVM asks this function, which is one for the process, for the code of every module.

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import tvm_ffi
 
+from llmc.cuda_toolkit import CUDART, find_cudart, toolkit_folders
 from llmc.device_plugin import cache_folder
 from llmc.errors import CompileError
 from llmc.targets.cpu.link import Platform, build_library, host_machine
 
-_RUNTIME = "libcudart.so.13"  # what TVM's wheel is linked against
 _DRIVER = "libcuda.so.1"
 NVCC_HINT = 'pip install "llmc[cuda]", or install the CUDA toolkit 13.0 and put nvcc on the PATH'
 _TAIL = 800  # characters of a compiler's complaint that are shown
@@ -40,7 +40,7 @@ def find_tool(name: str) -> str | None:
     found = shutil.which(name)
     if found is not None:
         return found
-    places = [folder / "bin" / name for folder in _folders()]
+    places = [folder / "bin" / name for folder in toolkit_folders()]
     return next((str(place) for place in places if place.exists()), None)
 
 
@@ -87,9 +87,7 @@ def load_cuda_runtime() -> None:
         _load(_stub_driver())
     runtime = find_cudart()
     if runtime is None:
-        raise CompileError(
-            f"building for CUDA needs {_RUNTIME}, which was not found", hint=NVCC_HINT
-        )
+        raise CompileError(f"building for CUDA needs {CUDART}, which was not found", hint=NVCC_HINT)
     _load(runtime)
     spec = importlib.util.find_spec("tvm")
     assert spec is not None, "tvm is a dependency of this package"
@@ -104,26 +102,6 @@ def has_driver() -> bool:
     except OSError:
         return False
     return True
-
-
-def find_cudart() -> str | Path | None:
-    """libcudart: of PyPI's package, of the toolkit beside nvcc, or where the linker finds it."""
-    for folder in _folders():
-        for place in ("lib", "lib64"):
-            if (folder / place / _RUNTIME).exists():
-                return folder / place / _RUNTIME
-    try:
-        ctypes.CDLL(_RUNTIME)
-    except OSError:
-        return None
-    return _RUNTIME
-
-
-def _folders() -> list[Path]:
-    """Where PyPI's packages of the CUDA toolkit, and its own installer, put their files."""
-    spec = importlib.util.find_spec("nvidia")
-    packages = [] if spec is None else spec.submodule_search_locations or []
-    return [*(Path(folder) / "cu13" for folder in packages), *Path("/usr/local").glob("cuda-13*")]
 
 
 def _load(library: str | Path) -> None:

@@ -13,7 +13,8 @@ word are those of features 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits up, so th
     f32        values    [panels, ceil(K / 4), 32, 4]      float32
     f16        values    [panels, ceil(K / 8), 32, 4]      int32 (even feature in the low half)
     bf16       values    [panels, ceil(K / 8), 32, 4]      int32 (even feature in the low half)
-    8 bit      codes     [panels, ceil(K / 16), 32, 4]     int32 (signed bytes where symmetric)
+    8 bit      codes     [panels, ceil(K / 16), 32, 4]     int32 (signed bytes where symmetric, or
+                                                           e4m3 numbers)
     4 bit      codes     [panels, ceil(K / 32), 32, 4]     int32
     affine     scales    [panels, groups, 32]              the format's scale_dtype
                mins      the same, where has_min

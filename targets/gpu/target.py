@@ -17,6 +17,7 @@ class GpuTarget:
     page_size = 16
     few_tokens = 8
     narrow_products: frozenset[str] = frozenset()
+    lacking_formats: frozenset[str] = frozenset()
 
     def key_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
         """`[Kv, elements]`."""

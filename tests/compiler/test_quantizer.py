@@ -72,6 +72,22 @@ def test_values_on_the_code_grid_come_back_exactly(name):
     np.testing.assert_array_equal(quantize(values, fmt).dequantize(), values)
 
 
+def test_fp8_rounds_to_the_nearest_of_its_numbers_and_no_worse_than_with_the_largest_at_its_top():
+    fmt, values = FORMATS["fp8"], weights()
+    matrix = quantize(values, fmt)
+    ratio = np.abs(values / matrix.scales)
+    # Three bits of mantissa; below 2^-6 steps of 2^-9. The very largest may be clipped.
+    step = np.maximum(2.0 ** (np.floor(np.log2(np.maximum(ratio, 1e-9))) - 3), 2.0**-9)
+    inside = ratio <= 448
+    assert inside.mean() > 0.99
+    error = np.abs(values - matrix.dequantize()) / np.abs(matrix.scales)
+    assert (error[inside] <= 0.5 * step[inside] * (1 + 1e-4)).all()
+    top = np.abs(values).max(axis=1, keepdims=True) / np.float32(448)
+    plain = (values / top).astype(fmt.code_dtype).astype(np.float32) * top
+    found = squared_error(values, matrix.dequantize(), fmt)
+    assert (found <= squared_error(values, plain, fmt) * (1 + 1e-4)).all()
+
+
 @pytest.mark.parametrize("name", [*SCHEMES, *WITH_MINIMUM])
 def test_groups_of_zeros_stay_zero(name):
     values = weights()

@@ -1,7 +1,7 @@
 import pytest
 
 from llmc.compiler.schemes import KV_DTYPES, SCHEMES, scheme_of
-from llmc.errors import UsageError
+from llmc.errors import UnsupportedError, UsageError
 from llmc.formats import FORMATS
 
 
@@ -22,6 +22,13 @@ def test_an_unknown_scheme_is_refused_with_those_that_exist():
     with pytest.raises(UsageError, match="unknown quantization 'w3a16'") as raised:
         scheme_of("w3a16")
     assert "w4a16-g128" in str(raised.value)
+
+
+def test_what_a_target_lacks_is_refused_with_what_serves_as_well():
+    with pytest.raises(UnsupportedError, match="fp8: cpu has no products of fp8") as raised:
+        scheme_of("fp8").resolved("cpu", frozenset(), frozenset({"fp8"}))
+    assert "w8a16" in (raised.value.hint or "")
+    assert scheme_of("fp8").resolved("cuda", frozenset()).matrices == "fp8"
 
 
 def test_a_group_that_does_not_divide_the_features_falls_back():

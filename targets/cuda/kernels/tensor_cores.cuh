@@ -13,21 +13,17 @@
 // of the core matrices that it reads from shared memory, and so are eight tokens of x16.
 #ifndef LLMC_TENSOR_CORES
 #define LLMC_TENSOR_CORES
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 namespace llmc {
 
-typedef unsigned int u32;
-
 // How a weight is stored; group 0 is a scale for the whole row, applied to the sums.
 template <typename Float_, int kBits_, bool kSigned_, int kZero_, typename Scale_, int kGroup_,
-          bool kMin_>
+          bool kMin_, bool kFloatCodes_ = false>
 struct Format {
   typedef Float_ Float;
   typedef Scale_ Scale;
   static const int kBits = kBits_, kZero = kZero_, kGroup = kGroup_;
-  static const bool kSigned = kSigned_, kMin = kMin_;
+  static const bool kSigned = kSigned_, kMin = kMin_, kFloatCodes = kFloatCodes_;
   static const bool kScaled = kBits < 16 && kGroup > 0;
   static const bool kRowScale = kBits < 16 && kGroup == 0;
   static const int kChunk = 128 / kBits;  // features
@@ -65,46 +61,6 @@ struct Epilogue {
   }
 };
 
-__device__ __forceinline__ u32 pack(float a, float b, half) {
-  const float top = 65504.f;  // a float16 that is too large would become an infinity
-  __half2 h = __floats2half2_rn(fminf(fmaxf(a, -top), top), fminf(fmaxf(b, -top), top));
-  return *reinterpret_cast<u32*>(&h);
-}
-__device__ __forceinline__ u32 pack(float a, float b, __nv_bfloat16) {
-  __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<u32*>(&h);
-}
-
-__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,
-                                    half) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,
-                                    __nv_bfloat16) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// 16 bytes to shared memory; zeros where `valid` is false.
-__device__ __forceinline__ void copy16(void* to, const void* from, bool valid) {
-  const u32 address = (u32)__cvta_generic_to_shared(to);
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 __device__ __forceinline__ __half2 as_half2(u32 bits) { return *reinterpret_cast<__half2*>(&bits); }
 __device__ __forceinline__ u32 as_bits(__half2 h) { return *reinterpret_cast<u32*>(&h); }
 
@@ -124,6 +80,20 @@ __device__ __forceinline__ u32 weigh(__half2 code, const Scales<F>& s, int slab)
                          : __hmul2(code, s.scale[part]));
 }
 
+// Two e4m3 numbers, of the lower half of `pair`, as float16.
+__device__ __forceinline__ u32 decode_e4m3(u32 pair) {
+#if __CUDA_ARCH__ >= 890
+  u32 both;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(both) : "h"((unsigned short)pair));
+  return both;
+#else
+  // With its bits at the float16's, whose exponent's bias is 8 more.
+  const u32 up = __byte_perm(pair, 0, 0x1404);
+  const u32 bits = (up & 0x80008000u) | (up & 0x7f007f00u) >> 1;
+  return as_bits(__hmul2(as_half2(bits), __float2half2_rn(256.f)));
+#endif
+}
+
 // The 8 weights of a slab that a chunk holds, as four pairs. Or-ed into the mantissa of 1024, a code
 // becomes a float16 without a conversion.
 template <class F>
@@ -133,6 +103,9 @@ __device__ __forceinline__ void decode(const uint4& chunk, const Scales<F>& s, i
   if (F::kBits == 16) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) out[i] = words[i];
+  } else if (F::kFloatCodes) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = decode_e4m3(words[2 * slab + i / 2] >> (i % 2 * 16));
   } else if (F::kBits == 8) {
     const __half2 base = __float2half2_rn(F::kSigned ? 1152.f : 1024.f);
 #pragma unroll
@@ -293,75 +266,6 @@ __device__ __forceinline__ void few(const Matrix& w, const void* x16, int padded
   }
 }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// A matrix in shared memory for wgmma: chunks `rows` apart of eight rows at a time, not swizzled.
-__device__ __forceinline__ unsigned long long describe(const char* at, int rows) {
-  const unsigned long long start = ((u32)__cvta_generic_to_shared(at) & 0x3ffffu) >> 4;
-  return start | (unsigned long long)rows << 16 | (unsigned long long)(128 >> 4) << 32;
-}
-
-// 64 rows by 128 tokens of 16 features.
-__device__ __forceinline__ void multiply_group(float (&d)[64], unsigned long long a,
-                                               unsigned long long b, half) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, 1, 1, 1, 0, 0;"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
-          "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
-          "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),
-          "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
-          "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
-          "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-          "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),
-          "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-          "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]),
-          "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
-          "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-        : "l"(a), "l"(b));
-}
-__device__ __forceinline__ void multiply_group(float (&d)[64], unsigned long long a,
-                                               unsigned long long b, __nv_bfloat16) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, 1, 1, 1, 0, 0;"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
-          "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
-          "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),
-          "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
-          "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
-          "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-          "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),
-          "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-          "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]),
-          "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
-          "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-        : "l"(a), "l"(b));
-}
-#else
-__device__ __forceinline__ unsigned long long describe(const char*, int) { return 0; }
-template <typename Float>
-__device__ __forceinline__ void multiply_group(float (&)[64], unsigned long long,
-                                               unsigned long long, Float) {}
-#endif
-
 // Many tokens: a tile of kRows by kTokens a block, of kWarpRows by kWarpTokens a warp, kDepth
 // superblocks of it at a time in one of kStages parts of shared memory, filled in the background.
 template <class F, int kRows, int kTokens, int kWarpRows, int kWarpTokens, int kDepth, int kStages>
@@ -479,13 +383,14 @@ struct Tile {
     }
   }
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   // 128 threads make 64 rows of all tokens; the products of a step run while the next is awaited.
   template <typename Data, typename Vector>
   static __device__ __forceinline__ void run_groups(const Matrix& w, const void* x16, int padded,
                                                     const Epilogue<Data, Vector>& out,
                                                     int first_row, int first_token, char* shared) {
     const int steps = (w.chunks + 4 * kDepth - 1) / (4 * kDepth), group = threadIdx.x / 128;
-    float sums[64] = {};
+    float sums[16][4] = {};
 #pragma unroll
     for (int i = 0; i < kStages - kLag; ++i) {
       if (i < steps) load(w, x16, padded, first_row, first_token, i, shared + i * kStageBytes);
@@ -494,31 +399,32 @@ struct Tile {
     int read = 0, write = kStages - kLag;
     for (int step = 0; step < steps; ++step) {
       wait<kStages - kLag - 1>();
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      publish();
       __syncthreads();
       const char* stage = shared + read * kStageBytes;
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+      begin_groups();
 #pragma unroll
       for (int c = 0; c < kDepth * 4; c += 2)
-        multiply_group(sums, describe(stage + (c * kRows + group * 64) * 16, kRows),
-                       describe(stage + kCodeBytes + c * kTokens * 16, kTokens),
+        multiply_group(sums, describe(stage + (c * kRows + group * 64) * 16, kRows * 16, 128),
+                       describe(stage + kCodeBytes + c * kTokens * 16, kTokens * 16, 128),
                        typename F::Float());
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      commit_groups();
       const int next = step + kStages - kLag;
       if (next < steps)
         load(w, x16, padded, first_row, first_token, next, shared + write * kStageBytes);
       commit();
-      asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLag - 1) : "memory");
+      wait_groups<kLag - 1>();
       read = read + 1 == kStages ? 0 : read + 1;
       write = write + 1 == kStages ? 0 : write + 1;
     }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    wait_groups<0>();
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int row = first_row + threadIdx.x / 32 * 16 + g;
 #pragma unroll
     for (int i = 0; i < 64; ++i)
-      out.store(row + i / 2 % 2 * 8, first_token + i / 4 * 8 + t * 2 + i % 2, sums[i]);
+      out.store(row + i / 2 % 2 * 8, first_token + i / 4 * 8 + t * 2 + i % 2, sums[i / 4][i % 4]);
   }
+#endif
 
   // Steps that a stage stays in use after its own: the products of the last one may still run.
   static const int kLag = kStages > 2 ? 2 : 1;
@@ -528,10 +434,12 @@ struct Tile {
                                              const Epilogue<Data, Vector>& out, int row_tile,
                                              int token_tile, char* shared) {
     const int first_row = row_tile * kRows, first_token = token_tile * kTokens;
-    if (kGroups) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (kGroups) {
       run_groups(w, x16, padded, out, first_row, first_token, shared);
       return;
     }
+#endif
     const int warp = threadIdx.x / 32, kAcross = kRows / kWarpRows;
     const int warp_row = warp % kAcross * kWarpRows, warp_token = warp / kAcross * kWarpTokens;
     const int steps = (w.chunks + 4 * kDepth - 1) / (4 * kDepth);

@@ -8,8 +8,6 @@ of the plan's kernels follows.
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from tvm.backend.cuda.op import cuda_func_call
@@ -17,6 +15,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from llmc.formats import WeightFormat
+from llmc.targets.cuda.kernels.source import NAMES, source
 from llmc.targets.cuda.parameters import FewTokens, ManyTokens, Step, TensorCorePlan
 from llmc.targets.gpu.kernels.block import (
     argument,
@@ -35,7 +34,6 @@ Expr = Any
 _CHUNKS = 4  # of a superblock: one for each thread of a quad
 _SLAB = 32  # features of a superblock that a thread's 16 bytes of activations belong to
 _ARRANGE_THREADS = 256
-_NAMES = {"float32": "float", "float16": "half", "bfloat16": "__nv_bfloat16"}
 
 
 def multiplies(fmt: WeightFormat) -> bool:
@@ -95,7 +93,7 @@ class _Call:
         self.plan = plan
         self.tokens = rows_of(None)
         self._fmt, self._m, self._k = fmt, m, k
-        self._data, self._vector = _NAMES[dtype], _NAMES[vector_dtype]
+        self._data, self._vector = NAMES[dtype], NAMES[vector_dtype]
         self._epilogue = (bias, residual)
         self._x = argument("x", (1, self.tokens, k), dtype)
         self._weights = Weights.arguments(fmt, m, k)
@@ -124,7 +122,7 @@ class _Call:
             name = f"llmc::arrange_activations<{_format(self._fmt)}, {self._data}>"
             arguments = [_start(self._x), _start(self._arranged), _int(self._k)]
             arguments += [_int(n) for n in (self.tokens, self._padded, slab, part)]
-            T.evaluate(cuda_func_call(name, *arguments, source_code=_source()))
+            T.evaluate(cuda_func_call(name, *arguments, source_code=source("tensor_cores")))
 
     def multiply(self, step: Step) -> None:
         """Launches a product on what `arrange` left."""
@@ -142,7 +140,7 @@ class _Call:
                     *(_start(buffer) for buffer in self._buffers()),
                     *(_int(n) for n in (*numbers, *dynamic)),
                     _start(memory),
-                    source_code=_source(),
+                    source_code=source("tensor_cores"),
                 )
             )
 
@@ -179,11 +177,12 @@ def shared_bytes(fmt: WeightFormat, step: Step) -> int:
 
 def _format(fmt: WeightFormat) -> str:
     """The format as a type of tensor_cores.cuh."""
-    kind = _NAMES[fmt.float_dtype or "float16"]
+    kind = NAMES[fmt.float_dtype or "float16"]
     signed = str(fmt.code_dtype == "int8").lower()
-    scale = _NAMES[fmt.scale_dtype]
+    scale = NAMES[fmt.scale_dtype]
     least = str(fmt.has_min).lower()
     numbers = f"{fmt.bits}, {signed}, {fmt.zero_point}, {scale}, {fmt.group}, {least}"
+    numbers += ", true" if fmt.float_codes else ""
     return f"llmc::Format<{kind}, {numbers}>"
 
 
@@ -199,8 +198,3 @@ def _start(buffer: Expr) -> Expr:
 
 def _int(value: int | Expr) -> Expr:
     return T.int32(value) if isinstance(value, int) else T.Cast("int32", value)
-
-
-@cache
-def _source() -> str:
-    return (Path(__file__).parent / "tensor_cores.cuh").read_text(encoding="utf-8")

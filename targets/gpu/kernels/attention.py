@@ -8,6 +8,7 @@ finds nothing to do ends at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -17,12 +18,13 @@ from llmc.errors import UnsupportedError
 from llmc.targets.gpu.kernels.attention_decode import decode
 from llmc.targets.gpu.kernels.attention_inputs import Inputs, Shape
 from llmc.targets.gpu.kernels.attention_plans import DecodePlan, TilePlan
-from llmc.targets.gpu.kernels.attention_tile import prefill
+from llmc.targets.gpu.kernels.attention_tile import prefill as tiles
 from llmc.targets.gpu.kernels.block import argument, i64, kernel, rows_of, size_var
 from llmc.targets.gpu.kernels.kv_pages import kv_type
 from llmc.targets.gpu.parameters import GpuParameters
 
 Expr = Any
+Prefill = Callable[[Shape, Inputs], None]
 
 
 def paged_attention(
@@ -43,13 +45,15 @@ def paged_attention(
     dtype: str,
     sink_dtype: str,
     params: GpuParameters,
+    prefill: Prefill | None = None,
 ) -> PrimFunc:
     """Attention of new tokens over their sequences' pages, causal.
 
     Buffers in order: q `[1, T, H, D]`, q_starts `[S+1]` i32, kv_lens `[S]` i32, block_tables
     `[G, S, B]` i32, k_pages and v_pages `[P, Kv, elements]` (kv_dtype, see kv_pages.py), sinks
     `[H]` (only with `sinks`), out `[1, T, H, Dv]`; q and out are of `dtype`. docs/shapes.md
-    explains the ragged batch; rows from `q_starts[S]` on are not written.
+    explains the ragged batch; rows from `q_starts[S]` on are not written. `prefill` emits the
+    launch for sequences with several new tokens, if not the one of attention_tile.py.
 
     A position i sees j with i - window < j <= i; pages wholly outside are not read, nor are their
     table entries. `softcap` replaces a score s by softcap · tanh(s / softcap). A sink is one more
@@ -89,6 +93,8 @@ def paged_attention(
             out=argument("out", (1, rows, num_heads, v_head_dim), dtype),
         )
         decode(shape, inputs, DecodePlan.of(shape, params.attention, params.features))
-        if tokens != 1:
-            prefill(shape, inputs, TilePlan.of(shape, params.attention, params.features))
+        if tokens != 1 and prefill is not None:
+            prefill(shape, inputs)
+        elif tokens != 1:
+            tiles(shape, inputs, TilePlan.of(shape, params.attention, params.features))
     return built.func

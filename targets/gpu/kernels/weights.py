@@ -77,7 +77,8 @@ class Weights:
         for part in range(per_chunk):
             group = first + i64(part)
             place = (panel, group, lane) if expert is None else (expert, panel, group, lane)
-            scale = T.Bind(to_f32(self.buffers[1][place]))
+            scale = to_f32(self.buffers[1][place])
+            scale = T.Bind(scale * f32(256) if self.fmt.float_codes else scale)
             scales.append(scale)
             if self.fmt.has_min:
                 offsets.append(T.Bind(to_f32(self.buffers[2][place])))
@@ -118,14 +119,24 @@ class Chunk:
 
 
 def _code(fmt: WeightFormat, bits: Expr, position: int) -> Expr:
-    """The integer at a position of a word: sign-extended where codes are signed."""
+    """The code at a position of a word: sign-extended where codes are signed."""
     shift = position * fmt.bits
+    if fmt.float_codes:
+        return _float_code(bits, shift)
     if fmt.code_dtype == "int8":
         up = 32 - fmt.bits - shift
         moved = T.shift_left(bits, T.int32(up)) if up else bits
         return T.shift_right(moved, T.int32(32 - fmt.bits))
     moved = T.shift_right(bits, T.int32(shift)) if shift else bits
     return T.bitwise_and(moved, T.int32((1 << fmt.bits) - 1))
+
+
+def _float_code(bits: Expr, shift: int) -> Expr:
+    """256th of an e4m3 number: as a float16 with its bits, whose exponent's bias is 8 more."""
+    moved = T.shift_right(bits, T.int32(shift)) if shift else bits
+    sign = T.shift_left(T.bitwise_and(moved, T.int32(128)), T.int32(8))
+    half = T.bitwise_or(T.shift_left(T.bitwise_and(moved, T.int32(127)), T.int32(7)), sign)
+    return T.reinterpret("float16", T.Cast("uint16", half))
 
 
 def _float_value(fmt: WeightFormat, bits: Expr, position: int) -> Expr:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from matrices import DISTINCT, random_matrix
+from matrices import ON_CPU, random_matrix
 
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.integer import sum_factor, unit_of
 from llmc.targets.cpu.layout import pack
 
-AFFINE = [f for f in DISTINCT if not f.is_float]
+AFFINE = [f for f in ON_CPU if not f.is_float]
 
 TOLERANCE = 2e-6
 """Of Σ|x·w|. Sums of codes are exact; what is rounded are the float32 scalings, one a unit, so the

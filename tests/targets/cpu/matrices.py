@@ -20,7 +20,7 @@ FLOAT_DTYPES = {
 def storage(fmt: WeightFormat) -> tuple[Any, ...]:
     """All that a kernel sees of a format: equal for q4_0 and w4-g32, say."""
     storage = fmt.bits, fmt.code_bits, fmt.float_dtype, fmt.group, fmt.scale_dtype, fmt.has_min
-    return *storage, fmt.sub_scales, fmt.codebook
+    return *storage, fmt.sub_scales, fmt.codebook, fmt.float_codes
 
 
 HOST = str(tvm.target.codegen.llvm_get_system_cpu())
@@ -28,6 +28,7 @@ HOST = str(tvm.target.codegen.llvm_get_system_cpu())
 
 DISTINCT = list({storage(f): f for f in FORMATS.values()}.values())
 """One format of each storage."""
+ON_CPU = [fmt for fmt in DISTINCT if not fmt.float_codes]
 
 
 def random_matrix(
@@ -42,6 +43,9 @@ def random_matrix(
     codes = rng.integers(first, first + (1 << fmt.code_bits), (m, k)).astype(fmt.code_dtype)
     if fmt.codebook is not None:
         codes = rng.choice(np.array(fmt.codebook, fmt.code_dtype), (m, k))
+    if fmt.float_codes:  # every number, the smallest too; 127 and 255 are no numbers
+        bits = rng.integers(0, 127, (m, k)) + 128 * rng.integers(0, 2, (m, k))
+        codes = bits.astype(np.uint8).view(fmt.code_dtype)
     if fmt.sub_scales is None:
         scales = rng.uniform(-0.03, 0.03, shape).astype(fmt.scale_dtype)
         mins = rng.uniform(-0.2, 0.1, shape).astype(fmt.scale_dtype) if fmt.has_min else None

@@ -49,6 +49,10 @@ def test_every_level_has_its_parameters() -> None:
     assert set(ISA_LEVELS) == set(PARAMETERS) == set(MACHINES)
 
 
+def test_no_level_decodes_small_floats() -> None:
+    assert {name for level in ISA_LEVELS for name in CpuTarget(level).lacking_formats} == {"fp8"}
+
+
 def test_all_levels_but_plain_neon_multiply_bytes() -> None:
     with_bytes = {level for level in ISA_LEVELS if "int8" in CpuTarget(level).narrow_products}
     assert with_bytes == set(ISA_LEVELS) - {"neon"}

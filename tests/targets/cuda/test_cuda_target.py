@@ -10,6 +10,7 @@ import pytest
 import tvm
 import tvm_ffi
 
+from llmc.cuda_toolkit import find_cudart
 from llmc.errors import CompileError, UsageError
 from llmc.formats import FORMATS
 from llmc.targets import registry
@@ -20,7 +21,7 @@ from llmc.targets.gpu.kernels.norm import rms_norm
 from llmc.targets.gpu.parameters import Features, GpuParameters
 
 needs_nvcc = pytest.mark.skipif(
-    toolkit.find_tool("cuobjdump") is None or toolkit.find_cudart() is None,
+    toolkit.find_tool("cuobjdump") is None or find_cudart() is None,
     reason=toolkit.NVCC_HINT,
 )
 _FATBIN = bytes.fromhex("50ed55ba")  # the magic number of a fat binary, little-endian

@@ -1,7 +1,6 @@
 """Products on tensor cores: their machine code here, their numbers where there is a GPU."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import tvm
 
 from llmc import dialect
+from llmc.cuda_toolkit import find_cudart
 from llmc.formats import FORMATS
 from llmc.targets.base import Site
 from llmc.targets.cuda import toolkit
@@ -19,10 +19,11 @@ from llmc.targets.cuda.target import CudaTarget
 from llmc.targets.gpu import layout
 
 sys.path.append(str(Path(__file__).parent.parent / "cpu"))
+from cuda_code import machine_code, sass_by_kernel
 from matrices import DISTINCT, random_matrix
 
 needs_nvcc = pytest.mark.skipif(
-    toolkit.find_tool("cuobjdump") is None or toolkit.find_cudart() is None,
+    toolkit.find_tool("cuobjdump") is None or find_cudart() is None,
     reason=toolkit.NVCC_HINT,
 )
 HALVES = [f for f in DISTINCT if f.bits <= 16]
@@ -54,15 +55,7 @@ def product(fmt, m, k, **options):
 def test_every_kernel_multiplies_on_tensor_cores_and_keeps_to_registers(architecture, tmp_path):
     """Fragments come 16 bytes at a time, tiles asynchronously, and nothing is spilled."""
     functions = {f"w{n}": product(FORMATS[n], 4096, 4096) for n in ("bf16", "q4_0", "q6_k")}
-    (tmp_path / "kernels").write_bytes(machine_code(functions, architecture))
-    listing = subprocess.run(
-        [toolkit.find_tool("cuobjdump"), "--dump-sass", "kernels"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    kernels = dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function :|\Z)", listing, re.S))
+    kernels = sass_by_kernel(machine_code(functions, architecture), tmp_path)
     products = {name: text for name, text in kernels.items() if not name.endswith("_kernel")}
     assert len(products) == sum(len(PLANS[bits].kernels) for bits in (16, 4, 8))
     for name, text in products.items():
@@ -75,21 +68,15 @@ def test_every_kernel_multiplies_on_tensor_cores_and_keeps_to_registers(architec
     assert any("LDGSTS" in text for text in products.values())
 
 
-def machine_code(functions, architecture):
-    """The fat binary that the target embeds."""
-    kept = []
-    target = CudaTarget(architecture)
-    compile_cuda = tvm.get_global_func("tvm_callback_cuda_compile")
-
-    def keep(code):
-        kept.append(bytes(compile_cuda(code)))
-        return kept[-1]
-
-    tvm.register_global_func("tvm_callback_cuda_compile", keep, override=True)
-    named = {name: f.with_attr("global_symbol", name) for name, f in functions.items()}
-    tvm.compile(tvm.IRModule(named), target=target.tvm_target)
-    [code] = kept
-    return code
+@needs_nvcc
+def test_fp8_weights_become_float16_by_the_chips_own_conversion(tmp_path):
+    code = machine_code({"fp8": product(FORMATS["fp8"], 4096, 4096)}, "sm_90")
+    products = [t for n, t in sass_by_kernel(code, tmp_path).items() if not n.endswith("_kernel")]
+    assert len(products) == len(PLANS[8].kernels)
+    for text in products:
+        assert "F2FP.F16.E4M3.UNPACK_B" in text
+        assert "HMMA.16816.F32 " in text
+        assert not re.search(r"\b(STL|LDL)\b", text)
 
 
 @pytest.mark.parametrize("fmt", HALVES, ids=lambda f: f.name)

@@ -39,6 +39,8 @@ def value_of(fmt, bits):
         return np.uint32(bits << 16).view(np.float32)
     if fmt.float_dtype == "float16":
         return np.uint16(bits).view(np.float16)
+    if fmt.float_codes:
+        return np.uint8(bits).view(fmt.code_dtype).astype(np.float64)
     if fmt.code_dtype == "int8":
         return np.uint8(bits).view(np.int8)
     return bits - fmt.zero_point
