@@ -39,6 +39,11 @@ TARGETS: dict[str, TargetEntry] = {
             lacks="llmc.targets.cuda.status:lacks",
         ),
         TargetEntry(
+            name="metal",
+            implementation="llmc.targets.metal.target:MetalTarget",
+            lacks="llmc.targets.metal.status:lacks",
+        ),
+        TargetEntry(
             name="vulkan",
             implementation="llmc.targets.vulkan.target:VulkanTarget",
             lacks="llmc.targets.vulkan.status:lacks",

@@ -73,6 +73,11 @@ def link(
     executable.export_library(str(path), fcompile=run)
 
 
+def check_compiler(target: Platform) -> None:
+    """Raises CompileError where no compiler that links for `target` is found."""
+    _compiler(target)
+
+
 def build_library(inputs: list[str], path: Path, target: Platform) -> None:
     """Compiles and links `inputs`, files or options, into the shared library `path`.
 
@@ -107,7 +112,11 @@ def _compiler(target: Platform) -> list[str]:
 
 def _arguments(output: str, inputs: list[str], target: Platform) -> list[str]:
     """Options of any compiler that understands GCC's; warnings are for our own tests."""
-    undefined = ["-undefined", "dynamic_lookup"] if target.system == "Darwin" else []
+    undefined = []
+    if target.system == "Darwin":
+        # A Mach-O library has a name of its own, which would be the build machine's path.
+        name = f"@rpath/{Path(output).name}"
+        undefined = ["-undefined", "dynamic_lookup", f"-Wl,-install_name,{name}"]
     includes = {tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()}
     return [
         *("-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", "-pthread"),

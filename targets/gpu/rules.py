@@ -13,6 +13,7 @@ from llmc.targets.base import Kernel, KernelRule, Site
 from llmc.targets.gpu.kernels.activation import gated_activation
 from llmc.targets.gpu.kernels.attention import Prefill, paged_attention
 from llmc.targets.gpu.kernels.embedding import embedding
+from llmc.targets.gpu.kernels.gemm import MultiplyTile, TileShape, multiply_tile
 from llmc.targets.gpu.kernels.grouped_linear import grouped_linear
 from llmc.targets.gpu.kernels.grouped_tiles import grouped_tiles
 from llmc.targets.gpu.kernels.kv_pages import key_shape, kv_type, value_shape
@@ -68,8 +69,8 @@ def _rules(parameters: GpuParameters) -> list[tuple[str, KernelRule]]:
         return lambda site: rule(site, parameters)
 
     named: list[tuple[str, _Rule]] = [
-        ("gpu.gemm", _linear_many),
-        ("gpu.experts", _grouped_tiles),
+        ("gpu.gemm", lambda site, params: linear_tiles(site, params.gemm)),
+        ("gpu.experts", lambda site, params: expert_tiles(site, params.gemm)),
         ("gpu.attention", attention_kernel),
         ("gpu.embedding", _embedding),
         ("gpu.norm", _norm),
@@ -103,7 +104,10 @@ def _linear_few(site: Site, tokens: int | None, params: GemvParameters) -> Kerne
     return Kernel.of(func, site, ("x", "weight", "bias", "residual"))
 
 
-def _linear_many(site: Site, params: GpuParameters) -> Kernel | None:
+def linear_tiles(
+    site: Site, shape: TileShape, multiply: MultiplyTile = multiply_tile
+) -> Kernel | None:
+    """A projection of many tokens, in tiles of `shape` that `multiply` makes."""
     if not isinstance(site.op, dialect.Linear):
         return None
     m, k = site.extents("weight")
@@ -115,7 +119,8 @@ def _linear_many(site: Site, params: GpuParameters) -> Kernel | None:
         residual="residual" in site.types,
         dtype=_dtype(site, "x"),
         vector_dtype=_dtype(site, "bias"),
-        params=params.gemm,
+        params=shape,
+        multiply=multiply,
     )
     return Kernel.of(func, site, ("x", "weight", "bias", "residual"))
 
@@ -135,7 +140,10 @@ def _grouped_linear(site: Site, params: GpuParameters) -> Kernel | None:
     return Kernel.of(func, site, ("x", "expert_ids", "weight", "bias"))
 
 
-def _grouped_tiles(site: Site, params: GpuParameters) -> Kernel | None:
+def expert_tiles(
+    site: Site, shape: TileShape, multiply: MultiplyTile = multiply_tile
+) -> Kernel | None:
+    """The experts' product of many tokens, likewise."""
     if not isinstance(site.op, dialect.GroupedLinear):
         return None
     func = grouped_tiles(
@@ -144,7 +152,8 @@ def _grouped_tiles(site: Site, params: GpuParameters) -> Kernel | None:
         bias="bias" in site.types,
         dtype=_dtype(site, "x"),
         vector_dtype=_dtype(site, "bias"),
-        params=params.gemm,
+        params=shape,
+        multiply=multiply,
     )
     return Kernel.of(func, site, ("x", "expert_ids", "weight", "bias"))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tvm.script.ir_builder import tirx as T
 
@@ -48,6 +48,22 @@ class TileWork:
     thread: Expr
 
 
+class TileShape(Protocol):
+    """What of a tile's parameters matters to the launch."""
+
+    @property
+    def rows(self) -> int:
+        """Output rows of a block, a multiple of a panel's."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a block."""
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+
+
 def multiply_tile(weights: Weights, work: TileWork, params: GemmParameters) -> None:
     """Emits the block's products; every thread has to come here."""
     depth = max(params.depth, weights.features)
@@ -77,6 +93,10 @@ def multiply_tile(weights: Weights, work: TileWork, params: GemmParameters) -> N
             for token in range(params.thread_tokens):
                 number = T.Bind(token_thread * i64(params.thread_tokens) + i64(token))
                 work.store(number, output, sums[i64(row), i64(token)])
+
+
+MultiplyTile = Callable[[Weights, TileWork, Any], None]
+"""A function like `multiply_tile`, on parameters of its own that are a TileShape."""
 
 
 def _shares(total: int, threads: int, thread: Expr, body: Callable[[Expr], None]) -> None:

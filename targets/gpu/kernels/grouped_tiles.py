@@ -32,7 +32,6 @@ from llmc.targets.gpu.kernels.block import (
 )
 from llmc.targets.gpu.kernels.weights import Weights
 from llmc.targets.gpu.layout import ceildiv
-from llmc.targets.gpu.parameters import GemmParameters
 
 Expr = Any
 SORT_THREADS = 32
@@ -49,12 +48,14 @@ def grouped_tiles(
     bias: bool,
     dtype: str,
     vector_dtype: str,
-    params: GemmParameters,
+    params: gemm.TileShape,
+    multiply: gemm.MultiplyTile = gemm.multiply_tile,
 ) -> PrimFunc:
     """The product with `num_experts` matrices `[m, k]` for any number of tokens.
 
-    Ids have to be in 0 … num_experts - 1: a choice of another expert is not computed. Raises
-    CompileError where the format cannot hold k features.
+    Ids have to be in 0 … num_experts - 1: a choice of another expert is not computed. `multiply`
+    emits a block's products, by `params`. Raises CompileError where the format cannot hold k
+    features.
     """
     with kernel("grouped_tiles") as built:
         rows = size_var("num_tokens")
@@ -102,7 +103,7 @@ def grouped_tiles(
                     first_row=T.Bind(block * i64(params.rows)),
                     thread=thread,
                 )
-                gemm.multiply_tile(weights, work, params)
+                multiply(weights, work, params)
     return built.func
 
 

@@ -25,7 +25,7 @@ from llmc.targets.gpu.kernels.block import (
 )
 from llmc.targets.gpu.kernels.weights import Weights
 from llmc.targets.gpu.layout import PANEL, ceildiv
-from llmc.targets.gpu.parameters import GemmParameters, GemvParameters
+from llmc.targets.gpu.parameters import GemvParameters
 
 Expr = Any
 
@@ -110,11 +110,13 @@ def linear_many(
     residual: bool,
     dtype: str,
     vector_dtype: str,
-    params: GemmParameters,
+    params: gemm.TileShape,
+    multiply: gemm.MultiplyTile = gemm.multiply_tile,
 ) -> PrimFunc:
     """The product for many tokens; right for any number.
 
-    Raises CompileError where the format cannot hold k features.
+    `multiply` emits a block's products, by `params`. Raises CompileError where the format cannot
+    hold k features.
     """
     with kernel("linear_many") as built:
         args = _Arguments(fmt, m, k, None, bias, residual, dtype, vector_dtype)
@@ -130,5 +132,5 @@ def linear_many(
                 first_row=T.Bind(block * i64(params.rows)),
                 thread=thread,
             )
-            gemm.multiply_tile(args.weights, work, params)
+            multiply(args.weights, work, params)
     return built.func
