@@ -39,6 +39,11 @@ TARGETS: dict[str, TargetEntry] = {
             lacks="llmc.targets.cuda.status:lacks",
         ),
         TargetEntry(
+            name="rocm",
+            implementation="llmc.targets.rocm.target:RocmTarget",
+            lacks="llmc.targets.rocm.status:lacks",
+        ),
+        TargetEntry(
             name="vulkan",
             implementation="llmc.targets.vulkan.target:VulkanTarget",
             lacks="llmc.targets.vulkan.status:lacks",

@@ -10,9 +10,15 @@ from llmc.errors import ArtifactError, UsageError
 from llmc.runtime.devices.cpu import Cpu
 from llmc.runtime.devices.cuda import Cuda
 from llmc.runtime.devices.device import Device
+from llmc.runtime.devices.rocm import Rocm
 from llmc.runtime.devices.vulkan import Vulkan
 
-DEVICES: dict[str, Device] = {"cpu": Cpu(), "cuda": Cuda(), "vulkan": Vulkan()}
+DEVICES: dict[str, Device] = {
+    "cpu": Cpu(),
+    "cuda": Cuda(),
+    "rocm": Rocm(),
+    "vulkan": Vulkan(),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

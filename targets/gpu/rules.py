@@ -14,7 +14,7 @@ from llmc.targets.gpu.kernels.activation import gated_activation
 from llmc.targets.gpu.kernels.attention import paged_attention
 from llmc.targets.gpu.kernels.embedding import embedding
 from llmc.targets.gpu.kernels.grouped_linear import grouped_linear
-from llmc.targets.gpu.kernels.grouped_tiles import grouped_tiles
+from llmc.targets.gpu.kernels.grouped_tiles import FloatTile, Tile, grouped_tiles
 from llmc.targets.gpu.kernels.kv_pages import key_shape, kv_type, value_shape
 from llmc.targets.gpu.kernels.kv_write import kv_write, rope, rope_kv_write
 from llmc.targets.gpu.kernels.linear import linear_few, linear_many
@@ -138,13 +138,18 @@ def _grouped_linear(site: Site, params: GpuParameters) -> Kernel | None:
 def _grouped_tiles(site: Site, params: GpuParameters) -> Kernel | None:
     if not isinstance(site.op, dialect.GroupedLinear):
         return None
+    return grouped_kernel(site, FloatTile(params.gemm))
+
+
+def grouped_kernel(site: Site, tile: Tile) -> Kernel:
+    """The experts' product of many tokens by `tile`."""
     func = grouped_tiles(
         *_experts(site),
         per_token_input=_serves_all_choices(site),
         bias="bias" in site.types,
         dtype=_dtype(site, "x"),
         vector_dtype=_dtype(site, "bias"),
-        params=params.gemm,
+        tile=tile,
     )
     return Kernel.of(func, site, ("x", "expert_ids", "weight", "bias"))
 

@@ -11,7 +11,6 @@ The module's bytes, little-endian, as plugin/module.cc reads them (`str` is u32 
 
 from __future__ import annotations
 
-import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +18,7 @@ import tvm
 import tvm_ffi
 
 from llmc.device_plugin import load_plugin
+from llmc.targets.gpu.module_bytes import string, strings, u32
 from llmc.targets.vulkan.glsl_kernel import Kernel, print_kernel
 from llmc.targets.vulkan.spirv import compile_glsl
 
@@ -33,12 +33,10 @@ _LIMITS = {  # names of limits that the runtime knows, smallest first
 }
 _NUM_TOOLS = 2  # processes of glslang at a time
 
-
 def register() -> None:
     """Makes TVM build for Vulkan with this module; loads the plug-in that runs the result."""
     load_plugin("vulkan")
     tvm_ffi.register_global_func("target.build.vulkan", build, override=True)
-
 
 def build(mod: tvm.IRModule, target: tvm.target.Target) -> tvm_ffi.Module:
     """The module of the device functions `mod`; raises CompileError."""
@@ -46,24 +44,22 @@ def build(mod: tvm.IRModule, target: tvm.target.Target) -> tvm_ffi.Module:
     load = tvm_ffi.get_global_func("ffi.Module.load_from_bytes.vulkan")
     return load(module_bytes(kernels))
 
-
 def module_bytes(kernels: list[Kernel]) -> bytes:
     """The kernels compiled, in the format that the module's docstring gives."""
     with ThreadPoolExecutor(_NUM_TOOLS) as pool:
         codes = list(pool.map(lambda k: compile_glsl(k.name, k.source), kernels))
-    out = [MAGIC, _u32(len(kernels))]
+    out = [MAGIC, u32(len(kernels))]
     for kernel, code in zip(kernels, codes, strict=True):
         flags = FOLDS_X * kernel.folds_x + ARGUMENTS_IN_BUFFER * kernel.in_buffer
         out += [
-            _string(kernel.name.encode()),
-            _strings(kernel.arguments),
-            _strings(kernel.launch),
-            _u32(flags, *kernel.workgroup, zlib.crc32(code)),
-            _string(code),
+            string(kernel.name.encode()),
+            strings(kernel.arguments),
+            strings(kernel.launch),
+            u32(flags, *kernel.workgroup, zlib.crc32(code)),
+            string(code),
         ]
-    out.append(_strings(sorted(required_features(kernels))))
+    out.append(strings(sorted(required_features(kernels))))
     return b"".join(out)
-
 
 def required_features(kernels: list[Kernel]) -> set[str]:
     """What a device needs to run all of `kernels`, by the names that the runtime knows."""
@@ -74,19 +70,7 @@ def required_features(kernels: list[Kernel]) -> set[str]:
         features.add(_limit("shared", kernel.shared_bytes))
     return features
 
-
 def _limit(kind: str, wanted: int) -> str:
     """The name of the smallest limit that allows `wanted`."""
     return f"{kind}{next((step for step in _LIMITS[kind] if wanted <= step), wanted)}"
 
-
-def _u32(*values: int) -> bytes:
-    return struct.pack(f"<{len(values)}I", *values)
-
-
-def _string(data: bytes) -> bytes:
-    return _u32(len(data)) + data
-
-
-def _strings(texts: tuple[str, ...] | list[str]) -> bytes:
-    return _u32(len(texts)) + b"".join(_string(t.encode()) for t in texts)
