@@ -111,7 +111,9 @@ def compiling_for(threads: int) -> Iterator[None]:
 @cache
 def _code_generator() -> Callable[[tvm.IRModule, tvm.target.Target], Any]:
     """TVM's own, which `register` takes the place of."""
-    return tvm_ffi.get_global_func("target.build.rocm")
+    found: Callable[[tvm.IRModule, tvm.target.Target], Any]
+    found = tvm_ffi.get_global_func("target.build.rocm")
+    return found
 
 
 def _compile(

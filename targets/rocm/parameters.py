@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from llmc.targets.gpu.parameters import AttentionParameters, GemvParameters, GpuParameters
+from llmc.targets.gpu.parameters import AttentionParameters, Features, GemvParameters, GpuParameters
 from llmc.targets.rocm.kernels.matrix_instruction import MFMA, SIDE, WMMA, MatrixInstruction
+from llmc.targets.rocm.statements import MAX_THREADS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +62,18 @@ class Family:
     """Architectures that run the same kernels."""
 
     architectures: tuple[str, ...]
-    wavefront: int
     matrix: MatrixPlan
-    shared_bytes: int = 65536
+
+    @property
+    def features(self) -> Features:
+        """What kernels may use; the reductions are those of device_functions.ll."""
+        width = self.matrix.instruction.wavefront
+        return Features(
+            subgroup=width,
+            subgroup_extern=(f"llmc_sum{width}", f"llmc_maximum{width}"),
+            max_threads=MAX_THREADS,
+            shared_bytes=65536,
+        )
 
 
 _STEPS = (
@@ -73,7 +83,6 @@ _STEPS = (
 FAMILIES = (
     Family(
         architectures=("gfx90a", "gfx942"),
-        wavefront=MFMA.wavefront,
         matrix=MatrixPlan(
             instruction=MFMA,
             steps=_STEPS,
@@ -83,7 +92,6 @@ FAMILIES = (
     ),
     Family(
         architectures=("gfx1100",),
-        wavefront=WMMA.wavefront,
         matrix=MatrixPlan(
             instruction=WMMA,
             steps=_STEPS,

@@ -16,14 +16,12 @@ from llmc.errors import CompileError, UsageError
 from llmc.targets.base import KernelRule, ScheduleRule
 from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.target import TRIPLES
-from llmc.targets.gpu.parameters import Features
 from llmc.targets.gpu.schedule import schedule_rules
 from llmc.targets.gpu.target import GpuTarget
 from llmc.targets.rocm.code_objects import compiling_for, register
 from llmc.targets.rocm.linker import LINKER_HINT, find_linker
 from llmc.targets.rocm.parameters import FAMILIES, PARAMETERS, Family
 from llmc.targets.rocm.rules import rocm_rules
-from llmc.targets.rocm.statements import MAX_THREADS
 
 _DEFAULT = "gfx942"
 
@@ -43,15 +41,15 @@ class RocmTarget(GpuTarget):
             )
         register(self.architectures)
         self.platform = Platform(machine=host_machine(), system="Linux")
-        with compiling_for(MAX_THREADS):
+        with compiling_for(family.features.max_threads):
             self.tvm_target = tvm.target.Target(
                 {
                     "kind": "rocm",
                     "mcpu": self.architectures[0],
-                    "max_num_threads": MAX_THREADS,
-                    "max_threads_per_block": MAX_THREADS,
-                    "max_shared_memory_per_block": family.shared_bytes,
-                    "thread_warp_size": family.wavefront,
+                    "max_num_threads": family.features.max_threads,
+                    "max_threads_per_block": family.features.max_threads,
+                    "max_shared_memory_per_block": family.features.shared_bytes,
+                    "thread_warp_size": family.features.subgroup,
                 },
                 host={
                     "kind": "llvm",
@@ -59,11 +57,8 @@ class RocmTarget(GpuTarget):
                 },
             )
         self.pass_config: dict[str, object] = {}
-        features = Features(
-            subgroup=family.wavefront, max_threads=MAX_THREADS, shared_bytes=family.shared_bytes
-        )
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = rocm_rules(
-            replace(PARAMETERS, features=features), family.matrix, self.few_tokens
+            replace(PARAMETERS, features=family.features), family.matrix, self.few_tokens
         )
         self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = schedule_rules(self.tvm_target)
 

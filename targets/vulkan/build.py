@@ -33,16 +33,19 @@ _LIMITS = {  # names of limits that the runtime knows, smallest first
 }
 _NUM_TOOLS = 2  # processes of glslang at a time
 
+
 def register() -> None:
     """Makes TVM build for Vulkan with this module; loads the plug-in that runs the result."""
     load_plugin("vulkan")
     tvm_ffi.register_global_func("target.build.vulkan", build, override=True)
+
 
 def build(mod: tvm.IRModule, target: tvm.target.Target) -> tvm_ffi.Module:
     """The module of the device functions `mod`; raises CompileError."""
     kernels = [print_kernel(func) for func in mod.functions.values()]
     load = tvm_ffi.get_global_func("ffi.Module.load_from_bytes.vulkan")
     return load(module_bytes(kernels))
+
 
 def module_bytes(kernels: list[Kernel]) -> bytes:
     """The kernels compiled, in the format that the module's docstring gives."""
@@ -61,6 +64,7 @@ def module_bytes(kernels: list[Kernel]) -> bytes:
     out.append(strings(sorted(required_features(kernels))))
     return b"".join(out)
 
+
 def required_features(kernels: list[Kernel]) -> set[str]:
     """What a device needs to run all of `kernels`, by the names that the runtime knows."""
     features = _ALWAYS | {feature for kernel in kernels for feature in kernel.features}
@@ -70,7 +74,7 @@ def required_features(kernels: list[Kernel]) -> set[str]:
         features.add(_limit("shared", kernel.shared_bytes))
     return features
 
+
 def _limit(kind: str, wanted: int) -> str:
     """The name of the smallest limit that allows `wanted`."""
     return f"{kind}{next((step for step in _LIMITS[kind] if wanted <= step), wanted)}"
-

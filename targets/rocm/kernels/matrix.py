@@ -144,10 +144,10 @@ def multiply_tile(
 
     work.x is what `arrange` made, with K' = padded; the last of x_at's indices is a row of it.
     """
-    _Product(weights, work, tile, instruction).emit(padded)
+    Product(weights, work, tile, instruction).emit(padded)
 
 
-class _Product:
+class Product:
     """One block's product."""
 
     def __init__(
@@ -188,9 +188,7 @@ class _Product:
             places = [self._place(self._token(n)) for n in range(tile.token_tiles)]
         with T.serial(i64(padded // turn)) as number:
             first = T.Bind(number * i64(tile.splits) + self.split)
-            loaded = [
-                self._load(first * i64(tile.depth) + i64(part)) for part in range(tile.depth)
-            ]
+            loaded = [self._load(first * i64(tile.depth) + i64(part)) for part in range(tile.depth)]
             if tile.shared:
                 self._fill(stage, number * i64(turn // PIECE))
                 sync()
@@ -203,7 +201,7 @@ class _Product:
                     else:
                         at = first * i64(tile.depth) + i64(part)
                         b = self._fragment(self.work.x, places[token], at)
-                    self._multiply(a, b, token)
+                    self.multiply(a, b, token)
             if tile.shared:
                 sync()
         self._finish()
@@ -219,7 +217,7 @@ class _Product:
         return T.Bind(quotient(row, SIDE)), T.Bind(remainder(row, SIDE))
 
     def _load(self, step: Expr) -> list[list[Any]]:
-        """This lane's chunks of its rows, by tiles of rows."""
+        """The lane's chunks of its rows, by tiles of rows."""
         loaded = []
         for first_row in self.rows:
             row = T.Bind(first_row + self.line)
@@ -257,7 +255,7 @@ class _Product:
         return decoded
 
     def _fragment(self, source: Expr, place: tuple[Expr, Expr], step: Expr) -> Expr:
-        """This lane's activations of a step, as `_decode` gives its weights."""
+        """The lane's activations of a step, as `_decode` gives its weights."""
         words = registers((self.step.lane_features // 2,), "int32")
         pieces = self.step.lane_pieces
         first = T.Bind((step * i64(self.instruction.groups) + self.group) * i64(pieces))
@@ -291,7 +289,7 @@ class _Product:
             else:
                 copy()
 
-    def _multiply(self, a: list[Expr], b: Expr, token: int) -> None:
+    def multiply(self, a: list[Expr], b: Expr, token: int) -> None:
         """Tokens are the rows of the instruction, output features its columns."""
         words = self.instruction.lane_features // 2
         for first in range(0, self.step.lane_features // 2, words):
