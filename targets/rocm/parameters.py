@@ -105,5 +105,6 @@ FAMILIES = (
 PARAMETERS = GpuParameters(
     gemv=GemvParameters(splits=32, panels=1),
     few=GemvParameters(splits=8),
-    attention=AttentionParameters(decode_parts=16),
+    # With 128 threads a tile of attention spills registers.
+    attention=AttentionParameters(decode_parts=16, tile_threads=256),
 )
