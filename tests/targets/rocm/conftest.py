@@ -1,4 +1,4 @@
-"""Kernels run on any Vulkan driver, with matrix instructions emulated in shared memory."""
+"""Building needs a linker and a compiler for the plug-in; running kernels a Vulkan driver."""
 
 import sys
 from pathlib import Path
@@ -10,18 +10,21 @@ HERE = Path(__file__).parent
 sys.path += [str(HERE.parent / name) for name in ("cpu", "gpu", "vulkan")]
 
 
-def pytest_collection_modifyitems(items):
-    """Skips what runs kernels where no Vulkan driver does, and what builds where nothing links."""
-    mine = [i for i in items if HERE in i.path.parents]
-    if not mine:
-        return
+@pytest.fixture(scope="session")
+def rocm():
+    """Skips where this machine cannot build for ROCm."""
+    _skip_without("rocm", run=False)
+
+
+@pytest.fixture(scope="session")
+def vulkan():
+    """Skips where this machine cannot run kernels, as shaders."""
+    _skip_without("vulkan", run=True)
+
+
+def _skip_without(name, *, run):
     from llmc.targets.registry import list_targets
 
-    status = {s.name: s for s in list_targets()}
-    vulkan, rocm = status["vulkan"], status["rocm"]
-    for item in mine:
-        if "emulated" in item.fixturenames and not (vulkan.can_build and vulkan.can_run):
-            reason = f"{'; '.join(vulkan.reasons)}: {vulkan.hint}"
-            item.add_marker(pytest.mark.skip(reason=reason))
-        if "target" in item.fixturenames and not rocm.can_build:
-            item.add_marker(pytest.mark.skip(reason=f"{'; '.join(rocm.reasons)}: {rocm.hint}"))
+    [status] = [s for s in list_targets() if s.name == name]
+    if not status.can_build or (run and not status.can_run):
+        pytest.skip(f"{'; '.join(status.reasons)}: {status.hint}")

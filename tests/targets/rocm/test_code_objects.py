@@ -83,7 +83,7 @@ def functions(family):
 
 
 @pytest.fixture(scope="module")
-def target():
+def target(rocm):
     """Both architectures of one family, as one artifact has them, and the other family's."""
     return {family.features.subgroup: compiled(family) for family in FAMILIES}
 
@@ -161,7 +161,7 @@ def test_products_use_matrix_instructions_and_load_sixteen_bytes(target, family,
         assert re.search(LOADS, found[name]), name
 
 
-def test_rules_keep_exact_products_for_float32_and_few_tokens(target):
+def test_rules_keep_exact_products_for_float32_and_few_tokens(rocm):
     tokens = tvm.tirx.Var("T", "int64")
     rules = RocmTarget().kernel_rules
 
@@ -183,18 +183,18 @@ def test_rules_keep_exact_products_for_float32_and_few_tokens(target):
 
 
 @pytest.mark.parametrize("level", ["gfx906", "gfx942,", "sm_90", "gfx90a gfx942"])
-def test_an_unknown_architecture_is_named_with_those_that_exist(level):
+def test_an_unknown_architecture_is_named_with_those_that_exist(rocm, level):
     with pytest.raises(UsageError, match="unknown ROCm architecture") as caught:
         RocmTarget(level)
     assert "gfx90a, gfx942, gfx1100" in (caught.value.hint or "")
 
 
-def test_architectures_of_two_families_are_two_artifacts():
+def test_architectures_of_two_families_are_two_artifacts(rocm):
     with pytest.raises(UsageError, match="one artifact cannot serve both gfx90a, gfx942 and gfx1"):
         RocmTarget("gfx942,gfx1100")
 
 
-def test_a_missing_linker_is_named_with_the_command_that_brings_it(monkeypatch):
+def test_a_missing_linker_is_named_with_the_command_that_brings_it(rocm, monkeypatch):
     monkeypatch.setattr(linker.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(linker.shutil, "which", lambda _: None)
     with pytest.raises(CompileError, match=r"needs ld.lld.*\nhint: pip install"):
@@ -207,6 +207,6 @@ def test_a_missing_linker_is_named_with_the_command_that_brings_it(monkeypatch):
     assert "linking kernels needs ld.lld" in status.reasons
 
 
-def test_what_the_linker_refuses_is_said_in_its_words(target):
+def test_what_the_linker_refuses_is_said_in_its_words(rocm):
     with pytest.raises(CompileError, match=r"ld.lld failed: .*kernels.o"):
         linker.link_code_object(b"nonsense")

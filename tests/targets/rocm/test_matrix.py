@@ -90,7 +90,7 @@ def product(name, fmt, m, k, **options):
 
 
 @pytest.fixture(scope="module")
-def emulated():
+def emulated(vulkan):
     functions = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Product, "multiply", emulate)
