@@ -32,13 +32,17 @@ class Plugin:
     """Sources of a plug-in and the Debian packages that building it takes."""
 
     folder: Path
-    header: str  # one that a development package brings
     packages: tuple[str, ...]
+    header: str | None = None  # one that a development package brings
 
+
+_TARGETS = Path(__file__).parent / "targets"
+_SHARED = _TARGETS / "gpu" / "plugin"  # headers
 
 PLUGINS: dict[str, Plugin] = {
+    "rocm": Plugin(folder=_TARGETS / "rocm" / "plugin", packages=("g++",)),
     "vulkan": Plugin(
-        folder=Path(__file__).parent / "targets" / "vulkan" / "plugin",
+        folder=_TARGETS / "vulkan" / "plugin",
         header="vulkan/vulkan.h",
         packages=("g++", "libvulkan-dev"),
     ),
@@ -93,6 +97,8 @@ def missing_packages(name: str) -> list[str]:
     compiler = _compiler()
     if compiler is None:
         return list(plugin.packages)
+    if plugin.header is None:
+        return []
     done = subprocess.run(
         [*compiler, "-E", "-x", "c++", "-"],
         input=f"#include <{plugin.header}>\n",
@@ -118,7 +124,8 @@ def _compiler() -> list[str] | None:
 
 
 def _sources(plugin: Plugin) -> list[Path]:
-    return sorted(p for p in plugin.folder.iterdir() if p.suffix in (".cc", ".h"))
+    folders = (plugin.folder, _SHARED)
+    return sorted(p for folder in folders for p in folder.iterdir() if p.suffix in (".cc", ".h"))
 
 
 def _key(plugin: Plugin) -> str:
@@ -139,6 +146,7 @@ def _compile(name: str, plugin: Plugin, output: Path) -> None:
     undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
     options = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"]
     sources = [str(p) for p in _sources(plugin) if p.suffix == ".cc"]
+    includes.append(f"-I{_SHARED}")
     command = [*compiler, *options, *undefined, *includes, "-o", str(output), *sources, "-ldl"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

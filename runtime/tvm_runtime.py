@@ -21,6 +21,7 @@ from llmc.errors import ArtifactError
 ALIGNMENT = 64  # bytes: what kernels assume of every argument
 _LIBRARIES = ("tvm_runtime", "tvm_runtime_extra")  # the Relax VM lives in the second
 _SET_THREADS = "llmc_set_threads"  # of a CPU library's thread pool
+_AVAILABLE_GLOBAL_MEMORY = 15  # tvm::runtime::kAvailableGlobalMemory
 _POOLED_ALLOCATOR = 2  # tvm.relax.VirtualMachine.POOLED_ALLOCATOR
 
 
@@ -113,6 +114,17 @@ def copy_from(tensor: Any) -> npt.NDArray[np.float32]:  # noqa: ANN401
     copy = tvm_ffi().get_global_func("runtime.TVMTensorCopyToBytes")
     copy(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
     return array
+
+
+def attribute(device: Any, kind: int) -> Any:  # noqa: ANN401
+    """What tvm::runtime::DeviceAttrKind `kind` of a device is; None where the device has none."""
+    ask = tvm_ffi().get_global_func("runtime.GetDeviceAttr")
+    return ask(device.dlpack_device_type(), device.index, kind)
+
+
+def available_bytes(device: Any) -> int:  # noqa: ANN401
+    """Memory that the device's driver can still give, or all of it where it does not say."""
+    return int(str(attribute(device, _AVAILABLE_GLOBAL_MEMORY)))
 
 
 def wait_for(device: Any) -> None:  # noqa: ANN401

@@ -44,6 +44,11 @@ TARGETS: dict[str, TargetEntry] = {
             lacks="llmc.targets.metal.status:lacks",
         ),
         TargetEntry(
+            name="rocm",
+            implementation="llmc.targets.rocm.target:RocmTarget",
+            lacks="llmc.targets.rocm.status:lacks",
+        ),
+        TargetEntry(
             name="vulkan",
             implementation="llmc.targets.vulkan.target:VulkanTarget",
             lacks="llmc.targets.vulkan.status:lacks",

@@ -11,12 +11,14 @@ from llmc.runtime.devices.cpu import Cpu
 from llmc.runtime.devices.cuda import Cuda
 from llmc.runtime.devices.device import Device
 from llmc.runtime.devices.metal import Metal
+from llmc.runtime.devices.rocm import Rocm
 from llmc.runtime.devices.vulkan import Vulkan
 
 DEVICES: dict[str, Device] = {
     "cpu": Cpu(),
     "cuda": Cuda(),
     "metal": Metal(),
+    "rocm": Rocm(),
     "vulkan": Vulkan(),
 }
 

@@ -13,7 +13,7 @@ from llmc.runtime.devices.cuda_graph import CudaGraphs
 _DRIVER_HINT = "install NVIDIA's driver 580 or newer"
 _CUDART_HINT = 'pip install "llmc[cuda]" brings libcudart'
 # tvm::runtime::DeviceAttrKind
-_EXISTS, _COMPUTE_VERSION, _AVAILABLE_GLOBAL_MEMORY = 0, 4, 15
+_EXISTS, _COMPUTE_VERSION = 0, 4
 # Features of artifacts: the oldest architecture that they hold code for.
 _ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
@@ -55,7 +55,7 @@ class Cuda:
 
     def available_bytes(self, index: int) -> int:
         """What the driver can still give."""
-        return int(str(_attribute(index, _AVAILABLE_GLOBAL_MEMORY)))
+        return tvm_runtime.available_bytes(tvm_runtime.tvm_ffi().device("cuda", index))
 
     def graphs(self, index: int) -> CudaGraphs:
         """Recordings of steps on the device."""
@@ -80,10 +80,8 @@ class Cuda:
 
 
 def _attribute(index: int, kind: int) -> object:
-    ffi = tvm_runtime.tvm_ffi()
-    device = ffi.device("cuda", index)
-    attribute = ffi.get_global_func("runtime.GetDeviceAttr")
-    return attribute(device.dlpack_device_type(), index, kind)
+    attribute: object = tvm_runtime.attribute(tvm_runtime.tvm_ffi().device("cuda", index), kind)
+    return attribute
 
 
 def _load_cudart() -> ctypes.CDLL:

@@ -11,7 +11,6 @@ from llmc.errors import ArtifactError, CapacityError, LlmcError, UsageError
 from llmc.runtime import tvm_runtime
 
 _DEVICE = "LLMC_VULKAN_DEVICE"
-_AVAILABLE_GLOBAL_MEMORY = 15  # tvm::runtime::kAvailableGlobalMemory
 
 
 class Vulkan:
@@ -52,9 +51,7 @@ class Vulkan:
 
     def available_bytes(self, index: int) -> int:
         """What the driver would give, or the size of the heap where it does not say."""
-        device = tvm_runtime.tvm_ffi().device("vulkan", index)
-        attribute = tvm_runtime.tvm_ffi().get_global_func("runtime.GetDeviceAttr")
-        return int(attribute(device.dlpack_device_type(), index, _AVAILABLE_GLOBAL_MEMORY))
+        return tvm_runtime.available_bytes(tvm_runtime.tvm_ffi().device("vulkan", index))
 
     def graphs(self, index: int) -> None:
         """There are none."""

@@ -15,7 +15,7 @@ from llmc.targets.gpu.kernels.attention import Prefill, paged_attention
 from llmc.targets.gpu.kernels.embedding import embedding
 from llmc.targets.gpu.kernels.gemm import MultiplyTile, TileShape, multiply_tile
 from llmc.targets.gpu.kernels.grouped_linear import grouped_linear
-from llmc.targets.gpu.kernels.grouped_tiles import grouped_tiles
+from llmc.targets.gpu.kernels.grouped_tiles import FloatTile, Tile, grouped_tiles
 from llmc.targets.gpu.kernels.kv_pages import key_shape, kv_type, value_shape
 from llmc.targets.gpu.kernels.kv_write import kv_write, rope, rope_kv_write
 from llmc.targets.gpu.kernels.linear import linear_few, linear_many
@@ -70,7 +70,7 @@ def _rules(parameters: GpuParameters) -> list[tuple[str, KernelRule]]:
 
     named: list[tuple[str, _Rule]] = [
         ("gpu.gemm", lambda site, params: linear_tiles(site, params.gemm)),
-        ("gpu.experts", lambda site, params: expert_tiles(site, params.gemm)),
+        ("gpu.experts", lambda site, params: expert_tiles(site, FloatTile(params.gemm))),
         ("gpu.attention", attention_kernel),
         ("gpu.embedding", _embedding),
         ("gpu.norm", _norm),
@@ -140,10 +140,8 @@ def _grouped_linear(site: Site, params: GpuParameters) -> Kernel | None:
     return Kernel.of(func, site, ("x", "expert_ids", "weight", "bias"))
 
 
-def expert_tiles(
-    site: Site, shape: TileShape, multiply: MultiplyTile = multiply_tile
-) -> Kernel | None:
-    """The experts' product of many tokens, likewise."""
+def expert_tiles(site: Site, tile: Tile) -> Kernel | None:
+    """The experts' product of many tokens by `tile`."""
     if not isinstance(site.op, dialect.GroupedLinear):
         return None
     func = grouped_tiles(
@@ -152,8 +150,7 @@ def expert_tiles(
         bias="bias" in site.types,
         dtype=_dtype(site, "x"),
         vector_dtype=_dtype(site, "bias"),
-        params=shape,
-        multiply=multiply,
+        tile=tile,
     )
     return Kernel.of(func, site, ("x", "expert_ids", "weight", "bias"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmc.targets.base import Kernel, KernelRule, Site
+from llmc.targets.gpu.kernels.grouped_tiles import FloatTile
 from llmc.targets.gpu.parameters import GpuParameters
 from llmc.targets.gpu.rules import expert_tiles, kernel_rules, linear_tiles
 from llmc.targets.metal.kernels.simdgroup import multiply_tile
@@ -24,7 +25,7 @@ def metal_rules(
     def experts(site: Site) -> Kernel | None:
         if site.max_tokens <= few_tokens:
             return None
-        return expert_tiles(site, simdgroup, multiply_tile)
+        return expert_tiles(site, FloatTile(simdgroup, multiply_tile))
 
     own: list[tuple[str, KernelRule]] = [
         ("metal.simdgroup", products),

@@ -11,7 +11,6 @@ The module's bytes, little-endian, as plugin/module.cc reads them (`str` is u32 
 
 from __future__ import annotations
 
-import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +18,7 @@ import tvm
 import tvm_ffi
 
 from llmc.device_plugin import load_plugin
+from llmc.targets.gpu.module_bytes import string, strings, u32
 from llmc.targets.vulkan.glsl_kernel import Kernel, print_kernel
 from llmc.targets.vulkan.spirv import compile_glsl
 
@@ -51,17 +51,17 @@ def module_bytes(kernels: list[Kernel]) -> bytes:
     """The kernels compiled, in the format that the module's docstring gives."""
     with ThreadPoolExecutor(_NUM_TOOLS) as pool:
         codes = list(pool.map(lambda k: compile_glsl(k.name, k.source), kernels))
-    out = [MAGIC, _u32(len(kernels))]
+    out = [MAGIC, u32(len(kernels))]
     for kernel, code in zip(kernels, codes, strict=True):
         flags = FOLDS_X * kernel.folds_x + ARGUMENTS_IN_BUFFER * kernel.in_buffer
         out += [
-            _string(kernel.name.encode()),
-            _strings(kernel.arguments),
-            _strings(kernel.launch),
-            _u32(flags, *kernel.workgroup, zlib.crc32(code)),
-            _string(code),
+            string(kernel.name.encode()),
+            strings(kernel.arguments),
+            strings(kernel.launch),
+            u32(flags, *kernel.workgroup, zlib.crc32(code)),
+            string(code),
         ]
-    out.append(_strings(sorted(required_features(kernels))))
+    out.append(strings(sorted(required_features(kernels))))
     return b"".join(out)
 
 
@@ -78,15 +78,3 @@ def required_features(kernels: list[Kernel]) -> set[str]:
 def _limit(kind: str, wanted: int) -> str:
     """The name of the smallest limit that allows `wanted`."""
     return f"{kind}{next((step for step in _LIMITS[kind] if wanted <= step), wanted)}"
-
-
-def _u32(*values: int) -> bytes:
-    return struct.pack(f"<{len(values)}I", *values)
-
-
-def _string(data: bytes) -> bytes:
-    return _u32(len(data)) + data
-
-
-def _strings(texts: tuple[str, ...] | list[str]) -> bytes:
-    return _u32(len(texts)) + b"".join(_string(t.encode()) for t in texts)

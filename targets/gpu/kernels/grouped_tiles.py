@@ -8,7 +8,7 @@ so that it reads one matrix. The buffers are those of kernels/grouped_linear.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
@@ -37,6 +37,59 @@ Expr = Any
 SORT_THREADS = 32
 
 
+class Tile(Protocol):
+    """How a block multiplies its choices with its rows of an expert's matrix."""
+
+    @property
+    def rows(self) -> int:
+        """Output rows of a block."""
+
+    @property
+    def tokens(self) -> int:
+        """Choices of a block."""
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+
+    def arrange(self, x: Expr, rows: Expr, weights: Weights) -> Expr:
+        """Launches what has to be done with x `[rows, K]` before; what `multiply` is to read."""
+
+    def multiply(self, weights: Weights, work: gemm.TileWork) -> None:
+        """Emits the block's products; every thread has to come here."""
+
+
+@dataclass(frozen=True, slots=True)
+class FloatTile:
+    """As products of many tokens are: in float32 on any GPU, unless `by` does it otherwise."""
+
+    params: gemm.TileShape
+    by: gemm.MultiplyTile = gemm.multiply_tile
+
+    @property
+    def rows(self) -> int:
+        """Output rows of a block."""
+        return self.params.rows
+
+    @property
+    def tokens(self) -> int:
+        """Choices of a block."""
+        return self.params.tokens
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.params.threads
+
+    def arrange(self, x: Expr, rows: Expr, weights: Weights) -> Expr:
+        """x as it is."""
+        return x
+
+    def multiply(self, weights: Weights, work: gemm.TileWork) -> None:
+        """Emits the block's products."""
+        self.by(weights, work, self.params)
+
+
 def grouped_tiles(
     fmt: WeightFormat,
     num_experts: int,
@@ -48,8 +101,7 @@ def grouped_tiles(
     bias: bool,
     dtype: str,
     vector_dtype: str,
-    params: gemm.TileShape,
-    multiply: gemm.MultiplyTile = gemm.multiply_tile,
+    tile: Tile,
 ) -> PrimFunc:
     """The product with `num_experts` matrices `[m, k]` for any number of tokens.
 
@@ -71,11 +123,12 @@ def grouped_tiles(
             num_experts=num_experts,
         )
         groups.sort(expert_ids, choices, top_k)
-        tiles = quotient(choices, params.tokens) + i64(num_experts)
-        grid = (ceildiv(m, params.rows), tiles)
-        with launch(grid, (params.threads,)) as (block, tile, thread):
+        arranged = tile.arrange(x, rows if per_token_input else choices, weights)
+        tiles = quotient(choices, tile.tokens) + i64(num_experts)
+        grid = (ceildiv(m, tile.rows), tiles)
+        with launch(grid, (tile.threads,)) as (block, number, thread):
             found = registers((3,), "int32")
-            groups.find(tile, params.tokens, found)
+            groups.find(number, tile.tokens, found)
             with when_all(found[i64(0)] >= T.int32(0)):
                 expert = T.Bind(T.Cast("int64", found[i64(0)]))
                 first = T.Bind(T.Cast("int64", found[i64(1)]))
@@ -95,15 +148,15 @@ def grouped_tiles(
                         put(y, value, choice(token), feature)
 
                 work = gemm.TileWork(
-                    x=x,
+                    x=arranged,
                     x_at=x_at,
                     store=store,
                     expert=expert,
                     count=count,
-                    first_row=T.Bind(block * i64(params.rows)),
+                    first_row=T.Bind(block * i64(tile.rows)),
                     thread=thread,
                 )
-                multiply(weights, work, params)
+                tile.multiply(weights, work)
     return built.func
 
 

@@ -30,7 +30,7 @@ from llmc.targets.gpu.parameters import GemvParameters
 Expr = Any
 
 
-class _Arguments:
+class LinearArguments:
     """The kernel's buffers and its epilogue."""
 
     def __init__(
@@ -83,7 +83,7 @@ def linear_few(
     """
     tile = 1 if tokens == 1 else params.token_tile
     with kernel("linear_few") as built:
-        args = _Arguments(fmt, m, k, tokens, bias, residual, dtype, vector_dtype)
+        args = LinearArguments(fmt, m, k, tokens, bias, residual, dtype, vector_dtype)
         blocks = ceildiv(args.weights.panels, params.panels)
         grid = (blocks,) if tile == 1 and tokens == 1 else (blocks, T.ceildiv(args.rows, i64(tile)))
         with launch(grid, (PANEL, params.splits)) as (block, *tiles, lane, split):
@@ -119,7 +119,7 @@ def linear_many(
     hold k features.
     """
     with kernel("linear_many") as built:
-        args = _Arguments(fmt, m, k, None, bias, residual, dtype, vector_dtype)
+        args = LinearArguments(fmt, m, k, None, bias, residual, dtype, vector_dtype)
         grid = (ceildiv(m, params.rows), T.ceildiv(args.rows, i64(params.tokens)))
         with launch(grid, (params.threads,)) as (block, tile, thread):
             first = T.Bind(tile * i64(params.tokens))

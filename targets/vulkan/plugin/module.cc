@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "device.h"
+#include "reader.h"
 
 namespace llmc::vulkan {
 namespace {
@@ -24,15 +25,6 @@ constexpr uint32_t kSpirvMagic = 0x07230203;
 constexpr uint32_t kFoldsX = 1;
 constexpr uint32_t kArgumentsInBuffer = 2;
 constexpr int64_t kMaxElements = 1ll << 31;  // kernels compute indices in 32 bits
-
-uint32_t Crc32(const std::string& data) {
-  uint32_t crc = ~0u;
-  for (unsigned char byte : data) {
-    crc ^= byte;
-    for (int bit = 0; bit < 8; ++bit) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
-  }
-  return ~crc;
-}
 
 // How an argument's 8 bytes are filled.
 enum class Kind { kPointer, kIndex, kInteger, kFloat };
@@ -48,35 +40,6 @@ struct Kernel {
   std::vector<int> launch;  // the axis of the grid that each extent sets, -1 for the threads'
   bool folds_x = false, in_buffer = false;
   std::map<int, Device::Pipeline> pipelines;  // by device
-};
-
-class Reader {
- public:
-  explicit Reader(const ffi::Bytes& bytes) : at_(bytes.data()), end_(at_ + bytes.size()) {}
-
-  std::string Bytes(size_t count) {
-    if (static_cast<size_t>(end_ - at_) < count) {
-      TVM_FFI_THROW(ValueError) << "Vulkan: the kernels' module is cut short";
-    }
-    at_ += count;
-    return std::string(at_ - count, count);
-  }
-  uint32_t Number() {
-    std::string bytes = Bytes(4);
-    uint32_t value;
-    std::memcpy(&value, bytes.data(), 4);
-    return value;
-  }
-  std::string String() { return Bytes(Number()); }
-  std::vector<std::string> Strings() {
-    std::vector<std::string> texts;
-    for (uint32_t count = Number(); count > 0; --count) texts.push_back(String());
-    return texts;
-  }
-
- private:
-  const char* at_;
-  const char* end_;
 };
 
 Argument ParseArgument(const std::string& text) {
@@ -180,10 +143,8 @@ void Launch(Kernel& kernel, const TVMFFIAny* values, size_t count) {
 class VulkanModule final : public ffi::ModuleObj {
  public:
   explicit VulkanModule(const ffi::Bytes& bytes) : bytes_(bytes) {
-    Reader reader(bytes);
-    if (reader.Bytes(8) != kMagic) {
-      TVM_FFI_THROW(ValueError) << "Vulkan: not a module of kernels of this version";
-    }
+    Reader reader("Vulkan", bytes);
+    reader.ExpectMagic(kMagic);
     for (uint32_t count = reader.Number(); count > 0; --count) {
       std::shared_ptr<Kernel> kernel = ParseKernel(reader);
       kernels_[kernel->name] = kernel;

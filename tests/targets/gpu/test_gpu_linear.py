@@ -11,7 +11,7 @@ from matrices import random_matrix
 from llmc.formats import FORMATS
 from llmc.targets.gpu import layout
 from llmc.targets.gpu.kernels.grouped_linear import grouped_linear
-from llmc.targets.gpu.kernels.grouped_tiles import grouped_tiles
+from llmc.targets.gpu.kernels.grouped_tiles import FloatTile, grouped_tiles
 from llmc.targets.gpu.kernels.linear import linear_few, linear_many
 from llmc.targets.gpu.parameters import GemmParameters, GemvParameters, GpuParameters
 
@@ -70,7 +70,7 @@ def kernels():
                 *sizes, tokens=None, params=PARAMS.gemv, **options
             )
             functions[f"experts_{name}_{shared_input}"] = grouped_tiles(
-                *sizes, params=TILES["tall"], **options
+                *sizes, tile=FloatTile(TILES["tall"]), **options
             )
     return build(functions)
 
