@@ -64,8 +64,9 @@ class CudaTarget(GpuTarget):
         )
         self.pass_config: dict[str, object] = {}
         features = Features(subgroup=32, max_threads=1024, shared_bytes=49152)
+        self.parameters = replace(_PARAMETERS, features=features)
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = cuda_rules(
-            replace(_PARAMETERS, features=features), self.few_tokens
+            self.parameters, self.few_tokens
         )
         self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = schedule_rules(self.tvm_target)
         # TVM asks this function, which is one for the process, for the code of every module.
