@@ -18,8 +18,10 @@ from random_models import DEMO
 import llmc
 from llmc.artifact import Manifest
 from llmc.errors import ArtifactError, CapacityError, UsageError
+from llmc.runtime import tvm_runtime
 from llmc.runtime.devices import choose_place
 from llmc.runtime.engine import Engine
+from llmc.runtime.sampling_params import SamplingParams
 from llmc.runtime.verify import verify
 
 pytestmark = pytest.mark.usefixtures("vulkan")
@@ -72,6 +74,52 @@ def test_answers_are_the_cpus(
     engine = Engine(on_vulkan, **options)
     assert_same(greedy(engine, prompts, max_tokens=16), expected, least_certain=0.8)
     assert engine.stats.kv_cache_usage_ratio == 0
+
+
+def test_tokens_are_chosen_on_the_device_and_no_logits_copied(
+    on_vulkan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    copy_rows = tvm_runtime.copy_rows_from
+    monkeypatch.setattr(
+        tvm_runtime, "copy_rows_from", lambda t, r: (rows.append(len(r)), copy_rows(t, r))[1]
+    )
+    engine = Engine(on_vulkan)
+    prompts = [[1, 2, 3], [200, 7], list(range(40))]
+    plain = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    chosen = [output.token_ids for output in engine.generate(prompts, plain)]
+    assert len(rows) >= 12
+    assert not any(rows)
+    # Log-probabilities need all logits: the host chooses.
+    read = [SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=0)] * 3
+    assert chosen == [output.token_ids for output in engine.generate(prompts, read)]
+    rows.clear()
+    mixed = engine.generate(prompts, [plain, read[0], plain])
+    assert [output.token_ids for output in mixed] == chosen
+    assert max(rows) == 1
+
+
+def test_a_seed_gives_the_same_tokens_in_any_batch(on_vulkan: Path) -> None:
+    engine = Engine(on_vulkan)
+    params = [
+        SamplingParams(max_tokens=10, seed=1, ignore_eos=True),
+        SamplingParams(max_tokens=10, seed=2, top_k=20, top_p=0.9, ignore_eos=True),
+        SamplingParams(max_tokens=10, seed=3, min_p=0.1, temperature=0.7, ignore_eos=True),
+        SamplingParams(max_tokens=10, seed=4, frequency_penalty=0.5, ignore_eos=True),
+    ]
+    prompts = [[1], [2, 3], [4, 5, 6], [7]]
+    alone = [engine.generate(p, q)[0].token_ids for p, q in zip(prompts, params, strict=True)]
+    together = [output.token_ids for output in engine.generate(prompts, params)]
+    assert together == alone
+
+
+def test_inspect_lists_what_chooses_tokens(
+    on_vulkan: Path, run_llmc: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, _ = run_llmc("inspect", on_vulkan)
+    assert code == 0
+    assert re.search(r"sampling +on the device", out)
+    assert re.search(r"argmax_parts +gpu.sampling", out)
 
 
 def test_copies_through_staging_buffers_change_nothing(on_vulkan: Path) -> None:
