@@ -113,9 +113,7 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(on_vulkan: Path) -> None:
     assert together == alone
 
 
-def test_inspect_lists_what_chooses_tokens(
-    on_vulkan: Path, run_llmc: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_inspect_lists_what_chooses_tokens(on_vulkan: Path, run_llmc) -> None:
     code, out, _ = run_llmc("inspect", on_vulkan)
     assert code == 0
     assert re.search(r"sampling +on the device", out)
