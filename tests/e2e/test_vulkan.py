@@ -21,6 +21,7 @@ from llmc.errors import ArtifactError, CapacityError, UsageError
 from llmc.runtime import tvm_runtime
 from llmc.runtime.devices import choose_place
 from llmc.runtime.engine import Engine
+from llmc.runtime.executor import load_executor
 from llmc.runtime.sampling_params import SamplingParams
 from llmc.runtime.verify import verify
 
@@ -30,7 +31,9 @@ ANSWER = """
 import sys
 from llmc import Engine, SamplingParams
 engine = Engine(sys.argv[1])
-print(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0))[0].token_ids)
+for sampling in ({"temperature": 0}, {"seed": 1, "top_k": 50, "top_p": 0.9}):
+    params = SamplingParams(max_tokens=4, ignore_eos=True, **sampling)
+    print(engine.generate([[1, 2, 3]], params)[0].token_ids)
 """
 
 
@@ -122,7 +125,7 @@ def test_inspect_lists_what_chooses_tokens(on_vulkan: Path, run_llmc) -> None:
 
 def test_copies_through_staging_buffers_change_nothing(on_vulkan: Path) -> None:
     direct = answer(on_vulkan)
-    assert re.fullmatch(r"\[\d+, \d+, \d+, \d+\]\n", direct)
+    assert re.fullmatch(r"(\[\d+, \d+, \d+, \d+\]\n){2}", direct)
     assert answer(on_vulkan, LLMC_VULKAN_STAGING="1") == direct
 
 
@@ -180,6 +183,15 @@ def test_memory_that_the_device_does_not_have_is_refused_with_the_sum(
     )
     with pytest.raises(CapacityError, match=r"= weights 0\.00 GiB \+ workspace"):
         Engine(on_vulkan)
+
+
+def test_memory_that_the_device_promised_and_does_not_give_is_an_error_too(on_vulkan: Path) -> None:
+    manifest = Manifest.load(on_vulkan)
+    place = choose_place(manifest, "vulkan")
+    pages = [2**48 // cache.page_bytes for cache in manifest.caches[:1]]
+    with pytest.raises(CapacityError, match=r"VK_ERROR_OUT_OF_DEVICE_MEMORY: \d+ bytes asked of"):
+        load_executor(on_vulkan, manifest, num_pages=pages, place=place)
+    assert verify(on_vulkan).passed  # the device is as good as before
 
 
 def test_a_lost_device_ends_the_request_with_vulkans_name_for_it(on_vulkan: Path) -> None:
