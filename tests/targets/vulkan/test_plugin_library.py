@@ -29,7 +29,7 @@ NO_COMPILER = {"CXX": "/none/c++"}
 
 def python(code, *arguments, **variables):
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-P", "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
