@@ -106,8 +106,8 @@ def build_plugin(name: str, folder: Path | None = None) -> Path:
         )
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            fresh = Path(folder) / library.name
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            fresh = Path(scratch) / library.name
             _compile(name, plugin, fresh)
             fresh.replace(library)  # at once: another process may be building it too
     except OSError as exc:
