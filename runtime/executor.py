@@ -82,9 +82,6 @@ class Executor:
             vm = tvm_runtime.load_vm(directory / library, self._device, num_threads=num_threads())
             self._entries = [(e.max_tokens, vm[e.name]) for e in manifest.entry_points]
             self.chooses = manifest.sampling is not None
-            if self.chooses:
-                self._choose_largest = vm["choose_largest"]
-                self._choose_drawn = vm["choose_drawn"]
         except (RuntimeError, AttributeError, OSError, ValueError) as exc:
             raise place.device.explain(exc) or ArtifactError(
                 f"{library} does not load: {str(exc)[-300:]}",
@@ -147,11 +144,11 @@ class Executor:
             inputs.state_slots,
             inputs.logits_rows,
         ]
-        choose: Callable[..., Any] | None = None
+        function = None if draws is None else draws.function
         if draws is not None:
-            choose = self._choose_largest if draws.all_largest else self._choose_drawn
-            arrays += [draws.rows]
-            arrays += [] if draws.all_largest else [draws.top_k, draws.settings]
+            arrays.append(draws.rows)
+            if function != "choose_largest":
+                arrays += [draws.top_k, draws.settings]
         is_host = self._place.device.is_host
         copied = map(tvm_runtime.from_numpy, arrays) if is_host else self._inputs.copy(arrays)
         tensors = list(copied)
@@ -163,11 +160,11 @@ class Executor:
 
         def call() -> tuple[Any, Any]:
             logits = run(*arguments)
-            return logits, choose and choose(logits, *tensors[_NUM_INPUTS:])
+            return logits, function and self._vm[function](logits, *tensors[_NUM_INPUTS:])
 
         if graphs is None:
             return call()
-        key = (*(array.shape for array in arrays), self._inputs.generation)
+        key = (function, *(array.shape for array in arrays), self._inputs.generation)
         result: tuple[Any, Any] = graphs.run(key, call)
         return result
 

@@ -45,9 +45,12 @@ class Draws:
     settings: Float32  # [R, 5]
 
     @property
-    def all_largest(self) -> bool:
-        """Whether only the likeliest tokens are wanted."""
-        return bool((self.top_k == 1).all())
+    def function(self) -> str:
+        """The artifact's function that does it, with the least work."""
+        if (self.top_k == 1).all():
+            return "choose_largest"
+        limited = (self.top_k > 1) | ((self.settings[:, 1] < 1) & (self.top_k != 1))
+        return "choose_limited" if limited.any() else "choose_drawn"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,9 +3,12 @@
     choose_largest(logits [L, V] f32, rows [R] i32) -> token_ids [R] i32
     choose_drawn(logits [L, V] f32, rows [R] i32, top_k [R] i32, settings [R, 5] f32)
         -> token_ids [R] i32
+    choose_limited, of the same signature
 
 `rows` are the rows of the logits to choose from. A token id of -1 stands for a row whose largest
-logit is no finite number. docs/artifact.md has the meaning of top_k and settings.
+logit is no finite number. docs/artifact.md has the meaning of top_k and settings. Only
+choose_limited heeds top_k (but for 1, the largest) and top_p: the search that they take is most of
+the launches.
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ class _Functions:
     def build(self) -> tvm.IRModule:
         """The module."""
         self._choose_largest()
-        self._choose_drawn()
+        self._choose_drawn("choose_drawn", 0)
+        self._choose_drawn("choose_limited", NUM_PASSES)
         return self.builder.get()
 
     def _choose_largest(self) -> None:
@@ -60,13 +64,13 @@ class _Functions:
         with self.builder.function("choose_largest", [logits, rows]):
             self.builder.emit_func_output(self._largest(logits, rows))
 
-    def _choose_drawn(self) -> None:
+    def _choose_drawn(self, name: str, num_passes: int) -> None:
         logits, rows = self._inputs()
         top_k = relax.Var("top_k", self._integers())
         settings = relax.Var("settings", self._floats(SETTINGS))
-        with self.builder.function("choose_drawn", [logits, rows, top_k, settings]):
+        with self.builder.function(name, [logits, rows, top_k, settings]):
             token_ids = self._largest(logits, rows)
-            state = self._limits(logits, rows, token_ids, top_k, settings)
+            state = self._limits(logits, rows, token_ids, top_k, settings, num_passes)
             known = [logits, rows, token_ids, top_k, settings, state]
             sums = [self._floats(self.parts), self._floats(self.parts)]
             kernels = self.params.sampling
@@ -77,7 +81,13 @@ class _Functions:
             self.builder.emit_func_output(drawn[0])
 
     def _limits(
-        self, logits: Expr, rows: Expr, token_ids: Expr, top_k: Expr, settings: Expr
+        self,
+        logits: Expr,
+        rows: Expr,
+        token_ids: Expr,
+        top_k: Expr,
+        settings: Expr,
+        num_passes: int,
     ) -> Expr:
         """The state of the search when it is done, its integers."""
         state = [self._integers(INTEGERS), self._floats(FLOATS)]
@@ -87,7 +97,7 @@ class _Functions:
             for make in (limits_begin, limits_histogram, limits_narrow)
         )
         integers, floats = self._call(begin, [token_ids, top_k, settings], state)
-        for _ in range(NUM_PASSES):
+        for _ in range(num_passes):
             seen = [logits, rows, token_ids, settings, integers]
             counts, weights = self._call(histogram, seen, bins)
             known = [counts, weights, top_k, settings, integers, floats]

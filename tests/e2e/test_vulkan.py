@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from llmc.artifact import Manifest
 from llmc.errors import ArtifactError, CapacityError, UsageError
 from llmc.runtime import tvm_runtime
 from llmc.runtime.devices import choose_place
+from llmc.runtime.devices.vulkan import Vulkan
 from llmc.runtime.engine import Engine
 from llmc.runtime.executor import load_executor
 from llmc.runtime.sampling_params import SamplingParams
@@ -114,6 +116,39 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(on_vulkan: Path) -> None:
     alone = [engine.generate(p, q)[0].token_ids for p, q in zip(prompts, params, strict=True)]
     together = [output.token_ids for output in engine.generate(prompts, params)]
     assert together == alone
+
+
+class Recordings:
+    """Graphs that record nothing, and note under which keys calls came."""
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[object, ...]] = []
+
+    def run(self, key: tuple[object, ...], call: Callable[[], object]) -> object:
+        self.keys.append(key)
+        return call()
+
+
+def test_decodes_are_recorded_together_with_the_choice_of_tokens(
+    on_vulkan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recordings = Recordings()
+    plain = Engine(on_vulkan)
+    monkeypatch.setattr(Vulkan, "graphs", lambda self, index: recordings)
+    engine = Engine(on_vulkan)
+    functions = {
+        "choose_largest": {"temperature": 0},
+        "choose_drawn": {"seed": 1},
+        "choose_limited": {"seed": 1, "top_k": 9},
+        None: {"seed": 1, "logprobs": 0},
+    }
+    for function, sampling in functions.items():
+        params = SamplingParams(max_tokens=6, ignore_eos=True, **sampling)
+        [expected] = plain.generate([3, 4, 5], params)
+        recordings.keys.clear()
+        [found] = engine.generate([3, 4, 5], params)
+        assert found.token_ids == expected.token_ids
+        assert [key[0] for key in recordings.keys] == [function] * 5  # all but the prompt's step
 
 
 def test_inspect_lists_what_chooses_tokens(on_vulkan: Path, run_llmc) -> None:

@@ -82,7 +82,7 @@ def test_greedy_tokens_are_the_hosts_and_no_logits_come():
     outputs = engine.generate(prompts, GREEDY)
     assert [o.token_ids for o in outputs] == [reference_greedy(MANIFEST, p, 12) for p in prompts]
     assert on_device(engine) == 3 * 12
-    assert all(draws is None or draws.all_largest for draws in engine._executor.draws)
+    assert {d.function for d in engine._executor.draws if d is not None} == {"choose_largest"}
     check(engine)
 
 
@@ -153,6 +153,21 @@ def test_a_draws_settings_are_the_parameters():
     assert (top_k, scale, top_p) == (40, 2.0, 0.9)
     assert math.exp(-farthest) == pytest.approx(0.05)
     assert sampler(SamplingParams(temperature=0)).draw() == (1, (1.0, 1.0, 1e30, 0.0, 0.0))
+
+
+def draws_of(*params: SamplingParams) -> Draws:
+    top_k, settings = zip(*(sampler(p).draw() for p in params), strict=True)
+    rows = np.arange(len(params), dtype=np.int32)
+    return Draws(rows=rows, top_k=np.array(top_k), settings=np.array(settings))
+
+
+def test_the_search_for_limits_is_asked_for_only_where_there_are_any():
+    greedy, plain = SamplingParams(temperature=0), SamplingParams(min_p=0.1)
+    assert draws_of(greedy, greedy).function == "choose_largest"
+    assert draws_of(greedy, plain).function == "choose_drawn"
+    assert draws_of(plain, SamplingParams(top_k=5)).function == "choose_limited"
+    assert draws_of(greedy, SamplingParams(top_p=0.9)).function == "choose_limited"
+    assert draws_of(plain, SamplingParams(top_k=1, top_p=0.9)).function == "choose_drawn"
 
 
 def test_both_numbers_of_a_draw_are_uniform_and_independent():
