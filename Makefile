@@ -2,6 +2,7 @@
 # make test   the quick tests           make test-all   the slow ones too
 # make vulkan-packages   what the Vulkan tests need of Debian; make test does it where it may
 # make lint   style, types, imports, and whether docs/cli.md is what the commands say
+# make wheel  dist/wheels, with the Vulkan plug-in built for this platform
 # make bench-cpu   measure beside llama.cpp and write docs/benchmarks; builds its peer, once
 # make clean  removes what was built, not the environment
 #
@@ -26,7 +27,7 @@ INSTALLED = .venv/.installed
 VULKAN_PACKAGES = mesa-vulkan-drivers glslang-tools spirv-tools libvulkan-dev \
   vulkan-validationlayers g++
 
-.PHONY: demo test test-all vulkan-packages lint bench-cpu clean
+.PHONY: demo test test-all vulkan-packages lint wheel bench-cpu clean
 
 demo: $(DEMO).verified
 	$(BIN)/llmc run $(DEMO) -p "$(PROMPT)"
@@ -51,6 +52,13 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m llmc.cli.manual .venv/cli.md && diff -u docs/cli.md .venv/cli.md
+
+# What is built is of no use to the source tree, which may change.
+wheel: $(INSTALLED)
+	rm -rf llmc/prebuilt build
+	platform=$$($(BIN)/python -m llmc.prebuild) && $(BIN)/python -m pip wheel --no-deps \
+	  $(PIP_ARGS) -C--build-option=--plat-name=$$platform -w dist/wheels . ; \
+	  status=$$?; rm -rf llmc/prebuilt build; exit $$status
 
 # Nothing else should run beside it.
 bench-cpu: $(INSTALLED)

@@ -29,6 +29,7 @@ from llmc.compiler.pipeline import (
     lower_memory,
     lower_to_vm,
     planned_bytes,
+    with_sampling,
 )
 from llmc.compiler.reference import make_reference
 from llmc.compiler.rewriter import bindings, relax_functions
@@ -150,6 +151,7 @@ class _Built:
     arguments: list[Argument]
     caches: Caches
     workspace: dict[str, int]  # bytes, by entry point
+    sampling: artifact.DeviceSampling | None
     kernels: list[artifact.KernelInfo]
     vocab_size: int
 
@@ -180,9 +182,12 @@ def _build(
                     mod = apply(mod)
                 dump.write(phase, mod)
                 progress((done + 1) / len(phases))
+            entries = [variable.name_hint for variable, _ in relax_functions(mod)]
             _, first = next(iter(relax_functions(mod)))
+            vocab_size = int(first.ret_ty.shape[1])
             wanted = arguments(list(first.params), weight_plan.weights_of(mod))
             caches = caches_of(mod)
+            mod = with_sampling(mod, target, vocab_size, bounds)
             kernels = _kernel_infos(mod)
         with timer.phase("codegen"):
             with failing_as("plan"):
@@ -196,9 +201,19 @@ def _build(
         executable=executable,
         arguments=wanted,
         caches=caches,
-        workspace=workspace,
+        workspace={name: workspace.pop(name) for name in entries},
+        sampling=_sampling_info(workspace, bounds),
         kernels=kernels,
-        vocab_size=int(first.ret_ty.shape[1]),
+        vocab_size=vocab_size,
+    )
+
+
+def _sampling_info(workspace: dict[str, int], bounds: StepBounds) -> artifact.DeviceSampling | None:
+    """Of the functions that are no entry points, where there are any."""
+    if not workspace:
+        return None
+    return artifact.DeviceSampling(
+        max_rows=bounds.max_logits_rows, workspace_bytes=max(workspace.values())
     )
 
 
@@ -280,11 +295,13 @@ def _manifest(
         ],
         memory=artifact.MemoryPlan(
             weights_bytes=sum(w.num_bytes for w in weights),
-            workspace_bytes=max(e.workspace_bytes for e in entries),
+            workspace_bytes=max(e.workspace_bytes for e in entries)
+            + (built.sampling.workspace_bytes if built.sampling else 0),
             logits_bytes=bounds.max_logits_rows * built.vocab_size * 4,
             kv_bytes_per_token=sum(c.page_bytes for c in caches) // target.page_size,
         ),
         kernels=built.kernels,
+        sampling=built.sampling,
         verify=artifact.VerifyTolerance(max_mean_abs=scheme.max_mean_abs, max_abs=scheme.max_abs),
     )
 

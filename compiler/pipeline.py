@@ -160,6 +160,24 @@ def _schedule(mod: tvm.IRModule, target: Target) -> tvm.IRModule:
     return out
 
 
+def with_sampling(
+    mod: tvm.IRModule, target: Target, vocab_size: int, bounds: StepBounds
+) -> tvm.IRModule:
+    """`mod` and the functions that choose tokens on the target's devices, where it has such."""
+    sampling = target.sampling(vocab_size)
+    if sampling is None:
+        return mod
+    rows = {"L": bounds.max_logits_rows, "R": bounds.max_logits_rows}
+    out = mod.clone()
+    for variable, func in sampling.module.functions_items():
+        if isinstance(func, relax.Function):
+            func = func.with_attr("tir_var_upper_bound", rows)
+        else:
+            func = func.with_attr(RULE, sampling.rule)
+        out[variable] = func
+    return out
+
+
 def lower_to_vm(mod: tvm.IRModule) -> tvm.IRModule:
     """Static memory planning and the Relax VM's own lowering."""
     passes = tvm.transform.Sequential(

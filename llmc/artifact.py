@@ -17,7 +17,7 @@ from typing import Any
 from llmc.errors import ArtifactError
 from llmc.strict_json import decode, load_object, read_text
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_FILE = "llmc.json"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -104,9 +104,17 @@ class MemoryPlan:
     """Bytes the artifact needs, known before it starts."""
 
     weights_bytes: int
-    workspace_bytes: int  # the largest entry point's
+    workspace_bytes: int  # the largest entry point's, and the sampling functions'
     logits_bytes: int  # the largest step's output
     kv_bytes_per_token: int  # over all groups, as long as no window has passed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSampling:
+    """The library has functions that choose tokens where the logits are: docs/artifact.md."""
+
+    max_rows: int  # of logits, and to choose from
+    workspace_bytes: int  # planned, of the larger function
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +154,7 @@ class Manifest:
     variants: list[Variant]
     memory: MemoryPlan
     kernels: list[KernelInfo]
+    sampling: DeviceSampling | None  # None: the host chooses tokens
     verify: VerifyTolerance
     ranks: int = 1
     # Relative path -> SHA-256 of every file but the manifest.

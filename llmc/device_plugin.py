@@ -1,8 +1,9 @@
-"""Plug-ins that teach the TVM runtime a device its wheel does not know: built here, on demand.
+"""Plug-ins that teach the TVM runtime a device its wheel does not know: prebuilt, or built here.
 
 A plug-in is C++17 against the headers in TVM's wheel, in the folder `plugin` of its target. Its
-library is good for these very versions of TVM and tvm_ffi only, so it is kept in the user's cache
-under their numbers and the sources' hash. Imports neither: the server loads plug-ins too.
+library is good for these very versions of TVM and tvm_ffi only, so its name has a hash of them and
+of the sources. Wheels bring it (`make wheel`); where none fits, it is built when it is first needed
+and kept in the user's cache. Imports neither: the server loads plug-ins too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from llmc.errors import CompileError
 
 _COMPILERS = ("g++", "c++", "clang++")
 _TAIL = 600  # characters of a compiler's complaint that are shown
+PREBUILT = Path(__file__).parent / "prebuilt"  # in wheels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,24 +53,53 @@ PLUGINS: dict[str, Plugin] = {
 
 @cache
 def load_plugin(name: str) -> None:
-    """Builds the plug-in where it is not cached, and loads it; raises CompileError.
+    """Loads the plug-in, built first where neither wheel nor cache has it; raises CompileError.
 
     TVM's runtime libraries have to be loaded before.
     """
+    # A prebuilt library may want a newer C++ library than this machine has.
+    if _loads(PREBUILT / library_name(name)) is None:
+        return
     library = build_plugin(name)
+    problem = _loads(library)
+    if problem is not None:
+        raise CompileError(
+            f"the {name} plug-in does not load: {problem[-_TAIL:]}",
+            hint=f"remove {library} to have it built again",
+        )
+
+
+def load_built_plugins() -> None:
+    """Loads the plug-ins that are there already; what `import tvm` calls, of group tvm.backends.
+
+    Nothing is built: a program that imports TVM did not ask for that.
+    """
+    for name in PLUGINS:
+        if _loads(PREBUILT / library_name(name)) is not None:
+            _loads(cache_folder() / "plugins" / library_name(name))
+
+
+def library_name(name: str) -> str:
+    """The file of the plug-in for this machine's versions."""
+    return f"{name}-{_key(PLUGINS[name])}.so"
+
+
+def _loads(library: Path) -> str | None:
+    """None once the library is loaded, else why it is not."""
     try:
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     except OSError as exc:
-        raise CompileError(
-            f"the {name} plug-in does not load: {str(exc)[-_TAIL:]}",
-            hint=f"remove {library} to have it built again",
-        ) from exc
+        return str(exc)
+    return None
 
 
-def build_plugin(name: str) -> Path:
-    """The library of the plug-in, built where the cache does not have it; raises CompileError."""
+def build_plugin(name: str, folder: Path | None = None) -> Path:
+    """The library of the plug-in in `folder` (the cache), built where it is not there yet.
+
+    Raises CompileError.
+    """
     plugin = PLUGINS[name]
-    library = cache_folder() / "plugins" / f"{name}-{_key(plugin)}.so"
+    library = (folder or cache_folder() / "plugins") / library_name(name)
     if library.exists():
         return library
     missing = missing_packages(name)
@@ -79,8 +110,8 @@ def build_plugin(name: str) -> Path:
         )
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            fresh = Path(folder) / library.name
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            fresh = Path(scratch) / library.name
             _compile(name, plugin, fresh)
             fresh.replace(library)  # at once: another process may be building it too
     except OSError as exc:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from llmc.runtime import tvm_runtime
-from llmc.runtime.step import Int32
+
+Array = npt.NDArray[np.int32] | npt.NDArray[np.float32]
 
 
 class DeviceInputs:
-    """Memory of the device for each input of a step.
+    """Memory of the device for each input of a step, which has the same type in every step.
 
     Allocating it anew would take longer than the kernels of a small model. Not one piece for all:
     kernels take no tensor that begins inside another.
@@ -21,15 +25,15 @@ class DeviceInputs:
         self.generation = 0  # changes where inputs move, as longer ones come
         self._memory: dict[int, tuple[int, Any]] = {}  # by position: elements, tensor
 
-    def copy(self, arrays: Sequence[Int32]) -> list[Any]:
+    def copy(self, arrays: Sequence[Array]) -> list[Any]:
         """The arrays as tensors of the device; valid until the next call."""
         return [self._copy(number, array) for number, array in enumerate(arrays)]
 
-    def _copy(self, number: int, array: Int32) -> Any:  # noqa: ANN401 - a tensor
+    def _copy(self, number: int, array: Array) -> Any:  # noqa: ANN401 - a tensor
         capacity, memory = self._memory.get(number, (-1, None))
         if array.size > capacity:
             capacity = 2 * array.size  # block tables grow step by step
-            memory = tvm_runtime.empty((max(capacity, 1),), "int32", self._device)
+            memory = tvm_runtime.empty((max(capacity, 1),), str(array.dtype), self._device)
             self._memory[number] = capacity, memory
             self.generation += 1
         tensor = tvm_runtime.view(memory, array.shape)

@@ -29,7 +29,7 @@ from llmc.runtime.sampling_params import SamplingParams
 from llmc.runtime.scheduler import Chunk, Scheduler
 from llmc.runtime.scoring import score_text
 from llmc.runtime.sequence import Sequence
-from llmc.runtime.step import Float32, Int32, StepExecutor
+from llmc.runtime.step import Draws, Float32, Int32, StepExecutor, StepInputs, StepOutput
 from llmc.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -217,17 +217,20 @@ class Engine:
         inputs = build_batch(chunks, self._blocks)
         self._num_steps += 1
         try:
-            logits = self._executor.step(inputs)
+            output = self._run(inputs, chunks)
         except Exception:
             logger.exception("the executor failed; %d sequences end", len(chunks))
             for sequence in list(self._scheduler.running):
                 deltas.append(self._fail(self._generations[sequence]))
             return deltas
-        row = 0
+        row = rest = 0
         for chunk in chunks:
-            rows = logits[row : row + chunk.num_logits_rows]
-            row += chunk.num_logits_rows
-            delta = self._collect(chunk, rows)
+            count = chunk.num_logits_rows
+            token_id = int(output.token_ids[row]) if count else -1
+            row += count
+            count = 0 if token_id >= 0 else count
+            delta = self._collect(chunk, output.logits[rest : rest + count], token_id)
+            rest += count
             if delta is not None:
                 deltas.append(delta)
         return deltas
@@ -405,8 +408,37 @@ class Engine:
             self._generations[generation.sequence] = generation
             self._scheduler.add(generation.sequence)
 
-    def _collect(self, chunk: Chunk, logits: Float32) -> Delta | None:
-        """Takes what a chunk's step gave, `logits` `[rows, V]`; a delta if a token came."""
+    def _run(self, inputs: StepInputs, chunks: list[Chunk]) -> StepOutput:
+        """Runs a step; the device chooses the tokens that it can."""
+        if self._executor.chooses:
+            draws = self._draws(chunks)
+            if draws is not None:
+                return self._executor.step_and_choose(inputs, draws)
+        logits = self._executor.step(inputs)
+        return StepOutput(token_ids=np.full(len(logits), -1, np.int32), logits=logits)
+
+    def _draws(self, chunks: list[Chunk]) -> Draws | None:
+        """The rows whose tokens a device can choose, where there are any."""
+        rows, drawn, row = [], [], 0
+        for chunk in chunks:
+            if chunk.end == chunk.sequence.num_tokens and chunk.num_logits_rows == 1:
+                draw = self._generations[chunk.sequence].draw()
+                if draw is not None:
+                    rows.append(row)
+                    drawn.append(draw)
+            row += chunk.num_logits_rows
+        if not rows:
+            return None
+        return Draws(
+            rows=np.array(rows, np.int32),
+            top_k=np.array([top_k for top_k, _ in drawn], np.int32),
+            settings=np.array([settings for _, settings in drawn], np.float32),
+        )
+
+    def _collect(self, chunk: Chunk, logits: Float32, token_id: int) -> Delta | None:
+        """Takes what a chunk's step gave, a token that the device chose or, where it is -1,
+        `logits` `[rows, V]`; a delta if a token came.
+        """
         sequence = chunk.sequence
         generation = self._generations[sequence]
         sequence.num_computed_tokens = chunk.end
@@ -419,7 +451,7 @@ class Engine:
                 generation.score_prompt(logits[: last_prompt_position - first_position])
             if chunk.end < sequence.num_tokens:
                 return None
-            delta = generation.advance(logits[-1])
+            delta = generation.advance(logits[-1]) if token_id < 0 else generation.take(token_id)
         except Exception:
             logger.exception("a sequence failed and ends")
             return self._fail(generation)

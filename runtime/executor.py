@@ -17,9 +17,10 @@ from llmc.runtime.device_inputs import DeviceInputs
 from llmc.runtime.devices import Place
 from llmc.runtime.devices.cpu import num_threads
 from llmc.runtime.devices.device import Device
-from llmc.runtime.step import Float32, Int32, StepInputs
+from llmc.runtime.step import Draws, Float32, Int32, StepInputs, StepOutput
 from llmc.runtime.weights import load_weights, random_tensors
 
+_NUM_INPUTS = 8  # tensors that every step begins with
 _BLOCKS = 32  # what recorded steps have block tables in multiples of
 
 
@@ -80,6 +81,7 @@ class Executor:
         try:
             vm = tvm_runtime.load_vm(directory / library, self._device, num_threads=num_threads())
             self._entries = [(e.max_tokens, vm[e.name]) for e in manifest.entry_points]
+            self.chooses = manifest.sampling is not None
         except (RuntimeError, AttributeError, OSError, ValueError) as exc:
             raise place.device.explain(exc) or ArtifactError(
                 f"{library} does not load: {str(exc)[-300:]}",
@@ -111,14 +113,28 @@ class Executor:
     def step(self, inputs: StepInputs) -> Float32:
         """Runs the entry point for this number of tokens; logits `[L, V]` float32."""
         with _explained(self._place.device):
-            return self._step(inputs)
+            logits, _ = self._launch(inputs, None)
+            if not self._place.device.is_host:
+                return tvm_runtime.copy_from(logits)
+            result: Float32 = np.asarray(np.from_dlpack(logits), np.float32)  # a view
+            return result
 
-    def _step(self, inputs: StepInputs) -> Float32:
+    def step_and_choose(self, inputs: StepInputs, draws: Draws) -> StepOutput:
+        """Runs the entry point; of the logits only those come to the host that it has to read."""
+        with _explained(self._place.device):
+            logits, chosen = self._launch(inputs, draws)
+            token_ids = np.full(len(inputs.logits_rows), -1, np.int32)
+            token_ids[draws.rows] = tvm_runtime.copy_from(chosen)
+            rest = tvm_runtime.copy_rows_from(logits, np.flatnonzero(token_ids < 0))
+            return StepOutput(token_ids=token_ids, logits=rest)
+
+    def _launch(self, inputs: StepInputs, draws: Draws | None) -> tuple[Any, Any]:
+        """Logits and chosen tokens as tensors of the device, which may still be at it."""
         num_tokens = len(inputs.input_ids)
         run = next(run for max_tokens, run in self._entries if num_tokens <= max_tokens)
-        records = self._graphs is not None and inputs.max_q_len == 1 and not self._instrumented
-        block_tables = _padded(inputs.block_tables) if records else inputs.block_tables
-        arrays = (
+        graphs = self._graphs if inputs.max_q_len == 1 and not self._instrumented else None
+        block_tables = inputs.block_tables if graphs is None else _padded(inputs.block_tables)
+        arrays: list[Int32 | Float32] = [
             inputs.input_ids,
             inputs.positions,
             inputs.q_starts,
@@ -127,22 +143,29 @@ class Executor:
             inputs.slots,
             inputs.state_slots,
             inputs.logits_rows,
-        )
+        ]
+        function = None if draws is None else draws.function
+        if draws is not None:
+            arrays.append(draws.rows)
+            if function != "choose_largest":
+                arrays += [draws.top_k, draws.settings]
         is_host = self._place.device.is_host
-        tensors = map(tvm_runtime.from_numpy, arrays) if is_host else self._inputs.copy(arrays)
+        copied = map(tvm_runtime.from_numpy, arrays) if is_host else self._inputs.copy(arrays)
+        tensors = list(copied)
         arguments = [
-            *tensors,
+            *tensors[:_NUM_INPUTS],
             self._shape([inputs.num_decodes, inputs.max_q_len, inputs.max_kv_len]),
             *self._state,
         ]
-        if self._graphs is not None and records:
-            key = (*(array.shape for array in arrays), self._inputs.generation)
-            logits = self._graphs.run(key, lambda: run(*arguments))
-        else:
+
+        def call() -> tuple[Any, Any]:
             logits = run(*arguments)
-        if not is_host:
-            return tvm_runtime.copy_from(logits)
-        result: Float32 = np.asarray(np.from_dlpack(logits), np.float32)  # a view
+            return logits, function and self._vm[function](logits, *tensors[_NUM_INPUTS:])
+
+        if graphs is None:
+            return call()
+        key = (function, *(array.shape for array in arrays), self._inputs.generation)
+        result: tuple[Any, Any] = graphs.run(key, call)
         return result
 
     def instrument(self, callback: Callable[..., int] | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from llmc.runtime.detokenizer import Detokenizer
 from llmc.runtime.logprobs import TokenLogprob, token_logprob
 from llmc.runtime.outputs import Delta, FinishReason
-from llmc.runtime.sampler import TokenSampler
+from llmc.runtime.sampler import Draw, TokenSampler
 from llmc.runtime.sampling_params import SamplingParams
 from llmc.runtime.sequence import Sequence
 from llmc.runtime.step import Float32
@@ -65,6 +65,21 @@ class Generation:
         logprobs = None
         if self._params.logprobs is not None:
             logprobs = [token_logprob(logits, token_id, self._params.logprobs)]
+        return self._append(token_id, logprobs)
+
+    def draw(self) -> Draw | None:
+        """What a device needs to know to choose the next token; None where it cannot."""
+        params = self._params
+        if params.logprobs is not None or params.prompt_logprobs is not None:
+            return None
+        return self._sampler.draw()
+
+    def take(self, token_id: int) -> Delta:
+        """Appends a token that a device chose and gives the delta."""
+        self._sampler.note(token_id)
+        return self._append(token_id, None)
+
+    def _append(self, token_id: int, logprobs: list[TokenLogprob] | None) -> Delta:
         self.sequence.append(token_id)
         text, reason = self._accept(token_id)
         return self._delta(text, [token_id], reason, logprobs)

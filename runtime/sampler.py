@@ -22,9 +22,14 @@ from llmc.runtime.step import Float32, Int32
 _GREEDY_BELOW = 1e-5  # temperatures this low leave one token in float32
 _BLOCK = 512  # weights that are summed at once
 _BELOW_ONE = math.nextafter(1.0, 0.0)
+_BELOW_ONE_F32 = 1 - 2**-24
+_PARTS = 2**24  # of [0, 1), as many as a float32 tells apart
+_ANY_DISTANCE = 1e30
 Float64 = npt.NDArray[np.float64]
 Weights = Float32 | Float64
 Indices = npt.NDArray[np.intp]
+Draw = tuple[int, tuple[float, float, float, float, float]]
+"""A row's top_k and settings, as runtime/step.py's Draws has them."""
 
 
 class TokenSampler:
@@ -57,23 +62,49 @@ class TokenSampler:
         else:
             scaled = (logits - logits[best]) / np.float32(self._params.temperature)
             token_id = self._draw(*_candidates(scaled, self._params))
+        self.note(token_id)
+        return token_id
+
+    def draw(self) -> Draw | None:
+        """What a device needs to know to choose the next token; None where the host has to see the
+        logits. `note` takes what it chose.
+
+        It takes one number of the random stream for a token that is sampled, as `sample` does.
+        """
+        params = self._params
+        if self._changes_logits():
+            return None
+        if params.temperature < _GREEDY_BELOW:
+            return 1, (1.0, 1.0, _ANY_DISTANCE, 0.0, 0.0)
+        # Of one number's 53 bits, the first decide on a part of the row, the others on the place.
+        rest, part = math.modf(self._random.random() * _PARTS)
+        farthest = -math.log(params.min_p) if params.min_p > 0 else _ANY_DISTANCE
+        shares = part / _PARTS, min(rest, _BELOW_ONE_F32)
+        return params.top_k, (1 / params.temperature, params.top_p, farthest, *shares)
+
+    def note(self, token_id: int) -> None:
+        """Counts a token that was chosen."""
         self._num_sampled += 1
         if self._penalties is not None:
             self._penalties.count(token_id)
-        return token_id
 
     def _adjusted(self, logits: Float32) -> Float32:
         """`logits` with bias, penalties and the minimum length applied; a copy where it changes."""
-        hide_stops = self._num_sampled < self._params.min_tokens and self._stop_ids.size > 0
-        if self._penalties is None and not self._bias_ids.size and not hide_stops:
+        if not self._changes_logits():
             return logits
         logits = logits.copy()
         if self._penalties is not None:
             self._penalties.apply(logits)
         logits[self._bias_ids] += self._biases
-        if hide_stops:
+        if self._hides_stops():
             logits[self._stop_ids] = -np.inf
         return logits
+
+    def _changes_logits(self) -> bool:
+        return self._penalties is not None or self._bias_ids.size > 0 or self._hides_stops()
+
+    def _hides_stops(self) -> bool:
+        return self._num_sampled < self._params.min_tokens and self._stop_ids.size > 0
 
     def _draw(self, ids: Indices | None, weights: Weights) -> int:
         """One of `ids` (None: all), as likely as its weight, by one uniform number."""

@@ -1,4 +1,4 @@
-"""The contract between the engine and a compiled model: one ragged batch in, logits out."""
+"""The contract between the engine and a compiled model: a ragged batch in, logits or tokens out."""
 
 from __future__ import annotations
 
@@ -32,8 +32,43 @@ class StepInputs:
     max_kv_len: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draws:
+    """Rows of a step's logits whose tokens the device chooses; R is at least 1.
+
+    The columns of `settings` are 1 / temperature, top_p, the largest distance from the best logit
+    (divided by the temperature) that min_p allows, and two uniform numbers in [0, 1).
+    """
+
+    rows: Int32  # [R], ascending indices of logits_rows
+    top_k: Int32  # [R]; 0 = off, 1 = the likeliest token
+    settings: Float32  # [R, 5]
+
+    @property
+    def function(self) -> str:
+        """The artifact's function that does it, with the least work."""
+        if (self.top_k == 1).all():
+            return "choose_largest"
+        limited = (self.top_k > 1) | ((self.settings[:, 1] < 1) & (self.top_k != 1))
+        return "choose_limited" if limited.any() else "choose_drawn"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """Tokens that the device chose, and the logits of all other rows, in their order."""
+
+    token_ids: Int32  # [L]; -1 where none was chosen, or the largest logit is no finite number
+    logits: Float32  # [n, V] of the n rows with -1; valid until the next step
+
+
 class StepExecutor(Protocol):
     """Runs steps on a device; owns the weights and the cache tensors."""
+
+    chooses: bool
+    """Whether the device can choose tokens."""
+
+    def step_and_choose(self, inputs: StepInputs, draws: Draws) -> StepOutput:
+        """Runs a step and chooses tokens as `draws` says; only where `chooses`."""
 
     def step(self, inputs: StepInputs) -> Float32:
         """Returns logits `[L, V]` float32 for `inputs.logits_rows`; valid until the next call."""

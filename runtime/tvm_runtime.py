@@ -96,10 +96,10 @@ def copy_to(array: npt.NDArray[Any], device: Any) -> Any:  # noqa: ANN401
     return tensor
 
 
-def view(memory: Any, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
-    """A tensor of the same type at the beginning of another."""
+def view(memory: Any, shape: tuple[int, ...], *, start: int = 0) -> Any:  # noqa: ANN401
+    """A tensor of the same type in another, `start` bytes from its beginning."""
     create = tvm_ffi().get_global_func("runtime.TVMTensorCreateView")
-    return create(memory, tvm_ffi().Shape(shape), memory.dtype, 0)
+    return create(memory, tvm_ffi().Shape(shape), memory.dtype, start)
 
 
 def copy_into(tensor: Any, array: npt.NDArray[Any]) -> None:  # noqa: ANN401
@@ -108,12 +108,29 @@ def copy_into(tensor: Any, array: npt.NDArray[Any]) -> None:  # noqa: ANN401
     copy(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
 
 
-def copy_from(tensor: Any) -> npt.NDArray[np.float32]:  # noqa: ANN401
-    """The contents of a float32 tensor on any device; waits for what computes them."""
-    array = np.empty(tuple(tensor.shape), np.float32)
+def copy_from(tensor: Any) -> npt.NDArray[Any]:  # noqa: ANN401
+    """The contents of a tensor on any device; waits for what computes them."""
+    array = np.empty(tuple(tensor.shape), np.dtype(str(tensor.dtype)))
+    _copy_out(tensor, array)
+    return array
+
+
+def copy_rows_from(tensor: Any, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:  # noqa: ANN401
+    """The given ascending rows of a float32 matrix on any device, as `copy_from`."""
+    columns = int(tensor.shape[1])
+    array = np.empty((len(rows), columns), np.float32)
+    done = 0
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+        if len(run):
+            part = array[done : done + len(run)]
+            _copy_out(view(tensor, part.shape, start=int(run[0]) * columns * 4), part)
+            done += len(run)
+    return array
+
+
+def _copy_out(tensor: Any, array: npt.NDArray[Any]) -> None:  # noqa: ANN401
     copy = tvm_ffi().get_global_func("runtime.TVMTensorCopyToBytes")
     copy(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
-    return array
 
 
 def attribute(device: Any, kind: int) -> Any:  # noqa: ANN401

@@ -89,6 +89,18 @@ class ActivationBlocks:
     factor: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Functions that choose tokens on the device: docs/artifact.md has their signatures.
+
+    Relax functions of the symbolic extents L (rows of logits) and R (rows to choose from), and
+    their kernels, all of which are the rule's.
+    """
+
+    rule: str
+    module: tvm.IRModule
+
+
 class Target(Protocol):
     """A device to compile for."""
 
@@ -104,6 +116,9 @@ class Target(Protocol):
     pass_config: dict[str, object]
     kernel_rules: Sequence[tuple[str, KernelRule]]
     schedule_rules: Sequence[tuple[str, ScheduleRule]]
+
+    def sampling(self, vocab_size: int) -> Sampling | None:
+        """Functions over logits `[L, vocab_size]`; None where the host chooses tokens."""
 
     def key_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
         """Shape of a page of keys in a cache tensor of kv_dtype."""

@@ -49,6 +49,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
         "weights_bytes_by_format": _bytes_by_format(manifest),
         "workspace_bytes": memory.workspace_bytes,
         "logits_bytes": memory.logits_bytes,
+        "sampling": "host" if manifest.sampling is None else "device",
         "kv_bytes_per_token": memory.kv_bytes_per_token,
         "max_batch_tokens": manifest.max_batch_tokens,
         "max_sequences": manifest.max_sequences,
@@ -94,6 +95,7 @@ def _print(manifest: Manifest) -> None:
         ("weights", f"{format_bytes(memory.weights_bytes)} ({formats})"),
         ("workspace", f"{format_bytes(memory.workspace_bytes)}, planned"),
         ("logits", format_bytes(memory.logits_bytes)),
+        ("sampling", "on the host" if manifest.sampling is None else "on the device"),
         ("KV cache", f"{format_bytes(memory.kv_bytes_per_token)} a token, {manifest.kv_dtype}"),
         (
             "compiled",

@@ -16,7 +16,7 @@ from llmc.cli.kernel_cost import Argument, CostModel, KernelCost, Limits
 if TYPE_CHECKING:
     from llmc.artifact import Manifest
     from llmc.runtime.executor import Executor
-    from llmc.runtime.step import Float32, StepInputs
+    from llmc.runtime.step import Draws, Float32, StepInputs, StepOutput
 
 _OWN_CALLS = "vm.builtin."
 
@@ -53,6 +53,7 @@ class Profiler:
 
     def __init__(self, executor: Executor, manifest: Manifest) -> None:
         self._executor = executor
+        self.chooses = executor.chooses
         self._entries = [(e.max_tokens, e.name) for e in manifest.entry_points]
         self._rules = {k.name: k.rule for k in manifest.kernels}
         self._costs = CostModel(
@@ -70,13 +71,22 @@ class Profiler:
 
     def step(self, inputs: StepInputs) -> Float32:
         """Runs the step and notes its time."""
+        with self._timed(inputs):
+            return self._executor.step(inputs)
+
+    def step_and_choose(self, inputs: StepInputs, draws: Draws) -> StepOutput:
+        """Runs the step, the choice of tokens included, and notes its time."""
+        with self._timed(inputs):
+            return self._executor.step_and_choose(inputs, draws)
+
+    @contextmanager
+    def _timed(self, inputs: StepInputs) -> Iterator[None]:
         steps = self._steps[self._kind(inputs)]
         self._inputs, self._kernels, self._seen = inputs, steps.kernels, set()
         start = time.perf_counter()
-        logits = self._executor.step(inputs)
+        yield
         seconds = time.perf_counter() - start
         (steps.profiled_s if self._instrumented else steps.plain_s).append(seconds)
-        return logits
 
     @contextmanager
     def instrumented(self) -> Iterator[None]:

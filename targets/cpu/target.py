@@ -124,6 +124,10 @@ class CpuTarget:
             ("cpu.reduction", schedule_reduction),
         )
 
+    def sampling(self, vocab_size: int) -> None:
+        """The host reads logits where they are."""
+        return None
+
     def key_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
         """`[Kv, elements]`, as kernels/kv_pages.py lays them out."""
         kv = kv_type(kv_dtype, self.page_size, head_dim)

@@ -65,8 +65,9 @@ class CudaTarget(GpuTarget):
         )
         self.pass_config: dict[str, object] = {}
         features = Features(subgroup=32, max_threads=1024, shared_bytes=49152)
+        self.parameters = replace(_PARAMETERS, features=features)
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = cuda_rules(
-            replace(_PARAMETERS, features=features),
+            self.parameters,
             self.few_tokens,
             min(SHARED_KIB[architecture] for architecture in self.architectures) * 1024,
         )

@@ -91,6 +91,21 @@ class AttentionParameters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParameters:
+    """Choosing tokens from logits: a block for each part of a row."""
+
+    part: int = 2048  # logits
+    argmax_threads: int = 128
+    merge_threads: int = 32
+    histogram_threads: int = 32  # each has a histogram of its own in shared memory
+    draw_threads: int = 64
+
+    def __post_init__(self) -> None:
+        assert self.histogram_threads & (self.histogram_threads - 1) == 0, self
+        assert self.part % self.draw_threads == 0, self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuParameters:
     """Tunables of one device; every value changes speed only."""
 
@@ -102,6 +117,7 @@ class GpuParameters:
     few: GemvParameters = field(default_factory=GemvParameters)
     gemm: GemmParameters = field(default_factory=GemmParameters)
     attention: AttentionParameters = field(default_factory=AttentionParameters)
+    sampling: SamplingParameters = field(default_factory=SamplingParameters)
 
     def row_threads(self, elements: int) -> int:
         """Threads that share a row of so many elements: a power of two."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmc.formats import WeightFormat
-from llmc.targets.base import ActivationBlocks, Array, Matrix, PackedPart
+from llmc.targets.base import ActivationBlocks, Array, Matrix, PackedPart, Sampling
 from llmc.targets.gpu import layout
+from llmc.targets.gpu.parameters import GpuParameters
 from llmc.targets.gpu.rules import key_page, value_page
+from llmc.targets.gpu.sampling import sampling
 
 
 class GpuTarget:
@@ -18,6 +20,11 @@ class GpuTarget:
     few_tokens = 8
     narrow_products: frozenset[str] = frozenset()
     lacking_formats: frozenset[str] = frozenset()
+    parameters: GpuParameters
+
+    def sampling(self, vocab_size: int) -> Sampling:
+        """On the device: logits of large batches would take longer to copy than to compute."""
+        return sampling(vocab_size, self.parameters)
 
     def key_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
         """`[Kv, elements]`."""

@@ -88,9 +88,9 @@ class VulkanTarget(GpuTarget):
             max_threads=self._level.max_threads,
             shared_bytes=self._level.shared_bytes,
         )
-        parameters = GpuParameters(features=features)
+        self.parameters = GpuParameters(features=features)
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = kernel_rules(
-            parameters, self.few_tokens
+            self.parameters, self.few_tokens
         )
         self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = schedule_rules(self.tvm_target)
 

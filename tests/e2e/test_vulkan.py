@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,12 @@ from random_models import DEMO
 import llmc
 from llmc.artifact import Manifest
 from llmc.errors import ArtifactError, CapacityError, UsageError
+from llmc.runtime import tvm_runtime
 from llmc.runtime.devices import choose_place
+from llmc.runtime.devices.vulkan import Vulkan
 from llmc.runtime.engine import Engine
+from llmc.runtime.executor import load_executor
+from llmc.runtime.sampling_params import SamplingParams
 from llmc.runtime.verify import verify
 
 pytestmark = pytest.mark.usefixtures("vulkan")
@@ -28,7 +33,9 @@ ANSWER = """
 import sys
 from llmc import Engine, SamplingParams
 engine = Engine(sys.argv[1])
-print(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0))[0].token_ids)
+for sampling in ({"temperature": 0}, {"seed": 1, "top_k": 50, "top_p": 0.9}):
+    params = SamplingParams(max_tokens=4, ignore_eos=True, **sampling)
+    print(engine.generate([[1, 2, 3]], params)[0].token_ids)
 """
 
 
@@ -74,9 +81,86 @@ def test_answers_are_the_cpus(
     assert engine.stats.kv_cache_usage_ratio == 0
 
 
+def test_tokens_are_chosen_on_the_device_and_no_logits_copied(
+    on_vulkan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    copy_rows = tvm_runtime.copy_rows_from
+    monkeypatch.setattr(
+        tvm_runtime, "copy_rows_from", lambda t, r: (rows.append(len(r)), copy_rows(t, r))[1]
+    )
+    engine = Engine(on_vulkan)
+    prompts = [[1, 2, 3], [200, 7], list(range(40))]
+    plain = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    chosen = [output.token_ids for output in engine.generate(prompts, plain)]
+    assert len(rows) >= 12
+    assert not any(rows)
+    # Log-probabilities need all logits: the host chooses.
+    read = [SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=0)] * 3
+    assert chosen == [output.token_ids for output in engine.generate(prompts, read)]
+    rows.clear()
+    mixed = engine.generate(prompts, [plain, read[0], plain])
+    assert [output.token_ids for output in mixed] == chosen
+    assert max(rows) == 1
+
+
+def test_a_seed_gives_the_same_tokens_in_any_batch(on_vulkan: Path) -> None:
+    engine = Engine(on_vulkan)
+    params = [
+        SamplingParams(max_tokens=10, seed=1, ignore_eos=True),
+        SamplingParams(max_tokens=10, seed=2, top_k=20, top_p=0.9, ignore_eos=True),
+        SamplingParams(max_tokens=10, seed=3, min_p=0.1, temperature=0.7, ignore_eos=True),
+        SamplingParams(max_tokens=10, seed=4, frequency_penalty=0.5, ignore_eos=True),
+    ]
+    prompts = [[1], [2, 3], [4, 5, 6], [7]]
+    alone = [engine.generate(p, q)[0].token_ids for p, q in zip(prompts, params, strict=True)]
+    together = [output.token_ids for output in engine.generate(prompts, params)]
+    assert together == alone
+
+
+class Recordings:
+    """Graphs that record nothing, and note under which keys calls came."""
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[object, ...]] = []
+
+    def run(self, key: tuple[object, ...], call: Callable[[], object]) -> object:
+        self.keys.append(key)
+        return call()
+
+
+def test_decodes_are_recorded_together_with_the_choice_of_tokens(
+    on_vulkan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recordings = Recordings()
+    plain = Engine(on_vulkan)
+    monkeypatch.setattr(Vulkan, "graphs", lambda self, index: recordings)
+    engine = Engine(on_vulkan)
+    functions = {
+        "choose_largest": {"temperature": 0},
+        "choose_drawn": {"seed": 1},
+        "choose_limited": {"seed": 1, "top_k": 9},
+        None: {"seed": 1, "logprobs": 0},
+    }
+    for function, sampling in functions.items():
+        params = SamplingParams(max_tokens=6, ignore_eos=True, **sampling)
+        [expected] = plain.generate([3, 4, 5], params)
+        recordings.keys.clear()
+        [found] = engine.generate([3, 4, 5], params)
+        assert found.token_ids == expected.token_ids
+        assert [key[0] for key in recordings.keys] == [function] * 5  # all but the prompt's step
+
+
+def test_inspect_lists_what_chooses_tokens(on_vulkan: Path, run_llmc) -> None:
+    code, out, _ = run_llmc("inspect", on_vulkan)
+    assert code == 0
+    assert re.search(r"sampling +on the device", out)
+    assert re.search(r"argmax_parts +gpu.sampling", out)
+
+
 def test_copies_through_staging_buffers_change_nothing(on_vulkan: Path) -> None:
     direct = answer(on_vulkan)
-    assert re.fullmatch(r"\[\d+, \d+, \d+, \d+\]\n", direct)
+    assert re.fullmatch(r"(\[\d+, \d+, \d+, \d+\]\n){2}", direct)
     assert answer(on_vulkan, LLMC_VULKAN_STAGING="1") == direct
 
 
@@ -134,6 +218,15 @@ def test_memory_that_the_device_does_not_have_is_refused_with_the_sum(
     )
     with pytest.raises(CapacityError, match=r"= weights 0\.00 GiB \+ workspace"):
         Engine(on_vulkan)
+
+
+def test_memory_that_the_device_promised_and_does_not_give_is_an_error_too(on_vulkan: Path) -> None:
+    manifest = Manifest.load(on_vulkan)
+    place = choose_place(manifest, "vulkan")
+    pages = [2**48 // cache.page_bytes for cache in manifest.caches[:1]]
+    with pytest.raises(CapacityError, match=r"VK_ERROR_OUT_OF_DEVICE_MEMORY: \d+ bytes asked of"):
+        load_executor(on_vulkan, manifest, num_pages=pages, place=place)
+    assert verify(on_vulkan).passed  # the device is as good as before
 
 
 def test_a_lost_device_ends_the_request_with_vulkans_name_for_it(on_vulkan: Path) -> None:

@@ -88,12 +88,15 @@ def make_manifest(
         variants=[Variant(library="model.so", device_kind="cpu", target="llvm", features=[])],
         memory=MemoryPlan(weights_bytes=0, workspace_bytes=0, logits_bytes=0, kv_bytes_per_token=8),
         kernels=[],
+        sampling=None,
         verify=VerifyTolerance(max_mean_abs=0.0, max_abs=0.0),
     )
 
 
 class FakeExecutor:
     """A StepExecutor that checks the contract of StepInputs on every call."""
+
+    chooses = False
 
     def __init__(self, manifest: Manifest, num_pages: list[int]) -> None:
         self.manifest = manifest

@@ -21,6 +21,8 @@ GREEDY = SamplingParams(temperature=0)
 class ScriptedExecutor:
     """Says a given text token by token: the logits depend on the position alone."""
 
+    chooses = False
+
     def __init__(self, token_ids: list[int], num_prompt_tokens: int) -> None:
         self.token_ids = token_ids
         self.num_prompt_tokens = num_prompt_tokens

@@ -8,11 +8,14 @@ import pytest
 import tvm
 
 from llmc.formats import FORMATS
+from llmc.targets.gpu.kernels.argmax import argmax_parts
 from llmc.targets.gpu.kernels.attention import paged_attention
+from llmc.targets.gpu.kernels.draw import draw
 from llmc.targets.gpu.kernels.grouped_linear import grouped_linear
 from llmc.targets.gpu.kernels.kv_write import rope_kv_write
 from llmc.targets.gpu.kernels.linear import linear_few, linear_many
 from llmc.targets.gpu.kernels.norm import add_rms_norm
+from llmc.targets.gpu.kernels.token_limits import limits_histogram, limits_narrow
 from llmc.targets.gpu.parameters import Features, GpuParameters
 
 ARCH = "sm_90"
@@ -74,6 +77,10 @@ def functions():
             params=PARAMS,
             **PAGES,
         ),
+        "argmax": argmax_parts(128256, PARAMS.sampling),
+        "histogram": limits_histogram(128256, PARAMS.sampling),
+        "narrow": limits_narrow(128256, PARAMS.sampling),
+        "draw": draw(128256, PARAMS.sampling),
     }
 
 
