@@ -80,7 +80,14 @@ class Storage:
     name: str
     dtype: str  # of an element, as the IR has it
     is_global: bool
+    is_shared: bool = False
     is_written: bool = False
+    is_vectors: bool = False  # an array of vectors of four, whatever is stored alone
+
+    @property
+    def can_be_vectors(self) -> bool:
+        """Whether the array may be declared so: shared memory of 32-bit elements."""
+        return self.is_shared and self.dtype in ("float32", "int32", "uint32")
 
 
 class WideIntegers(Exception):
@@ -102,6 +109,7 @@ class ExpressionPrinter:
     references: set[tuple[str, int, bool]] = field(default_factory=set)  # type, alignment, written
     extensions: set[str] = field(default_factory=set)
     features: set[str] = field(default_factory=set)
+    vectors: set[str] = field(default_factory=set)  # shared arrays that are read by four
     helpers: set[tuple[str, str]] = field(default_factory=set)  # name, type of its integers
     analyzer: tvm.sym.Analyzer = field(default_factory=tvm.sym.Analyzer)
 
@@ -156,6 +164,8 @@ class ExpressionPrinter:
 
     def element(self, storage: Storage, dtype: str, index: str, *, aligned: bool = True) -> str:
         """`storage[index]` in units of `dtype`, an lvalue."""
+        if storage.is_vectors:
+            return f"{storage.name}[({index}) >> 2][({index}) & 3]"
         if not storage.is_global:
             return f"{storage.name}[{index}]"
         scalar = split(dtype)[0]
@@ -196,11 +206,18 @@ class ExpressionPrinter:
     def vector_access(self, storage: Storage, index: Expr, dtype: str) -> str | None:
         """An lvalue of consecutive elements at once, where they are aligned; else None."""
         lanes = int(index.lanes)
-        contiguous = storage.is_global and isinstance(index.stride, tvm.tirx.IntImm)
-        if split(dtype)[1] != 1 or not contiguous or int(index.stride) != 1 or lanes not in (2, 4):
+        contiguous = isinstance(index.stride, tvm.tirx.IntImm) and int(index.stride) == 1
+        if split(dtype)[1] != 1 or not contiguous or lanes not in (2, 4):
+            return None
+        if not (storage.is_global or (storage.can_be_vectors and lanes == 4)):
             return None
         if not is_proven_multiple(index.base, lanes, self.analyzer):
             return None
+        if not storage.is_global:
+            self.vectors.add(storage.name)
+            return (
+                f"{storage.name}[({self.index(index.base)}) >> 2]" if storage.is_vectors else None
+            )
         unit = f"({self.index(index.base)}) / {lanes}"
         return self.element(storage, with_lanes(dtype, lanes), unit)
 

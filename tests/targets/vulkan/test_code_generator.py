@@ -182,6 +182,32 @@ def test_shared_memory_passes_between_threads_at_a_barrier():
     np.testing.assert_array_equal(got, x.reshape(2, 128)[:, ::-1].reshape(-1))
 
 
+@pytest.mark.parametrize("start", [0, 1])
+def test_shared_memory_is_read_by_vectors_where_aligned_and_by_elements_where_not(start):
+    n = 64
+
+    @T.prim_func(s_tir=True)
+    def main(x: T.Buffer((4 * n + 1,), "float32"), y: T.Buffer((8 * n,), "float32")):
+        for thread in T.thread_binding(n, thread="threadIdx.x"):
+            shared = T.alloc_buffer((4 * n + 1,), "float32", scope="shared")
+            for i in T.serial(5):
+                if thread + i * n < 4 * n + 1:
+                    shared[thread + i * n] = x[thread + i * n]
+            T.evaluate(T.tvm_storage_sync("shared"))
+            y[T.ramp(thread * 4, 1, 4)] = shared[T.ramp(thread * 4 + start, 1, 4)]
+            T.evaluate(T.tvm_storage_sync("shared"))
+            shared[T.ramp(thread * 4, 1, 4)] = x[T.ramp(thread * 4, 1, 4)] * T.broadcast(
+                T.float32(2), 4
+            )
+            T.evaluate(T.tvm_storage_sync("shared"))
+            y[thread + 4 * n] = shared[4 * n - 1 - thread]
+
+    x = rng.standard_normal(4 * n + 1).astype("float32")
+    y = run(main, x, np.zeros(8 * n, "float32"))[1]
+    np.testing.assert_array_equal(y[: 4 * n], x[start : start + 4 * n])
+    np.testing.assert_array_equal(y[4 * n : 5 * n], 2 * x[4 * n - n : 4 * n][::-1])
+
+
 def test_subgroups_reduce_and_shuffle_whatever_their_size():
     @T.prim_func(s_tir=True)
     def main(x: T.Buffer((64,), "float32"), y: T.Buffer((4, 64), "float32")):
