@@ -10,6 +10,12 @@ import tvm
 
 from llmc.errors import CompileError
 from llmc.targets.vulkan.glsl_functions import EXTERNS, MATH, WARP_SHUFFLES, Function
+from llmc.targets.vulkan.glsl_integers import (
+    FAR,
+    WideIntegers,
+    raised_dividend,
+)
+from llmc.targets.vulkan.glsl_storage import Storage
 from llmc.targets.vulkan.glsl_types import (
     dtype_of,
     features_of,
@@ -74,27 +80,6 @@ _BITS = {
 
 
 @dataclass(slots=True)
-class Storage:
-    """Where a buffer lies: a parameter's memory, shared memory or an array of the thread."""
-
-    name: str
-    dtype: str  # of an element, as the IR has it
-    is_global: bool
-    is_shared: bool = False
-    is_written: bool = False
-    is_vectors: bool = False  # an array of vectors of four, whatever is stored alone
-
-    @property
-    def can_be_vectors(self) -> bool:
-        """Whether the array may be declared so: shared memory of 32-bit elements."""
-        return self.is_shared and self.dtype in ("float32", "int32", "uint32")
-
-
-class WideIntegers(Exception):
-    """int64 holds data here, not only indices: the kernel has to be printed with 64 bits."""
-
-
-@dataclass(slots=True)
 class ExpressionPrinter:
     """Prints expressions; collects the names, references, extensions and features they use.
 
@@ -148,6 +133,8 @@ class ExpressionPrinter:
     def print(self, expr: Expr) -> str:
         """The expression as GLSL; raises CompileError where it has no equivalent."""
         kind = type(expr).__name__
+        if kind in ("Div", "Mod") and (text := self.raised_division(expr, kind)) is not None:
+            return text
         if kind in _INFIX:
             return self._infix(_INFIX[kind], expr.a, expr.b)
         if kind in _COMPARISONS:
@@ -241,10 +228,10 @@ class ExpressionPrinter:
         return f"{function}({a}, {b})" if split(dtype_of(expr.a))[1] > 1 else f"({a} {sign} {b})"
 
     def constant(self, expr: Expr) -> str:
-        """An integer constant; int64 as int where it fits."""
+        """An integer constant; int64 as int where sums with it fit as well."""
         value, dtype = int(expr.value), dtype_of(expr)
         if dtype == "int64" and not self.wide:
-            if not -(2**31) <= value < 2**31:
+            if not -FAR < value < FAR:
                 raise WideIntegers
             dtype = "int32"
         self.type_of(dtype)
@@ -270,6 +257,17 @@ class ExpressionPrinter:
             return f"({a} {'/' if helper == 'llmc_floordiv' else '%'} {b})"
         self.helpers.add((helper, self.type_of(dtype)))
         return f"{helper}({a}, {b})"
+
+    def raised_division(self, expr: Expr, kind: str) -> str | None:
+        """A division that TVM made safe for negative numbers, in 32 bits; None if it is another."""
+        found = None if self.wide else raised_dividend(expr)
+        if found is None:
+            return None
+        dividend, divisor, multiple = found
+        helper = "llmc_floordiv" if kind == "Div" else "llmc_floormod"
+        self.helpers.add((helper, "int"))
+        text = f"{helper}({self.print(dividend)}, {divisor})"
+        return f"({text} + {multiple})" if kind == "Div" else text
 
     def call(self, expr: Expr) -> str:
         """A call of an intrinsic or of a function by name."""

@@ -21,11 +21,11 @@ from llmc.errors import CompileError
 from llmc.targets.vulkan.glsl_expressions import (
     Expr,
     ExpressionPrinter,
-    Storage,
-    WideIntegers,
     reference_name,
 )
 from llmc.targets.vulkan.glsl_functions import HELPERS
+from llmc.targets.vulkan.glsl_integers import WideIntegers
+from llmc.targets.vulkan.glsl_storage import Storage
 from llmc.targets.vulkan.glsl_types import dtype_of, glsl_type, num_bytes, split, stored, with_lanes
 
 PUSH_BYTES = 128
