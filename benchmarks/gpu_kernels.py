@@ -1,13 +1,13 @@
 """`python -m benchmarks.gpu_kernels`: each kernel of the GPU targets beside dlight's fallback.
 
 Both compute the same operator on the same device in the same run, by turns: the shapes are those of
-SmolLM2-135M, decode (one token behind 512) and prefill. The fallback gets what it can read, which
+SmolLM2-135M, one token behind 512, a few and many. The fallback gets what it can read, which
 makes it no slower: static shapes, plain layouts and, in attention, keys and values without pages.
 """
 
 from __future__ import annotations
 
-import platform
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -29,32 +29,43 @@ _TOLERANCE = 1e-3  # of the largest output: the two add in different orders, not
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
-@click.option("--target", "level", default="vulkan", help="Target whose kernels and device.")
-@click.option("--prompt-tokens", default=64, help="Tokens of the prefill shapes.")
+@click.option("--tokens", default="1,8,35", help="Tokens of the shapes.")
 @click.option("--repeat", default=15, type=click.IntRange(min=1), help="Measurements of each.")
 @click.option("--only", default="", help="Operators whose names contain this.")
-def main(level: str, prompt_tokens: int, repeat: int, only: str) -> None:
-    """Time each kernel and dlight's fallback by turns; a table of medians in Markdown's form."""
-    target = open_target(level)
+def main(tokens: str, repeat: int, only: str) -> None:
+    """Time each kernel and dlight's fallback by turns on the first Vulkan device."""
+    target = open_target("vulkan").tvm_target
     cases = [
-        operator(tokens)
+        operator(count)
         for name, operator in OPERATORS.items()
         if only in name
-        for tokens in (1, prompt_tokens)
+        for count in _counts(tokens)
     ]
     if not cases:
         raise UsageError(f"no operator is called {only!r}", hint=f"one of {', '.join(OPERATORS)}")
     say(
-        f"{target.name} on {platform.node() or platform.machine()}, TVM {version('apache-tvm')}; "
+        f"{tvm.device('vulkan', 0).device_name}, {os.cpu_count()} CPUs, "
+        f"TVM {version('apache-tvm')}, load {os.getloadavg()[0]:.1f}; "
         f"one call of each to warm up, n = {repeat}: median (least … most), ms"
     )
     rows = table("operator", ">tokens", ">ours", ">fallback", ">ours of fallback")
     for case in cases:
-        ours, theirs = measure(case, target.tvm_target, repeat)
+        ours, theirs = measure(case, target, repeat)
         share = statistics.median(ours) / statistics.median(theirs)
         rows.add_row(case.name, str(case.tokens), _cell(ours), _cell(theirs), f"{share:.2f}")
         say(f"{case.name}, {case.tokens} tokens: {share:.2f}")
     console().print(rows)
+
+
+def _counts(text: str) -> list[int]:
+    """The numbers of tokens; UsageError where they are none."""
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError as exc:
+        raise UsageError(f"--tokens is {text!r}", hint="numbers, comma-separated") from exc
+    if min(counts) < 1:
+        raise UsageError(f"--tokens is {text!r}", hint="a step has at least one token")
+    return counts
 
 
 def measure(case: Case, target: tvm.target.Target, repeat: int) -> tuple[list[float], list[float]]:
