@@ -17,6 +17,7 @@ from llmc.targets.gpu.kernels.block import (
     f32,
     i64,
     put,
+    read_vector,
     registers,
     shared,
     sync,
@@ -187,20 +188,10 @@ def _multiply(
     rows: list[Expr] = []
     for group in range(0, params.thread_rows, params.row_lanes):
         start = across * i64(group) + row_thread * i64(params.row_lanes)
-        rows += _read(tile_w, feature, start, params.row_lanes)
+        rows += read_vector(tile_w, (feature, start), params.row_lanes)
     first = T.Bind(token_thread * i64(params.thread_tokens))
     for group in range(0, params.thread_tokens, params.token_lanes):
-        values = _read(tile_x, feature, first + i64(group), params.token_lanes)
+        values = read_vector(tile_x, (feature, first + i64(group)), params.token_lanes)
         for token, value in enumerate(values, group):
             for row in range(params.thread_rows):
                 put(sums, sums[i64(row), i64(token)] + rows[row] * value, row, token)
-
-
-def _read(tile: Expr, feature: Expr, first: Expr, lanes: int) -> list[Expr]:
-    """Neighbouring numbers out of shared memory by one access."""
-    if lanes == 1:
-        return [T.Bind(tile[feature, first])]
-    values = registers((lanes,))
-    whole = T.ramp(i64(0), i64(1), lanes)
-    T.buffer_store(values, tile[feature, T.ramp(first, i64(1), lanes)], [whole])
-    return [T.Bind(values[i64(lane)]) for lane in range(lanes)]
