@@ -72,7 +72,6 @@ class GemmParameters:
         assert self.rows % 32 == 0, self
         assert self.rows % self.thread_rows == 0, self
         assert self.tokens % self.thread_tokens == 0, self
-        assert (self.tokens + self.padding) % self.token_lanes == 0, self
 
     @property
     def row_lanes(self) -> int:

@@ -53,7 +53,7 @@ def multiply_tile(weights: Weights, work: TileWork, params: GemmParameters) -> N
     """Emits the block's products; every thread has to come here."""
     depth = max(params.depth, weights.features)
     tile_w = shared((depth, params.rows))
-    tile_x = shared((depth, params.tokens + params.padding))
+    tile_x = shared((depth, params.tokens))
     sums = registers((params.thread_rows, params.thread_tokens))
     for row in range(params.thread_rows):
         for token in range(params.thread_tokens):
