@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,12 +64,24 @@ class GemmParameters:
     depth: int = 16  # input features in shared memory at a time, a whole chunk at least
     thread_rows: int = 8
     thread_tokens: int = 8
-    padding: int = 1  # of a feature's tokens in shared memory, so that banks differ
+    padding: int = (
+        4  # of a feature's tokens in shared memory, so that banks differ; keeps reads aligned
+    )
 
     def __post_init__(self) -> None:
         assert self.rows % 32 == 0, self
         assert self.rows % self.thread_rows == 0, self
         assert self.tokens % self.thread_tokens == 0, self
+
+    @property
+    def row_lanes(self) -> int:
+        """Rows that a thread reads out of shared memory at once."""
+        return math.gcd(self.thread_rows, 4)
+
+    @property
+    def token_lanes(self) -> int:
+        """Tokens likewise."""
+        return math.gcd(self.thread_tokens, 4)
 
     @property
     def threads(self) -> int:

@@ -64,8 +64,9 @@ class MetalTarget(GpuTarget):
             },
         )
         self.pass_config: dict[str, object] = {}
+        self.parameters = PARAMETERS
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = metal_rules(
-            PARAMETERS, SimdgroupParameters(), self.few_tokens
+            self.parameters, SimdgroupParameters(), self.few_tokens
         )
         self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = schedule_rules(self.tvm_target)
         # TVM shows this function, which is one for the process, the source of every kernel.

@@ -57,8 +57,9 @@ class RocmTarget(GpuTarget):
                 },
             )
         self.pass_config: dict[str, object] = {}
+        self.parameters = replace(PARAMETERS, features=family.features)
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = rocm_rules(
-            replace(PARAMETERS, features=family.features), family.matrix, self.few_tokens
+            self.parameters, family.matrix, self.few_tokens
         )
         self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = schedule_rules(self.tvm_target)
 

@@ -10,6 +10,12 @@ import tvm
 
 from llmc.errors import CompileError
 from llmc.targets.vulkan.glsl_functions import EXTERNS, MATH, WARP_SHUFFLES, Function
+from llmc.targets.vulkan.glsl_integers import (
+    FAR,
+    WideIntegers,
+    raised_dividend,
+)
+from llmc.targets.vulkan.glsl_storage import Storage
 from llmc.targets.vulkan.glsl_types import (
     dtype_of,
     features_of,
@@ -74,20 +80,6 @@ _BITS = {
 
 
 @dataclass(slots=True)
-class Storage:
-    """Where a buffer lies: a parameter's memory, shared memory or an array of the thread."""
-
-    name: str
-    dtype: str  # of an element, as the IR has it
-    is_global: bool
-    is_written: bool = False
-
-
-class WideIntegers(Exception):
-    """int64 holds data here, not only indices: the kernel has to be printed with 64 bits."""
-
-
-@dataclass(slots=True)
 class ExpressionPrinter:
     """Prints expressions; collects the names, references, extensions and features they use.
 
@@ -102,6 +94,7 @@ class ExpressionPrinter:
     references: set[tuple[str, int, bool]] = field(default_factory=set)  # type, alignment, written
     extensions: set[str] = field(default_factory=set)
     features: set[str] = field(default_factory=set)
+    vectors: set[str] = field(default_factory=set)  # shared arrays that are read by four
     helpers: set[tuple[str, str]] = field(default_factory=set)  # name, type of its integers
     analyzer: tvm.sym.Analyzer = field(default_factory=tvm.sym.Analyzer)
 
@@ -140,6 +133,8 @@ class ExpressionPrinter:
     def print(self, expr: Expr) -> str:
         """The expression as GLSL; raises CompileError where it has no equivalent."""
         kind = type(expr).__name__
+        if kind in ("Div", "Mod") and (text := self.raised_division(expr, kind)) is not None:
+            return text
         if kind in _INFIX:
             return self._infix(_INFIX[kind], expr.a, expr.b)
         if kind in _COMPARISONS:
@@ -156,6 +151,8 @@ class ExpressionPrinter:
 
     def element(self, storage: Storage, dtype: str, index: str, *, aligned: bool = True) -> str:
         """`storage[index]` in units of `dtype`, an lvalue."""
+        if storage.is_vectors:
+            return f"{storage.name}[({index}) >> 2][({index}) & 3]"
         if not storage.is_global:
             return f"{storage.name}[{index}]"
         scalar = split(dtype)[0]
@@ -196,11 +193,18 @@ class ExpressionPrinter:
     def vector_access(self, storage: Storage, index: Expr, dtype: str) -> str | None:
         """An lvalue of consecutive elements at once, where they are aligned; else None."""
         lanes = int(index.lanes)
-        contiguous = storage.is_global and isinstance(index.stride, tvm.tirx.IntImm)
-        if split(dtype)[1] != 1 or not contiguous or int(index.stride) != 1 or lanes not in (2, 4):
+        contiguous = isinstance(index.stride, tvm.tirx.IntImm) and int(index.stride) == 1
+        if split(dtype)[1] != 1 or not contiguous or lanes not in (2, 4):
+            return None
+        if not (storage.is_global or (storage.can_be_vectors and lanes == 4)):
             return None
         if not is_proven_multiple(index.base, lanes, self.analyzer):
             return None
+        if not storage.is_global:
+            self.vectors.add(storage.name)
+            return (
+                f"{storage.name}[({self.index(index.base)}) >> 2]" if storage.is_vectors else None
+            )
         unit = f"({self.index(index.base)}) / {lanes}"
         return self.element(storage, with_lanes(dtype, lanes), unit)
 
@@ -224,10 +228,10 @@ class ExpressionPrinter:
         return f"{function}({a}, {b})" if split(dtype_of(expr.a))[1] > 1 else f"({a} {sign} {b})"
 
     def constant(self, expr: Expr) -> str:
-        """An integer constant; int64 as int where it fits."""
+        """An integer constant; int64 as int where sums with it fit as well."""
         value, dtype = int(expr.value), dtype_of(expr)
         if dtype == "int64" and not self.wide:
-            if not -(2**31) <= value < 2**31:
+            if not -FAR < value < FAR:
                 raise WideIntegers
             dtype = "int32"
         self.type_of(dtype)
@@ -253,6 +257,17 @@ class ExpressionPrinter:
             return f"({a} {'/' if helper == 'llmc_floordiv' else '%'} {b})"
         self.helpers.add((helper, self.type_of(dtype)))
         return f"{helper}({a}, {b})"
+
+    def raised_division(self, expr: Expr, kind: str) -> str | None:
+        """A division that TVM made safe for negative numbers, in 32 bits; None if it is another."""
+        found = None if self.wide else raised_dividend(expr)
+        if found is None:
+            return None
+        dividend, divisor, multiple = found
+        helper = "llmc_floordiv" if kind == "Div" else "llmc_floormod"
+        self.helpers.add((helper, "int"))
+        text = f"{helper}({self.print(dividend)}, {divisor})"
+        return f"({text} + {multiple})" if kind == "Div" else text
 
     def call(self, expr: Expr) -> str:
         """A call of an intrinsic or of a function by name."""

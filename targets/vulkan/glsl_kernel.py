@@ -21,12 +21,12 @@ from llmc.errors import CompileError
 from llmc.targets.vulkan.glsl_expressions import (
     Expr,
     ExpressionPrinter,
-    Storage,
-    WideIntegers,
     reference_name,
 )
 from llmc.targets.vulkan.glsl_functions import HELPERS
-from llmc.targets.vulkan.glsl_types import dtype_of, glsl_type, num_bytes, split, stored
+from llmc.targets.vulkan.glsl_integers import WideIntegers
+from llmc.targets.vulkan.glsl_storage import Storage
+from llmc.targets.vulkan.glsl_types import dtype_of, glsl_type, num_bytes, split, stored, with_lanes
 
 PUSH_BYTES = 128
 SLOT_BYTES = 8
@@ -86,19 +86,30 @@ def print_kernel(func: tvm.tirx.PrimFunc) -> Kernel:
     name = str(func.attrs["global_symbol"])
     try:
         try:
-            return _KernelPrinter(func, name, wide=False).kernel()
+            return _printed(func, name, wide=False)
         except WideIntegers:
-            return _KernelPrinter(func, name, wide=True).kernel()
+            return _printed(func, name, wide=True)
     except CompileError as exc:
         raise CompileError(f"kernel {name}: {exc.message}", hint=exc.hint) from exc
 
 
-class _KernelPrinter:
-    """Prints one function."""
+def _printed(func: tvm.tirx.PrimFunc, name: str, *, wide: bool) -> Kernel:
+    """The kernel; which shared arrays are read by vectors is known after printing it once."""
+    printer = _KernelPrinter(func, name, wide=wide, vectors=frozenset())
+    kernel = printer.kernel()
+    vectors = frozenset(printer.expressions.vectors)
+    return _KernelPrinter(func, name, wide=wide, vectors=vectors).kernel() if vectors else kernel
 
-    def __init__(self, func: tvm.tirx.PrimFunc, name: str, *, wide: bool) -> None:
+
+class _KernelPrinter:
+    """Prints one function; the shared arrays named in `vectors` as arrays of vectors of four."""
+
+    def __init__(
+        self, func: tvm.tirx.PrimFunc, name: str, *, wide: bool, vectors: frozenset[str]
+    ) -> None:
         self.func = func
         self.name = name
+        self.vectors = vectors
         self.expressions = ExpressionPrinter(wide=wide)
         self.head: list[str] = []  # what every thread computes first
         self.lines: list[str] = []
@@ -231,11 +242,21 @@ class _KernelPrinter:
             raise WideIntegers
         kind = printer.type_of(stored(dtype) if shared else dtype)
         if shared:
+            if name in self.vectors:
+                kind, count = printer.type_of(with_lanes(dtype, 4)), -(-count // 4)
+                self.shared_bytes += count * 4 * num_bytes(dtype)
+            else:
+                self.shared_bytes += count * num_bytes(dtype)
             self.shared.append(f"shared {kind} {name}[{count}];")
-            self.shared_bytes += count * num_bytes(dtype)
         else:
             self._emit(f"{kind} {name}[{count}];")
-        printer.storages[buffer] = Storage(name=name, dtype=dtype, is_global=False)
+        printer.storages[buffer] = Storage(
+            name=name,
+            dtype=dtype,
+            is_global=False,
+            is_shared=shared,
+            is_vectors=name in self.vectors,
+        )
 
     def attribute(self, stmt: tvm.tirx.Stmt) -> None:
         """A thread's or workgroup's number; other attributes are hints for passes gone by."""

@@ -269,7 +269,7 @@ def test_unknown_levels_are_refused(tiny_model: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", ["f32", "w4a16-g32", "keep"])
+@pytest.mark.parametrize("quant", ["f32", "f16", "w4a16-g32", "keep"])
 def test_the_demo_verifies(vulkan: None, quant: str, tmp_path: Path) -> None:
     built = llmc.compile(DEMO, target="vulkan", quant=quant, out=tmp_path / quant)
     report = verify(built.path)

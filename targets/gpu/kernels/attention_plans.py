@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from llmc.targets.gpu.kernels.attention_inputs import Shape
@@ -97,6 +98,16 @@ class TilePlan:
     def thread_rows(self) -> int:
         """Rows of a thread; the last ones may stand for nothing."""
         return ceildiv(self.rows, self.row_threads)
+
+    @property
+    def row_lanes(self) -> int:
+        """Rows of a thread that lie side by side, so that it reads them at once."""
+        return math.gcd(self.thread_rows, 4)
+
+    @property
+    def position_lanes(self) -> int:
+        """Positions likewise."""
+        return math.gcd(self.positions // ACROSS, 4)
 
     @property
     def padded_rows(self) -> int:

@@ -4,7 +4,8 @@ A tile's rows are its tokens times the query heads that share the K/V head (toke
 keys and values are read once for all of them. The block walks the context in steps of `positions`:
 scores, online softmax in float32 (FlashAttention, Dao et al., 2022) with powers of two, weighted
 values. Queries stay in shared memory; keys and values pass through a small stage there. 16 threads
-lie across positions or features, the others across rows.
+lie across positions or features, the others across rows; what a thread has of each lies side by
+side in fours, which it reads at once.
 
 Masked scores are LOWEST, which is finite: a block of which a row sees nothing adds nothing that
 lasts. V is never read past the last token that the tile sees, so that stale pages cannot put a NaN
@@ -13,6 +14,7 @@ in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,7 @@ from llmc.targets.gpu.kernels.block import (
     put,
     quotient,
     quotient_up,
+    read_vector,
     registers,
     remainder,
     shared,
@@ -36,6 +39,7 @@ from llmc.targets.gpu.kernels.block import (
     to_f32,
     when,
     when_all,
+    write_vector,
 )
 from llmc.targets.gpu.layout import ceildiv
 
@@ -71,6 +75,12 @@ def _find(inputs: Inputs, plan: TilePlan, tile: Expr, found: Expr) -> None:
         put(left, left[i64(0)] - tiles, 0)
 
 
+def _side_by_side(number: int, lanes: int, thread: Expr, threads: int) -> Expr:
+    """Where a thread has its item `number`: `lanes` of them lie side by side."""
+    group, lane = divmod(number, lanes)
+    return thread * i64(lanes) + i64(group * lanes * threads + lane)
+
+
 class _Tile:
     """One block's tokens and heads."""
 
@@ -90,10 +100,13 @@ class _Tile:
         self.across = T.Bind(remainder(thread, ACROSS))
         self.down = T.Bind(quotient(thread, ACROSS))
         self.q = shared((shape.keys.padded, plan.padded_rows))
-        self.weights = shared((plan.padded_rows, plan.positions))
+        self.weights = shared((plan.positions, plan.padded_rows))
         self.factors = shared((plan.padded_rows,))
         self.stage = shared((plan.stage_floats,))
         self.columns = ceildiv(shape.v_head_dim, ACROSS)
+        self.column_lanes = math.gcd(self.columns, 4)
+        # Threads of whose rows none has a token only help to load.
+        self.busy = self._row(0) < self.count * i64(plan.heads)
         self.sums = registers((plan.thread_rows, self.columns))
         # In softmax a thread has a part of one row; row r's parts are spread over the block.
         self.parts = plan.threads // plan.padded_rows
@@ -124,9 +137,23 @@ class _Tile:
     def _head(self, row: Expr) -> Expr:
         return self.first_head + remainder(row, self.plan.heads)
 
-    def _rows(self) -> list[Expr]:
-        """The thread's rows, side by side threads having rows that lie side by side."""
-        return [self.down + i64(r * self.plan.row_threads) for r in range(self.plan.thread_rows)]
+    def _row(self, number: int) -> Expr:
+        """The thread's row of that number."""
+        return _side_by_side(number, self.plan.row_lanes, self.down, self.plan.row_threads)
+
+    def _place(self, number: int) -> Expr:
+        """The thread's position of that number, within the block's."""
+        return _side_by_side(number, self.plan.position_lanes, self.across, ACROSS)
+
+    def _column(self, number: int) -> Expr:
+        """The thread's feature of that number."""
+        return _side_by_side(number, self.column_lanes, self.across, ACROSS)
+
+    def _of_rows(self, buffer: Expr, line: Expr) -> list[Expr]:
+        """The numbers of all the thread's rows in a line of shared memory."""
+        lanes = self.plan.row_lanes
+        firsts = [self._row(r) for r in range(0, self.plan.thread_rows, lanes)]
+        return [v for first in firsts for v in read_vector(buffer, (line, first), lanes)]
 
     def _start(self) -> None:
         """Scaled queries, features first; rows without a token repeat the last one."""
@@ -160,25 +187,39 @@ class _Tile:
             sync()  # the stage is free, queries are there
             self._stage_keys(first, end, start)
             sync()
-            with T.serial(i64(plan.stage_features)) as feature:
-                base = T.Bind(feature * i64(plan.positions) + self.across)
-                keys = [T.Bind(self.stage[base + i64(c * ACROSS)]) for c in range(across)]
-                for number, row in enumerate(self._rows()):
-                    query = T.Bind(self.q[start + feature, row])
+            with (
+                when(T.And(self.busy, first + self._place(0) < end)),
+                T.serial(i64(plan.stage_features)) as feature,
+            ):
+                base = T.Bind(feature * i64(plan.positions))
+                keys: list[Expr] = []
+                for column in range(0, across, plan.position_lanes):
+                    place = (base + self._place(column),)
+                    keys += read_vector(self.stage, place, plan.position_lanes)
+                for row, query in enumerate(self._of_rows(self.q, start + feature)):
                     for column, key in enumerate(keys):
-                        total = scores[i64(number), i64(column)] + query * key
-                        put(scores, total, number, column)
-        for number, row in enumerate(self._rows()):
-            limit = T.Bind(self.position + self._token(row))
-            for column in range(across):
-                place = T.Bind(self.across + i64(column * ACROSS))
-                position = T.Bind(first + place)
-                seen = position <= limit
-                if shape.window is not None:
-                    seen = T.And(seen, position > limit - i64(shape.window))
-                score = shape.capped(scores[i64(number), i64(column)])
-                put(self.weights, T.if_then_else(seen, score, f32(LOWEST)), row, place)
+                        total = scores[i64(row), i64(column)] + query * key
+                        put(scores, total, row, column)
+        limits = [
+            T.Bind(self.position + self._token(self._row(r))) for r in range(plan.thread_rows)
+        ]
+        for column in range(across):
+            place = T.Bind(self._place(column))
+            position = T.Bind(first + place)
+            for row in range(0, plan.thread_rows, plan.row_lanes):
+                values = [
+                    self._masked(scores[i64(r), i64(column)], position, limits[r])
+                    for r in range(row, row + plan.row_lanes)
+                ]
+                write_vector(self.weights, (place, self._row(row)), values)
         sync()
+
+    def _masked(self, score: Expr, position: Expr, limit: Expr) -> Expr:
+        """The score of a row that sees positions up to `limit`."""
+        seen = position <= limit
+        if self.shape.window is not None:
+            seen = T.And(seen, position > limit - i64(self.shape.window))
+        return T.if_then_else(seen, self.shape.capped(score), f32(LOWEST))
 
     def _shares(self, total: int, body: Callable[[Expr], None]) -> None:
         with strided(self.thread, total, self.plan.threads) as item:
@@ -221,7 +262,7 @@ class _Tile:
             value = registers((1,))
             put(value, f32(LOWEST), 0)
             self._row_part(
-                share, lambda at: put(value, T.max(value[i64(0)], self.weights[row, at]), 0)
+                share, lambda at: put(value, T.max(value[i64(0)], self.weights[at, row]), 0)
             )
             put(self.partial, value[i64(0)], self.part, row)
         sync()
@@ -237,18 +278,18 @@ class _Tile:
 
             def weigh(at: Expr) -> None:
                 # A score of LOWEST gives no weight, even where the row has seen nothing yet.
-                score = T.Bind(self.weights[row, at])
+                score = T.Bind(self.weights[at, row])
                 weight = T.exp2(score - highest)
                 weight = T.Bind(T.if_then_else(score > f32(LOWEST), weight, f32(0)))
-                put(self.weights, weight, row, at)
+                put(self.weights, weight, at, row)
                 put(self.total, self.total[i64(0)] + weight, 0)
 
             self._row_part(share, weigh)
             with when(self.part == i64(0)):
                 put(self.factors, factor, row)
         sync()
-        for number, own in enumerate(self._rows()):
-            factor = T.Bind(self.factors[own])
+        for number in range(plan.thread_rows):
+            factor = T.Bind(self.factors[self._row(number)])
             for column in range(self.columns):
                 put(self.sums, self.sums[i64(number), i64(column)] * factor, number, column)
 
@@ -256,13 +297,12 @@ class _Tile:
         """body(the row's positions that are this thread's)."""
         parts, positions = self.parts, self.plan.positions
         with T.serial(i64(share)) as i:
-            # Starting at its own row number, a thread meets no other one in a bank.
             number = T.Bind(i * i64(parts) + self.part)
             if share * parts == positions:
-                body(T.Bind(remainder(number + self.row, positions)))
+                body(number)
             else:
                 with when(number < i64(positions)):
-                    body(T.Bind(remainder(number + self.row, positions)))
+                    body(number)
 
     def _weigh(self, first: Expr, end: Expr) -> None:
         """Adds the weighted values of the block's positions."""
@@ -274,14 +314,17 @@ class _Tile:
                 self._stage_values(first + start, end)
             sync()
             count = T.min(i64(plan.positions) - start, i64(plan.stage_positions))
-            with T.serial(T.max(T.min(count, end - first - start), i64(0))) as place:
-                base = T.Bind(place * i64(padded) + self.across)
-                values = [T.Bind(self.stage[base + i64(c * ACROSS)]) for c in range(self.columns)]
-                for number, row in enumerate(self._rows()):
-                    weight = T.Bind(self.weights[row, start + place])
+            seen = T.max(T.min(count, end - first - start), i64(0))
+            with when(self.busy), T.serial(seen) as place:
+                base = T.Bind(place * i64(padded))
+                values: list[Expr] = []
+                for column in range(0, self.columns, self.column_lanes):
+                    at = (base + self._column(column),)
+                    values += read_vector(self.stage, at, self.column_lanes)
+                for row, weight in enumerate(self._of_rows(self.weights, start + place)):
                     for column, value in enumerate(values):
-                        total = self.sums[i64(number), i64(column)] + weight * value
-                        put(self.sums, total, number, column)
+                        total = self.sums[i64(row), i64(column)] + weight * value
+                        put(self.sums, total, row, column)
             sync()
 
     def _stage_values(self, first: Expr, end: Expr) -> None:
@@ -334,7 +377,8 @@ class _Tile:
                 total = total * factor + T.exp2(sink - highest)
             put(self.factors, factor / total, row)
         sync()
-        for number, own in enumerate(self._rows()):
+        for number in range(plan.thread_rows):
+            own = T.Bind(self._row(number))
             token = T.Bind(self._token(own))
             inside = token < self.count
             if plan.padded_rows != plan.rows:
@@ -342,10 +386,10 @@ class _Tile:
             with when(inside):
                 factor = T.Bind(self.factors[own])
                 for column in range(self.columns):
-                    feature = T.Bind(self.across + i64(column * ACROSS))
+                    feature = T.Bind(self._column(column))
                     value = self.sums[i64(number), i64(column)] * factor
                     at = (0, self.first_row + token, self._head(own), feature)
-                    if (column + 1) * ACROSS <= shape.v_head_dim:
+                    if self.columns * ACROSS == shape.v_head_dim:
                         put(self.inputs.out, value, *at)
                     else:
                         with when(feature < i64(shape.v_head_dim)):

@@ -172,6 +172,29 @@ def put(buffer: Expr, value: Expr, *indices: Extent) -> None:
     T.buffer_store(buffer, value, [index(i) for i in indices])
 
 
+def read_vector(buffer: Expr, at: tuple[Expr, ...], lanes: int) -> list[Expr]:
+    """`lanes` neighbouring float32 by one access; `at` is the first's place, a multiple of it."""
+    if lanes == 1:
+        return [T.Bind(buffer[at])]
+    values = registers((lanes,))
+    whole = T.ramp(i64(0), i64(1), lanes)
+    T.buffer_store(values, buffer[(*at[:-1], T.ramp(at[-1], i64(1), lanes))], [whole])
+    return [T.Bind(values[i64(lane)]) for lane in range(lanes)]
+
+
+def write_vector(buffer: Expr, at: tuple[Expr, ...], values: list[Expr]) -> None:
+    """Stores neighbouring float32 by one access, where `read_vector` may read them."""
+    lanes = len(values)
+    if lanes == 1:
+        T.buffer_store(buffer, values[0], list(at))
+        return
+    vector = registers((lanes,))
+    for lane, value in enumerate(values):
+        put(vector, value, lane)
+    whole = vector[T.ramp(i64(0), i64(1), lanes)]
+    T.buffer_store(buffer, whole, [*at[:-1], T.ramp(at[-1], i64(1), lanes)])
+
+
 def add(a: Expr, b: Expr) -> Expr:
     """The sum, for `reduce`."""
     return a + b

@@ -17,6 +17,7 @@ from llmc.targets.gpu.kernels.block import (
     f32,
     i64,
     put,
+    read_vector,
     registers,
     shared,
     sync,
@@ -68,12 +69,13 @@ def multiply_tile(weights: Weights, work: TileWork, params: GemmParameters) -> N
     """Emits the block's products; every thread has to come here."""
     depth = max(params.depth, weights.features)
     tile_w = shared((depth, params.rows))
-    tile_x = shared((depth, params.tokens + params.padding))
+    tile_x = shared((depth, params.tokens))
     sums = registers((params.thread_rows, params.thread_tokens))
     for row in range(params.thread_rows):
         for token in range(params.thread_tokens):
             put(sums, f32(0), row, token)
-    # Threads that lie side by side take outputs side by side: no two of them meet in a bank.
+    # Threads that lie side by side take outputs side by side, `row_lanes` each, which they read at
+    # once: no two of them meet in a bank.
     across = i64(params.rows // params.thread_rows)
     row_thread = T.Bind(T.floormod(work.thread, across))
     token_thread = T.Bind(T.floordiv(work.thread, across))
@@ -88,7 +90,9 @@ def multiply_tile(weights: Weights, work: TileWork, params: GemmParameters) -> N
             _multiply(tile_w, tile_x, sums, feature, row_thread, token_thread, params)
         sync()
     for row in range(params.thread_rows):
-        output = T.Bind(work.first_row + row_thread + across * i64(row))
+        lane = row % params.row_lanes
+        start = across * i64(row - lane) + row_thread * i64(params.row_lanes)
+        output = T.Bind(work.first_row + start + i64(lane))
         with when(output < i64(weights.m)):
             for token in range(params.thread_tokens):
                 number = T.Bind(token_thread * i64(params.thread_tokens) + i64(token))
@@ -201,11 +205,13 @@ def _multiply(
 ) -> None:
     """One input feature of the thread's outputs and tokens."""
     across = i64(params.rows // params.thread_rows)
-    rows = [
-        T.Bind(tile_w[feature, row_thread + across * i64(row)]) for row in range(params.thread_rows)
-    ]
+    rows: list[Expr] = []
+    for group in range(0, params.thread_rows, params.row_lanes):
+        start = across * i64(group) + row_thread * i64(params.row_lanes)
+        rows += read_vector(tile_w, (feature, start), params.row_lanes)
     first = T.Bind(token_thread * i64(params.thread_tokens))
-    for token in range(params.thread_tokens):
-        value = T.Bind(tile_x[feature, first + i64(token)])
-        for row in range(params.thread_rows):
-            put(sums, sums[i64(row), i64(token)] + rows[row] * value, row, token)
+    for group in range(0, params.thread_tokens, params.token_lanes):
+        values = read_vector(tile_x, (feature, first + i64(group)), params.token_lanes)
+        for token, value in enumerate(values, group):
+            for row in range(params.thread_rows):
+                put(sums, sums[i64(row), i64(token)] + rows[row] * value, row, token)

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import tvm
+from attention_cases import BATCHES, MIXED, SHAPES, AttentionCase
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from paged_reference import attention, make_batch
 
 from llmc.cpu_features import host_features
 from llmc.errors import UnsupportedError
@@ -20,26 +19,10 @@ from llmc.targets.cpu.kernels.attention import AttentionTuning, paged_attention
 # weights. f16 pages are exact here: the reference reads the same rounded K and V.
 TOLERANCE = 1e-5
 
-MIXED = [(1, 1), (1, 40), (1, 300), (0, 0), (5, 5), (70, 70), (33, 170), (2, 19), (0, 0)]
-SMALL = [(1, 33), (1, 7), (9, 30)]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    num_heads: int = 9
-    num_kv_heads: int = 3
-    head_dim: int = 64
-    v_head_dim: int = 64
-    page_size: int = 16
-    kv_dtype: str = "float32"
-    window: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
-    group: int = 0
-    num_groups: int = 1
-    tokens: int | None = None
+class Case(AttentionCase):
     tuning: AttentionTuning | None = None
-    lengths: tuple[tuple[int, int], ...] = tuple(SMALL)
 
 
 NARROW = AttentionTuning(
@@ -52,23 +35,9 @@ NARROW = AttentionTuning(
     serial_bytes=0,
 )
 CASES = {
-    "mixed": Case(lengths=tuple(MIXED)),
-    "mixed_f16": Case(lengths=tuple(MIXED), kv_dtype="float16", page_size=32),
-    "window_below_page": Case(lengths=tuple(MIXED), window=5),
-    "window_of_pages": Case(lengths=tuple(MIXED), window=48, page_size=32, tuning=NARROW),
-    "softcap": Case(softcap=3.0),
-    "sinks_window_f16_second_group": Case(
-        sinks=True, window=20, kv_dtype="float16", group=1, num_groups=2
-    ),
-    "one_head_each": Case(num_heads=4, num_kv_heads=4, head_dim=8, v_head_dim=8),
-    "one_shared_head": Case(num_heads=30, num_kv_heads=1, head_dim=16, v_head_dim=24),
-    "many_shared_heads": Case(num_heads=64, num_kv_heads=1, head_dim=24, v_head_dim=16),
-    "phi_heads": Case(num_heads=4, num_kv_heads=2, head_dim=80, v_head_dim=96),
-    "wide_heads": Case(num_heads=7, num_kv_heads=1, head_dim=256, v_head_dim=256),
-    "odd_heads": Case(num_heads=2, num_kv_heads=2, head_dim=5, v_head_dim=7),
-    "one_token": Case(tokens=1, lengths=((1, 333),)),
+    **{name: Case(**shape) for name, shape in SHAPES.items()},
+    "window_of_pages": Case(lengths=MIXED, window=48, page_size=32, tuning=NARROW),
     "one_token_in_parts": Case(tokens=1, lengths=((1, 333),), tuning=NARROW, sinks=True),
-    "one_token_of_many_sequences": Case(tokens=1, lengths=((0, 0), (1, 50), (0, 0))),
     "one_token_f16_window": Case(
         tokens=1, lengths=((1, 100),), window=33, kv_dtype="float16", tuning=NARROW
     ),
@@ -79,13 +48,8 @@ CASES = {
         lengths=((1, 700), (40, 400), (1, 9), (0, 0), (3, 290)), tuning=NARROW, sinks=True
     ),
     "long_windows_in_parts": Case(lengths=((1, 700), (40, 400)), tuning=NARROW, window=200),
-    "bf16": Case(lengths=tuple(MIXED), kv_dtype="uint16"),
     "bf16_one_token_in_parts": Case(
         tokens=1, lengths=((1, 333),), kv_dtype="uint16", tuning=NARROW, window=100
-    ),
-    "int8": Case(lengths=tuple(MIXED), kv_dtype="int8"),
-    "int8_heads_of_80": Case(
-        num_heads=4, num_kv_heads=2, head_dim=80, v_head_dim=24, kv_dtype="int8", softcap=4.0
     ),
     "int8_one_token_in_parts": Case(
         tokens=1, lengths=((1, 333),), kv_dtype="int8", tuning=NARROW, page_size=32
@@ -98,10 +62,10 @@ CASES = {
 # Products of bfloat16 pairs: 16 lanes, and an instruction that few CPUs have.
 DOT = AttentionTuning(bf16_dot=True)
 DOT_CASES = {
-    "bf16": Case(lengths=tuple(MIXED), kv_dtype="uint16", tuning=DOT),
-    "bf16_window": Case(lengths=tuple(MIXED), kv_dtype="uint16", tuning=DOT, window=37),
+    "bf16": Case(lengths=MIXED, kv_dtype="uint16", tuning=DOT),
+    "bf16_window": Case(lengths=MIXED, kv_dtype="uint16", tuning=DOT, window=37),
     "bf16_one_token": Case(tokens=1, lengths=((1, 333),), kv_dtype="uint16", tuning=DOT),
-    "int8": Case(lengths=tuple(MIXED), kv_dtype="int8", tuning=DOT),
+    "int8": Case(lengths=MIXED, kv_dtype="int8", tuning=DOT),
     "int8_one_token": Case(tokens=1, lengths=((1, 333),), kv_dtype="int8", tuning=DOT),
     "bf16_narrow_values": Case(v_head_dim=24, kv_dtype="uint16", tuning=DOT),
 }
@@ -113,22 +77,7 @@ DOT_TOLERANCE = 2e-2
 def compiled(cases, **target):
     module = tvm.IRModule()
     for name, case in cases.items():
-        func = paged_attention(
-            num_heads=case.num_heads,
-            num_kv_heads=case.num_kv_heads,
-            head_dim=case.head_dim,
-            v_head_dim=case.v_head_dim,
-            page_size=case.page_size,
-            kv_dtype=case.kv_dtype,
-            scale=case.head_dim**-0.5,
-            window=case.window,
-            softcap=case.softcap,
-            sinks=case.sinks,
-            group=case.group,
-            num_groups=case.num_groups,
-            tokens=case.tokens,
-            tuning=case.tuning,
-        )
+        func = paged_attention(**case.arguments(), tuning=case.tuning)
         module[name] = func.with_attr("global_symbol", name)
     return tvm.compile(module, target=tvm.target.Target({"kind": "llvm", **target}))
 
@@ -155,47 +104,23 @@ def test_attention_by_bfloat16_products_is_as_good_as_bfloat16(dot_kernels, name
     check(dot_kernels[name], DOT_CASES[name], DOT_TOLERANCE)
 
 
-SEQUENCES = st.tuples(st.integers(0, 40), st.integers(0, 200)).map(
-    lambda s: (s[0], s[0] + s[1] if s[0] else 0)
-)
-
-
 @pytest.mark.parametrize(
     "name", ["long_contexts_in_parts", "window_of_pages", "mixed_f16", "bf16", "int8"]
 )
-@given(lengths=st.lists(SEQUENCES, min_size=1, max_size=6).filter(lambda s: any(n for n, _ in s)))
+@given(lengths=BATCHES)
 @settings(max_examples=15, deadline=None)
 def test_any_ragged_batch_matches_float64(kernels, name, lengths):
     check(kernels[name], replace(CASES[name], lengths=tuple(lengths)), TOLERANCE)
 
 
 def check(kernel, case, tolerance):
-    rng = np.random.default_rng(7)
-    batch = make_batch(
-        rng,
-        list(case.lengths),
-        num_kv_heads=case.num_kv_heads,
-        head_dim=case.head_dim,
-        v_head_dim=case.v_head_dim,
-        page_size=case.page_size,
-        kv_dtype=case.kv_dtype,
-        group=case.group,
-        num_groups=case.num_groups,
-        window=case.window,
-    )
-    num_tokens = int(batch.q_starts[-1])
-    q = (3 * rng.standard_normal((1, num_tokens, case.num_heads, case.head_dim))).astype(np.float32)
-    sinks = rng.standard_normal(case.num_heads).astype(np.float32) if case.sinks else None
-    out = tvm.runtime.tensor(
-        np.full((1, num_tokens, case.num_heads, case.v_head_dim), np.nan, np.float32)
-    )
+    q, batch, sinks = case.inputs()
+    out = tvm.runtime.tensor(np.full((*q.shape[:3], case.v_head_dim), np.nan, np.float32))
     arrays = [q, batch.q_starts, batch.kv_lens, batch.block_tables, batch.k_pages, batch.v_pages]
     if sinks is not None:
         arrays.append(sinks)
     kernel(*map(tvm.runtime.tensor, arrays), out)
-    expected = attention(
-        q, batch, scale=case.head_dim**-0.5, window=case.window, softcap=case.softcap, sinks=sinks
-    )
+    expected = case.expected(q, batch, sinks)
     np.testing.assert_allclose(out.numpy(), expected, atol=tolerance, rtol=0)
 
 

@@ -110,6 +110,40 @@ def test_divisions_round_as_tir_says(divisor):
     np.testing.assert_array_equal(apply(lambda v: tvm.tirx.truncmod(v, d), x), rest)
 
 
+@pytest.mark.parametrize("hoisted", [False, True])
+@pytest.mark.parametrize(("offset", "divisor"), [(0, 3), (5, 3), (5, 7), (-9, 3), (10**6, 1000)])
+def test_divisions_of_indices_that_may_be_negative_do_not_overflow(offset, divisor, hoisted):
+    @T.prim_func(s_tir=True)
+    def main(x: T.Buffer((64,), "int32"), y: T.Buffer((64,), "int32"), z: T.Buffer((64,), "int32")):
+        for thread in T.thread_binding(64, thread="threadIdx.x"):
+            at = T.Cast("int64", x[thread]) + T.int64(offset)
+            y[thread] = T.Cast("int32", at // T.int64(divisor))
+            z[thread] = T.Cast("int32", at % T.int64(divisor))
+
+    # What TVM makes of them differs with what else is computed from the same number.
+    options = {} if hoisted else {"tirx.disable_cse_tir": True}
+    x = np.concatenate([np.arange(-32, 0), np.arange(2**31 - 1000040, 2**31 - 1000008)])
+    x = x.astype("int32")
+    with tvm.transform.PassContext(config=options):
+        _, y, z = run(main, x, np.zeros(64, "int32"), np.zeros(64, "int32"))
+    np.testing.assert_array_equal(y, (x.astype("int64") + offset) // divisor)
+    np.testing.assert_array_equal(z, (x.astype("int64") + offset) % divisor)
+
+
+def test_sums_of_indices_beyond_32_bits_are_made_in_64():
+    @T.prim_func(s_tir=True)
+    def main(x: T.Buffer((64,), "int32"), y: T.Buffer((64,), "int32")):
+        for thread in T.thread_binding(64, thread="threadIdx.x"):
+            far = T.Cast("int64", x[thread]) + T.int64(2**31 - 8)
+            y[thread] = T.Cast("int32", T.truncdiv(far * T.int64(2), T.int64(5)))
+
+    x = np.arange(64).astype("int32")
+    library = compiled(main)
+    assert "shaderInt64" in library.mod.get_function("llmc_features", query_imports=True)()
+    y = run(main, x, np.zeros(64, "int32"))[1]
+    np.testing.assert_array_equal(y, (x.astype("int64") + 2**31 - 8) * 2 // 5)
+
+
 def test_bits_are_reinterpreted_shifted_and_masked():
     x = rng.integers(0, 2**32, 100, dtype="uint32")
     got = apply(lambda v: (v >> T.uint32(4)) & T.uint32(15) | (v << T.uint32(8)), x)
@@ -180,6 +214,32 @@ def test_shared_memory_passes_between_threads_at_a_barrier():
     x = rng.standard_normal(256).astype("float32")
     got = run(main, x, np.zeros(256, "float32"))[1]
     np.testing.assert_array_equal(got, x.reshape(2, 128)[:, ::-1].reshape(-1))
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_shared_memory_is_read_by_vectors_where_aligned_and_by_elements_where_not(start):
+    n = 64
+
+    @T.prim_func(s_tir=True)
+    def main(x: T.Buffer((4 * n + 1,), "float32"), y: T.Buffer((8 * n,), "float32")):
+        for thread in T.thread_binding(n, thread="threadIdx.x"):
+            shared = T.alloc_buffer((4 * n + 1,), "float32", scope="shared")
+            for i in T.serial(5):
+                if thread + i * n < 4 * n + 1:
+                    shared[thread + i * n] = x[thread + i * n]
+            T.evaluate(T.tvm_storage_sync("shared"))
+            y[T.ramp(thread * 4, 1, 4)] = shared[T.ramp(thread * 4 + start, 1, 4)]
+            T.evaluate(T.tvm_storage_sync("shared"))
+            shared[T.ramp(thread * 4, 1, 4)] = x[T.ramp(thread * 4, 1, 4)] * T.broadcast(
+                T.float32(2), 4
+            )
+            T.evaluate(T.tvm_storage_sync("shared"))
+            y[thread + 4 * n] = shared[4 * n - 1 - thread]
+
+    x = rng.standard_normal(4 * n + 1).astype("float32")
+    y = run(main, x, np.zeros(8 * n, "float32"))[1]
+    np.testing.assert_array_equal(y[: 4 * n], x[start : start + 4 * n])
+    np.testing.assert_array_equal(y[4 * n : 5 * n], 2 * x[4 * n - n : 4 * n][::-1])
 
 
 def test_subgroups_reduce_and_shuffle_whatever_their_size():
