@@ -82,8 +82,10 @@ def compile_model(
     """Compiles `source` (folder, .gguf file, demo:NAME or hub id) into the artifact folder `out`.
 
     `calibrate` is a UTF-8 text by which 4-bit codes are chosen. Without `weights` none are read or
-    written: what comes out can be inspected, and measured with made-up ones. The folder appears only when it is
-    complete. Raises ImportModelError, UnsupportedError, CompileError or UsageError.
+    written: what comes out can be inspected, and measured with made-up ones.
+
+    The folder appears only when it is complete. Raises ImportModelError, UnsupportedError,
+    CompileError or UsageError.
     """
     timer = Timer(on_phase)
     scheme = scheme_of(quant)

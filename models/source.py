@@ -91,7 +91,9 @@ class ModelSource:
 def open_source(spec: str, *, weights: bool = True) -> ModelSource:
     """Opens a folder, a `.gguf` file, `demo:NAME` or a hub id `org/name`, in this order.
 
-    Without `weights` a folder needs none: its tensors have shapes and cannot be read. Raises ImportModelError where the files are missing or damaged, UnsupportedError where they need
+    Without `weights` a folder needs none: its tensors have shapes and cannot be read.
+
+    Raises ImportModelError where the files are missing or damaged, UnsupportedError where they need
     something that is not supported.
     """
     # Imported here: transformers and torch take seconds, and a wrong path should not.

@@ -76,7 +76,7 @@ def load_model(
     if not random_weights and not weight_files <= manifest.files.keys():
         raise ArtifactError(
             f"{directory} was compiled without weights",
-            hint="compile it without --no-weights; llmc bench --random-weights measures it as it is",
+            hint="leave out --no-weights; llmc bench --random-weights measures it as it is",
         )
     for name in manifest.files:
         if not (random_weights and name in weight_files):

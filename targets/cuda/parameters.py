@@ -74,10 +74,27 @@ class TensorCorePlan:
         return [*(step for _, step in self.steps), self.last]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemvPlan:
+    """Products of one token: blocks that stay, each with all of x in shared memory."""
+
+    warps: int  # that share a tile's features
+    ahead: int  # superblocks that a thread loads before it multiplies
+    blocks: int  # as many as 132 multiprocessors hold at once
+
+
+def gemv_plan(k: int) -> GemvPlan:
+    """Measured on an H200: long rows want more warps, which have less of x to prepare each."""
+    if k >= 8192:
+        return GemvPlan(warps=16, ahead=2, blocks=264)
+    return GemvPlan(warps=8, ahead=2, blocks=396)
+
+
 # Shared memory stays below 99 KiB, which devices of compute capability 8.6 and 12.0 have.
 PLANS = {
     16: TensorCorePlan(
         steps=(
+            (8, FewTokens(tokens=8, ahead=4)),
             (16, FewTokens(tokens=16, ahead=4)),
             (64, FewTokens(tokens=64, ahead=2)),
         ),
@@ -85,6 +102,7 @@ PLANS = {
     ),
     8: TensorCorePlan(
         steps=(
+            (8, FewTokens(tokens=8, ahead=4)),
             (16, FewTokens(tokens=16, ahead=2)),
             (64, FewTokens(tokens=64, ahead=1)),
         ),
@@ -92,6 +110,7 @@ PLANS = {
     ),
     4: TensorCorePlan(
         steps=(
+            (8, FewTokens(tokens=8, ahead=4)),
             (16, FewTokens(tokens=16, ahead=2)),
             (64, FewTokens(tokens=64, ahead=1)),
         ),

@@ -1,4 +1,4 @@
-"""What CUDA has in front of the kernels of all GPUs: products on tensor cores."""
+"""What CUDA has in front of the kernels of all GPUs: products of one token, and on tensor cores."""
 
 from __future__ import annotations
 
@@ -7,23 +7,47 @@ from collections.abc import Sequence
 from llmc import dialect
 from llmc.formats import FORMATS
 from llmc.targets.base import Kernel, KernelRule, Site
+from llmc.targets.cuda.kernels import gemv
 from llmc.targets.cuda.kernels.tensor_cores import linear_tensor_cores, multiplies
-from llmc.targets.cuda.parameters import PLANS
+from llmc.targets.cuda.parameters import PLANS, gemv_plan
 from llmc.targets.gpu.parameters import GpuParameters
 from llmc.targets.gpu.rules import kernel_rules
 
 
 def cuda_rules(parameters: GpuParameters, few_tokens: int) -> Sequence[tuple[str, KernelRule]]:
-    """The rules in the order they are tried; entry points of `few_tokens` keep the shared ones."""
+    """The rules in the order they are tried."""
 
     def tensor_cores(site: Site) -> Kernel | None:
-        if not isinstance(site.op, dialect.Linear):
-            return None
-        if (site.extents("x")[1] or site.max_tokens) <= few_tokens:
-            return None
-        return _linear(site, site.op)
+        return _linear(site, site.op) if isinstance(site.op, dialect.Linear) else None
 
-    return [("cuda.tensor_cores", tensor_cores), *kernel_rules(parameters, few_tokens)]
+    own = [("cuda.gemv", _gemv), ("cuda.tensor_cores", tensor_cores)]
+    return [*own, *kernel_rules(parameters, few_tokens)]
+
+
+def _gemv(site: Site) -> Kernel | None:
+    op = site.op
+    if not isinstance(op, dialect.Linear | dialect.FusedLinear) or site.extents("x")[1] != 1:
+        return None
+    fmt = FORMATS[op.format or "f32"]
+    m, k = site.extents("weight")
+    if site.tokens != 1 or not gemv.takes(fmt, m, k):
+        return None
+    fused = op if isinstance(op, dialect.FusedLinear) else dialect.FusedLinear()
+    dtypes = {name: str(ty.dtype) for name, ty in site.types.items()}
+    func = gemv.gemv(
+        fmt,
+        m,
+        k,
+        norm=(fused.eps, fused.offset) if "norm" in dtypes else None,
+        gate=fused.gate,
+        bias="bias" in dtypes,
+        residual="residual" in dtypes,
+        dtype=dtypes["x"],
+        vector_dtype=dtypes.get("bias", "float32"),
+        norm_dtype=dtypes.get("norm", "float32"),
+        plan=gemv_plan(k),
+    )
+    return Kernel.of(func, site, ("x", "norm", "weight", "bias", "residual"))
 
 
 def _linear(site: Site, op: dialect.Linear) -> Kernel | None:
@@ -32,6 +56,8 @@ def _linear(site: Site, op: dialect.Linear) -> Kernel | None:
     if not multiplies(fmt):
         return None
     m, k = site.extents("weight")
+    if site.tokens == 1:  # the shared kernels take what the product of one token leaves
+        return None
     func = linear_tensor_cores(
         fmt,
         m,

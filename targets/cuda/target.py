@@ -11,9 +11,11 @@ import tvm
 import tvm_ffi
 
 from llmc.errors import UsageError
+from llmc.formats import WeightFormat
 from llmc.targets.base import KernelRule, ScheduleRule
 from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.target import TRIPLES
+from llmc.targets.cuda.kernels import gemv
 from llmc.targets.cuda.rules import cuda_rules
 from llmc.targets.cuda.toolkit import compile_cuda, load_cuda_runtime
 from llmc.targets.gpu.parameters import (
@@ -75,6 +77,10 @@ class CudaTarget(GpuTarget):
             lambda code: compile_cuda(str(code), architectures),
             override=True,
         )
+
+    def fuses_token(self, fmt: WeightFormat, m: int, k: int) -> bool:
+        """What kernels/gemv.py takes."""
+        return gemv.takes(fmt, m, k)
 
     def link(self, executable: tvm.runtime.Executable, path: Path) -> list[str]:
         """Links the host code with the device's inside; the oldest architecture it runs on."""

@@ -32,10 +32,12 @@ from llmc.targets.gpu.layout import ceildiv, chunk_features, num_chunks, stored_
 
 Expr = Any
 
-_CHUNKS = 4  # of a superblock: one for each thread of a quad
+CHUNKS = 4
+"""Of a superblock: one for each thread of a quad."""
 _SLAB = 32  # features of a superblock that a thread's 16 bytes of activations belong to
 _ARRANGE_THREADS = 256
-_NAMES = {"float32": "float", "float16": "half", "bfloat16": "__nv_bfloat16"}
+NAMES = {"float32": "float", "float16": "half", "bfloat16": "__nv_bfloat16"}
+"""Types as CUDA C++ calls them."""
 
 
 def multiplies(fmt: WeightFormat) -> bool:
@@ -95,7 +97,7 @@ class _Call:
         self.plan = plan
         self.tokens = rows_of(None)
         self._fmt, self._m, self._k = fmt, m, k
-        self._data, self._vector = _NAMES[dtype], _NAMES[vector_dtype]
+        self._data, self._vector = NAMES[dtype], NAMES[vector_dtype]
         self._epilogue = (bias, residual)
         self._x = argument("x", (1, self.tokens, k), dtype)
         self._weights = Weights.arguments(fmt, m, k)
@@ -103,8 +105,8 @@ class _Call:
         self._residual = argument("residual", (1, self.tokens, m), dtype) if residual else None
         self._y = argument("y", (1, self.tokens, m), dtype)
         depth = max(step.depth for step in plan.kernels)
-        blocks = ceildiv(ceildiv(num_chunks(fmt, k), _CHUNKS), depth) * depth
-        self._slabs = blocks * _CHUNKS * chunk_features(fmt) // _SLAB
+        blocks = ceildiv(ceildiv(num_chunks(fmt, k), CHUNKS), depth) * depth
+        self._slabs = blocks * CHUNKS * chunk_features(fmt) // _SLAB
         self._padded = T.Bind(self._pad())
         self._arranged = workspace((self._padded * i64(self._slabs * _SLAB),), "float16")
 
@@ -119,12 +121,12 @@ class _Call:
 
     def arrange(self) -> None:
         """Launches what rounds and orders the activations."""
-        pieces = quotient_up(self._padded * i64(_CHUNKS), _ARRANGE_THREADS)
+        pieces = quotient_up(self._padded * i64(CHUNKS), _ARRANGE_THREADS)
         with launch((self._slabs, pieces), (_ARRANGE_THREADS,)) as (slab, part, _):
-            name = f"llmc::arrange_activations<{_format(self._fmt)}, {self._data}>"
-            arguments = [_start(self._x), _start(self._arranged), _int(self._k)]
+            name = f"llmc::arrange_activations<{cuda_format(self._fmt)}, {self._data}>"
+            arguments = [start(self._x), start(self._arranged), _int(self._k)]
             arguments += [_int(n) for n in (self.tokens, self._padded, slab, part)]
-            T.evaluate(cuda_func_call(name, *arguments, source_code=_source()))
+            T.evaluate(cuda_func_call(name, *arguments, source_code=source()))
 
     def multiply(self, step: Step) -> None:
         """Launches a product on what `arrange` left."""
@@ -139,10 +141,10 @@ class _Call:
             T.evaluate(
                 cuda_func_call(
                     self._name(step),
-                    *(_start(buffer) for buffer in self._buffers()),
+                    *(start(buffer) for buffer in self._buffers()),
                     *(_int(n) for n in (*numbers, *dynamic)),
-                    _start(memory),
-                    source_code=_source(),
+                    start(memory),
+                    source_code=source(),
                 )
             )
 
@@ -154,7 +156,7 @@ class _Call:
 
     def _name(self, step: Step) -> str:
         """The device function with its template's arguments."""
-        fmt = _format(self._fmt)
+        fmt = cuda_format(self._fmt)
         bias, residual = (str(present).lower() for present in self._epilogue)
         common = f"{fmt}, {bias}, {residual}, {self._data}, {self._vector}"
         if isinstance(step, FewTokens):
@@ -168,8 +170,8 @@ def shared_bytes(fmt: WeightFormat, step: Step) -> int:
     """Shared memory of a block, as tensor_cores.cuh divides it."""
     if isinstance(step, FewTokens):
         return step.warps // 2 * step.tokens * step.rows * 4
-    features = _CHUNKS * chunk_features(fmt)
-    bytes_ = step.depth * (_CHUNKS * step.rows * 16 + features * step.tokens * 2)
+    features = CHUNKS * chunk_features(fmt)
+    bytes_ = step.depth * (CHUNKS * step.rows * 16 + features * step.tokens * 2)
     if not fmt.is_float and fmt.group:
         size = 4 if fmt.scale_dtype == "float32" else 2
         scales = step.depth * max(1, features // fmt.group) * (step.rows * size + 32)
@@ -177,11 +179,11 @@ def shared_bytes(fmt: WeightFormat, step: Step) -> int:
     return bytes_ * step.stages
 
 
-def _format(fmt: WeightFormat) -> str:
+def cuda_format(fmt: WeightFormat) -> str:
     """The format as a type of tensor_cores.cuh."""
-    kind = _NAMES[fmt.float_dtype or "float16"]
+    kind = NAMES[fmt.float_dtype or "float16"]
     signed = str(fmt.code_dtype == "int8").lower()
-    scale = _NAMES[fmt.scale_dtype]
+    scale = NAMES[fmt.scale_dtype]
     least = str(fmt.has_min).lower()
     numbers = f"{fmt.bits}, {signed}, {fmt.zero_point}, {scale}, {fmt.group}, {least}"
     return f"llmc::Format<{kind}, {numbers}>"
@@ -192,7 +194,7 @@ def _groups(fmt: WeightFormat, k: int) -> int:
     return 0 if fmt.is_float else stored_groups(fmt, k)
 
 
-def _start(buffer: Expr) -> Expr:
+def start(buffer: Expr) -> Expr:
     """Where a buffer begins: all of it is used, while an element's address would stand for one."""
     return buffer.data
 
@@ -202,5 +204,6 @@ def _int(value: int | Expr) -> Expr:
 
 
 @cache
-def _source() -> str:
+def source() -> str:
+    """tensor_cores.cuh."""
     return (Path(__file__).parent / "tensor_cores.cuh").read_text(encoding="utf-8")
