@@ -75,6 +75,15 @@ class TensorCorePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlan:
+    """Attention of single new tokens: a context is cut until there are blocks for the device."""
+
+    warps: int = 4  # of a block, which take the pages of a part in turns
+    blocks: int = 264  # two for each of 132 multiprocessors
+    parts: int = 32  # of a context at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GemvPlan:
     """Products of one token: blocks that stay, each with all of x in shared memory."""
 

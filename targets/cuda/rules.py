@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from llmc import dialect
 from llmc.formats import FORMATS
 from llmc.targets.base import Kernel, KernelRule, Site
-from llmc.targets.cuda.kernels import gemv
+from llmc.targets.cuda.kernels import attention_decode, gemv
 from llmc.targets.cuda.kernels.tensor_cores import linear_tensor_cores, multiplies
-from llmc.targets.cuda.parameters import PLANS, gemv_plan
+from llmc.targets.cuda.parameters import PLANS, DecodePlan, gemv_plan
+from llmc.targets.gpu.kernels.attention_inputs import Inputs, Shape
 from llmc.targets.gpu.parameters import GpuParameters
-from llmc.targets.gpu.rules import kernel_rules
+from llmc.targets.gpu.rules import attention, kernel_rules
 
 
 def cuda_rules(parameters: GpuParameters, few_tokens: int) -> Sequence[tuple[str, KernelRule]]:
@@ -20,8 +21,18 @@ def cuda_rules(parameters: GpuParameters, few_tokens: int) -> Sequence[tuple[str
     def tensor_cores(site: Site) -> Kernel | None:
         return _linear(site, site.op) if isinstance(site.op, dialect.Linear) else None
 
-    own = [("cuda.gemv", _gemv), ("cuda.tensor_cores", tensor_cores)]
+    def attends(site: Site) -> Kernel | None:
+        return attention(site, parameters, own_decode=_decode)
+
+    own = [("cuda.gemv", _gemv), ("cuda.tensor_cores", tensor_cores), ("cuda.attention", attends)]
     return [*own, *kernel_rules(parameters, few_tokens)]
+
+
+def _decode(shape: Shape, inputs: Inputs) -> bool:
+    if not attention_decode.takes(shape):
+        return False
+    attention_decode.decode(shape, inputs, DecodePlan())
+    return True
 
 
 def _gemv(site: Site) -> Kernel | None:

@@ -11,7 +11,7 @@ from llmc import dialect
 from llmc.formats import FORMATS, WeightFormat
 from llmc.targets.base import Kernel, KernelRule, Site
 from llmc.targets.gpu.kernels.activation import gated_activation
-from llmc.targets.gpu.kernels.attention import paged_attention
+from llmc.targets.gpu.kernels.attention import Emit, paged_attention
 from llmc.targets.gpu.kernels.embedding import embedding
 from llmc.targets.gpu.kernels.grouped_linear import grouped_linear
 from llmc.targets.gpu.kernels.grouped_tiles import grouped_tiles
@@ -70,7 +70,7 @@ def _rules(parameters: GpuParameters) -> list[tuple[str, KernelRule]]:
     named: list[tuple[str, _Rule]] = [
         ("gpu.gemm", _linear_many),
         ("gpu.experts", _grouped_tiles),
-        ("gpu.attention", _attention),
+        ("gpu.attention", attention),
         ("gpu.embedding", _embedding),
         ("gpu.norm", _norm),
         ("gpu.rope", _rope),
@@ -162,7 +162,8 @@ def _serves_all_choices(site: Site) -> bool:
     return rows[0] == rows[1]
 
 
-def _attention(site: Site, params: GpuParameters) -> Kernel | None:
+def attention(site: Site, params: GpuParameters, own_decode: Emit | None = None) -> Kernel | None:
+    """Paged attention, with a target's own launches for single tokens if it has any."""
     op = site.op
     if not isinstance(op, dialect.PagedAttention):
         return None
@@ -184,6 +185,7 @@ def _attention(site: Site, params: GpuParameters) -> Kernel | None:
         dtype=_dtype(site, "query"),
         sink_dtype=_dtype(site, "sinks"),
         params=params,
+        own_decode=own_decode,
     )
     return Kernel.of(func, site, (*type(op).operands[:-1], "sinks"))
 

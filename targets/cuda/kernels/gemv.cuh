@@ -14,15 +14,6 @@
 
 namespace llmc {
 
-// Waits for what the launch before wrote, then lets the one behind start (see toolkit.py). What
-// stands before it must not read that.
-__device__ __forceinline__ void await_inputs() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 enum Gate { kNone, kSilu, kGelu, kGeluTanh, kRelu };
 
 template <int kGate>
@@ -131,7 +122,7 @@ struct Gemv {
       const u32 words[4] = {raw[r].x, raw[r].y, raw[r].z, raw[r].w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 pair = as_floats(words[i], typename F::Float());
+        const float2 pair = unpack(words[i], typename F::Float());
         sums[r] += pair.x * values[2 * i];
         sums[r] += pair.y * values[2 * i + 1];
       }
@@ -174,13 +165,6 @@ struct Gemv {
         sums[r] += value;
       }
     }
-  }
-
-  static __device__ __forceinline__ float2 as_floats(u32 bits, half) {
-    return __half22float2(as_half2(bits));
-  }
-  static __device__ __forceinline__ float2 as_floats(u32 bits, __nv_bfloat16) {
-    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
   }
 
   // The sum of every thread's value.

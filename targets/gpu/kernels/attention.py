@@ -8,6 +8,7 @@ finds nothing to do ends at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -23,6 +24,7 @@ from llmc.targets.gpu.kernels.kv_pages import kv_type
 from llmc.targets.gpu.parameters import GpuParameters
 
 Expr = Any
+Emit = Callable[[Shape, Inputs], bool]
 
 
 def paged_attention(
@@ -43,6 +45,7 @@ def paged_attention(
     dtype: str,
     sink_dtype: str,
     params: GpuParameters,
+    own_decode: Emit | None = None,
 ) -> PrimFunc:
     """Attention of new tokens over their sequences' pages, causal.
 
@@ -53,8 +56,10 @@ def paged_attention(
 
     A position i sees j with i - window < j <= i; pages wholly outside are not read, nor are their
     table entries. `softcap` replaces a score s by softcap · tanh(s / softcap). A sink is one more
-    logit of its head, whose probability is dropped. Raises UnsupportedError where the heads do not
-    divide or the KV type is unknown.
+    logit of its head, whose probability is dropped. `own_decode` emits a target's launches for
+    single new tokens and returns True, or leaves them to those here.
+
+    Raises UnsupportedError where the heads do not divide or the KV type is unknown.
     """
     if num_heads % num_kv_heads:
         raise UnsupportedError(
@@ -88,7 +93,8 @@ def paged_attention(
             sinks=argument("sinks", (num_heads,), sink_dtype) if sinks else None,
             out=argument("out", (1, rows, num_heads, v_head_dim), dtype),
         )
-        decode(shape, inputs, DecodePlan.of(shape, params.attention, params.features))
+        if own_decode is None or not own_decode(shape, inputs):
+            decode(shape, inputs, DecodePlan.of(shape, params.attention, params.features))
         if tokens != 1:
             prefill(shape, inputs, TilePlan.of(shape, params.attention, params.features))
     return built.func
