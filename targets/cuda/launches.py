@@ -17,6 +17,7 @@ import tvm_ffi
 
 _TAG = "tirx.use_programtic_dependent_launch"
 _PARAMS = "tirx.kernel_launch_params"
+_DYNAMIC = "tirx.use_dyn_shared_memory"
 _BUILD = "target.build.cuda"
 _KERNEL = re.compile(r'(extern "C" __global__[^{]*\{)')
 _WAIT = (
@@ -39,7 +40,9 @@ def overlap_launches(wanted: bool) -> None:
         for name, func in mod.functions_items():
             if wanted and func.attrs and _PARAMS in func.attrs:
                 params = [str(p) for p in func.attrs[_PARAMS]]
-                out[name] = func.with_attr(_PARAMS, [*params, _TAG])
+                # The runtime wants to see dynamic shared memory last.
+                last = len(params) - (_DYNAMIC in params)
+                out[name] = func.with_attr(_PARAMS, [*params[:last], _TAG, *params[last:]])
         return build(out, target)
 
     tvm_ffi.register_global_func(_BUILD, tagged, override=True)
