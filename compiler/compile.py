@@ -40,6 +40,7 @@ from llmc.compiler.weights import (
     Argument,
     arguments,
     dequantized,
+    describe,
     stored_formats,
     write_weights,
 )
@@ -76,15 +77,21 @@ def compile_model(
     context_length: int | None = None,
     kv: str | None = None,
     calibrate: Path | str | None = None,
+    weights: bool = True,
     on_phase: OnPhase | None = None,
 ) -> CompileResult:
     """Compiles `source` (folder, .gguf file, demo:NAME or hub id) into the artifact folder `out`.
 
-    `calibrate` is a UTF-8 text by which 4-bit codes are chosen. The folder appears only when it is
-    complete. Raises ImportModelError, UnsupportedError, CompileError or UsageError.
+    `calibrate` is a UTF-8 text by which 4-bit codes are chosen. Without `weights` none are read or
+    written: what comes out can be inspected, and measured with made-up ones.
+
+    The folder appears only when it is complete. Raises ImportModelError, UnsupportedError,
+    CompileError or UsageError.
     """
     timer = Timer(on_phase)
     scheme = scheme_of(quant)
+    if calibrate is not None and not weights:
+        raise UsageError("nothing can be calibrated without weights")
     text = None if calibrate is None else calibration.read_text(Path(calibrate), scheme)
     kv_name = kv or scheme.kv
     if kv_name not in KV_DTYPES:
@@ -94,7 +101,7 @@ def compile_model(
     device = open_target(target)
     scheme = scheme.resolved(target, device.narrow_products, device.lacking_formats)
     with timer.phase("open"):
-        model = _open(str(source))
+        model = _open(str(source), weights)
         windows = None if text is None else calibration.windows_of(model, text)
     title = name or model.name
     _check_context(model, context_length)
@@ -119,17 +126,18 @@ def compile_model(
                 specs = _specs(built.arguments)
                 found = calibration.calibrate(model, specs, windows, scratch, progress)
                 model, notes = replace(model, tensors=found.tensors), found.notes
-        with timer.phase("weights") as progress:
-            weights = write_weights(
-                folder / WEIGHTS_FILE, built.arguments, model.tensors, device, progress
-            )
-        with timer.phase("reference"):
-            _write_reference(folder, model, built.arguments, scheme)
+        if weights:
+            with timer.phase("weights") as progress:
+                write_weights(
+                    folder / WEIGHTS_FILE, built.arguments, model.tensors, device, progress
+                )
+            with timer.phase("reference"):
+                _write_reference(folder, model, built.arguments, scheme)
         shutil.rmtree(scratch, ignore_errors=True)
         with timer.phase("package"):
             _write_tokenizer(folder, model)
             manifest = _manifest(
-                title, model, traced, scheme, device, features, bounds, built, weights, length
+                title, model, traced, scheme, device, features, bounds, built, length
             )
             manifest = replace(manifest, files=_hashes(folder))
             # As bytes: no platform's line ends may get into what is compared byte by byte.
@@ -248,7 +256,6 @@ def _manifest(
     features: list[str],
     bounds: StepBounds,
     built: _Built,
-    weights: list[artifact.WeightTensor],
     context_length: int,
 ) -> artifact.Manifest:
     caches = [
@@ -272,6 +279,7 @@ def _manifest(
         for window in built.caches.windows
     ]
     entries = _entry_points(bounds, built)
+    weights = describe(built.arguments)
     return artifact.Manifest(
         llmc_version=llmc.__version__,
         tvm_version=str(tvm.__version__),
@@ -323,9 +331,9 @@ def _entry_points(bounds: StepBounds, built: _Built) -> list[artifact.EntryPoint
     return sorted(entries, key=lambda e: e.max_tokens)
 
 
-def _open(source: str) -> ModelSource:
+def _open(source: str, weights: bool) -> ModelSource:
     try:
-        return open_source(source)
+        return open_source(source, weights=weights)
     except OSError as exc:
         raise ImportModelError(
             f"{exc.filename or source} cannot be read: {exc.strerror or exc}",

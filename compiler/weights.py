@@ -55,14 +55,31 @@ def arguments(params: list[relax.Var], weights: Weights) -> list[Argument]:
     ]
 
 
+def describe(wanted: list[Argument]) -> list[WeightTensor]:
+    """The arguments for the manifest."""
+    return [
+        WeightTensor(
+            name=a.name,
+            file=WEIGHTS_FILE,
+            dtype=a.dtype,
+            shape=list(a.shape),
+            format=a.spec.format,
+            layout=a.spec.layout,
+            sources=a.spec.sources,
+            num_bytes=a.num_bytes,
+        )
+        for a in wanted
+    ]
+
+
 def write_weights(
     path: Path,
     wanted: list[Argument],
     tensors: Mapping[str, SourceTensor],
     target: Target,
     on_progress: Callable[[float], None],
-) -> list[WeightTensor]:
-    """Writes all arguments into one safetensors file and describes them for the manifest.
+) -> None:
+    """Writes all arguments into one safetensors file.
 
     At most one packed weight is in memory at a time. Large arrays start at multiples of 64 bytes.
     """
@@ -92,19 +109,6 @@ def write_weights(
             file.write(np.ascontiguousarray(array).data)
             done += argument.num_bytes
             on_progress(done / max(begin, 1))
-    return [
-        WeightTensor(
-            name=a.name,
-            file=path.name,
-            dtype=a.dtype,
-            shape=list(a.shape),
-            format=a.spec.format,
-            layout=a.spec.layout,
-            sources=a.spec.sources,
-            num_bytes=a.num_bytes,
-        )
-        for a in wanted
-    ]
 
 
 _SAFETENSORS_DTYPES = {

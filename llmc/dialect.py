@@ -118,6 +118,30 @@ class Linear(Operator):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FusedLinear(Operator):
+    """Linear of one token with what stands before and behind it.
+
+    x `[1, 1, K]` goes through RmsNorm where there is a `norm` `[K]` (`eps` and `offset` are its
+    own); with `gate`, a kind of GatedActivation, the sums go through that -> `[1, 1, M]`, or
+    `[1, 1, M / 2]`.
+    """
+
+    name: ClassVar[str] = "fused_linear"
+    operands: ClassVar[tuple[str, ...]] = ("x", "norm?", "weight", "bias?", "residual?")
+    eps: float = 0.0
+    offset: float = 0.0
+    gate: str | None = None
+    format: str | None = None
+
+    def call(
+        self, x: Expr, norm: Expr | None, weight: Expr, bias: Expr | None, residual: Expr | None
+    ) -> relax.Call:
+        """The call."""
+        features = weight.ty.shape[0] // (2 if self.gate else 1)
+        return self.emit(tensor_like(x, features), x, norm, weight, bias, residual)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeActivations(Operator):
     """x `[1, T, K]` -> codes `[1, T, K]` int8, scales `[1, T, K / block]`, sums `[1, T, K / unit]`.
 
@@ -426,6 +450,7 @@ OPERATORS: dict[str, type[Operator]] = {
     op.name: op
     for op in (
         Linear,
+        FusedLinear,
         QuantizeActivations,
         IntegerLinear,
         RoundActivations,

@@ -25,14 +25,14 @@ _STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _DOWNLOAD = "download the model again"
 
 
-def open_folder(path: Path, name: str) -> ModelSource:
-    """Opens the folder at `path`; only headers and small files are read.
+def open_folder(path: Path, name: str, *, weights: bool = True) -> ModelSource:
+    """Opens the folder at `path`; only headers and small files are read, without `weights` no
+    headers either.
 
     Raises ImportModelError and UnsupportedError as `open_source` does.
     """
     fields = _config_fields(path)
     config = config_from_dict(fields, str(path / _CONFIG))
-    files = _stored_tensors(path)
     model = empty_model(config)
     generation = read_json(path / "generation_config.json")
     tokenizer = tokenizer_json_of(path)
@@ -44,7 +44,7 @@ def open_folder(path: Path, name: str) -> ModelSource:
     return ModelSource(
         name=name,
         config=config,
-        tensors=_source_tensors(path, files, model),
+        tensors=_source_tensors(path, _stored_tensors(path), model) if weights else _shapes(model),
         tokenizer_json=tokenizer,
         chat_template=chat_template_of(path),
         bos_token_id=begins[0] if begins else None,
@@ -136,6 +136,19 @@ def _source_tensors(
                 hint=f"the checkpoint has {len(files)} tensors and is incomplete: {_DOWNLOAD}",
             )
     return found
+
+
+def _shapes(model: EmptyModel) -> dict[str, SourceTensor]:
+    """The parameters that a checkpoint would have to hold; reading one is an ImportModelError."""
+
+    def load() -> Array:
+        raise ImportModelError("the model was opened without its weights")
+
+    return {
+        tensor.name: SourceTensor(name=tensor.name, shape=tensor.shape, stored="f32", load=load)
+        for tensor in model.tensors.values()
+        if tensor.required
+    }
 
 
 def _source_tensor(

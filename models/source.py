@@ -88,8 +88,10 @@ class ModelSource:
     generation_config: dict[str, Any] | None
 
 
-def open_source(spec: str) -> ModelSource:
+def open_source(spec: str, *, weights: bool = True) -> ModelSource:
     """Opens a folder, a `.gguf` file, `demo:NAME` or a hub id `org/name`, in this order.
+
+    Without `weights` a folder needs none: its tensors have shapes and cannot be read.
 
     Raises ImportModelError where the files are missing or damaged, UnsupportedError where they need
     something that is not supported.
@@ -99,11 +101,11 @@ def open_source(spec: str) -> ModelSource:
         return _open_file(_demo_path(spec))
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _open_folder(path, path.resolve().name)
+        return _open_folder(path, path.resolve().name, weights)
     if path.is_file():
         return _open_file(path)
     if _HUB_ID.fullmatch(spec) and path.suffix != ".gguf":
-        return _open_folder(_download(spec), spec.rpartition("/")[2])
+        return _open_folder(_download(spec, weights), spec.rpartition("/")[2], weights)
     raise ImportModelError(
         f"{spec}: no such file or folder",
         hint="give a model folder, a .gguf file, demo:NAME or a hub id such as org/name",
@@ -128,10 +130,10 @@ def _open_file(path: Path) -> ModelSource:
     return open_gguf(path)
 
 
-def _open_folder(path: Path, name: str) -> ModelSource:
+def _open_folder(path: Path, name: str, weights: bool) -> ModelSource:
     from llmc.models.hf_folder import open_folder
 
-    return open_folder(path, artifact_name(name))
+    return open_folder(path, artifact_name(name), weights=weights)
 
 
 def _demo_path(spec: str) -> Path:
@@ -152,11 +154,12 @@ def _demo_path(spec: str) -> Path:
     )
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    skip = _HUB_SKIP if weights else [*_HUB_SKIP, "*.safetensors"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP))
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=skip))
     except Exception as exc:  # the client passes on the errors of several libraries
         reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
         raise ImportModelError(

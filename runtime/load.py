@@ -12,7 +12,7 @@ from llmc.artifact import (
     TOKENIZER_FILE,
     Manifest,
 )
-from llmc.errors import UsageError
+from llmc.errors import ArtifactError, UsageError
 from llmc.runtime.chat_template import ChatTemplate
 from llmc.runtime.devices import choose_place
 from llmc.runtime.generation_config import load_sampling_defaults
@@ -72,9 +72,14 @@ def load_model(
     """
     manifest = Manifest.load(directory)
     # Compiled artifacts are code: nothing of them is used before the hashes are right.
-    weight_files = {weight.file for weight in manifest.weights} if random_weights else set()
+    weight_files = {weight.file for weight in manifest.weights}
+    if not random_weights and not weight_files <= manifest.files.keys():
+        raise ArtifactError(
+            f"{directory} was compiled without weights",
+            hint="leave out --no-weights; llmc bench --random-weights measures it as it is",
+        )
     for name in manifest.files:
-        if name not in weight_files:
+        if not (random_weights and name in weight_files):
             manifest.check_file(directory, name)
     limits = Limits.of(manifest, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
     place = choose_place(manifest, device)

@@ -69,6 +69,13 @@ _COMPILE_EXTRA = ("accelerate", "gguf", "huggingface_hub", "onnx", "torch", "tra
 @click.option(
     "--kv", show_default="the target's", help="Type of the KV cache: f32, f16, bf16, int8."
 )
+@click.option(
+    "--no-weights",
+    "weights",
+    flag_value=False,
+    default=True,
+    help="Compile from the config alone, for `llmc inspect` and `llmc bench --random-weights`.",
+)
 @json_option
 def compile_command(source: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Compile SOURCE into an artifact folder and print the folder.

@@ -147,6 +147,10 @@ class CpuTarget:
             return None
         return ActivationBlocks(block=block, unit=unit_of(fmt, block), factor=sum_factor(fmt))
 
+    def fuses_token(self, fmt: WeightFormat, m: int, k: int) -> bool:
+        """No."""
+        return False
+
     def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
         """The arrays of layout panel16."""
         *experts, m, k = shape

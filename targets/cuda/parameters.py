@@ -74,10 +74,36 @@ class TensorCorePlan:
         return [*(step for _, step in self.steps), self.last]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlan:
+    """Attention of single new tokens: a context is cut until there are blocks for the device."""
+
+    warps: int = 4  # of a block, which take the pages of a part in turns
+    blocks: int = 264  # two for each of 132 multiprocessors
+    parts: int = 32  # of a context at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemvPlan:
+    """Products of one token: blocks that stay, each with all of x in shared memory."""
+
+    warps: int  # that share a tile's features
+    ahead: int  # superblocks that a thread loads before it multiplies
+    blocks: int  # as many as 132 multiprocessors hold at once
+
+
+def gemv_plan(k: int) -> GemvPlan:
+    """Measured on an H200: long rows want more warps, which have less of x to prepare each."""
+    if k >= 8192:
+        return GemvPlan(warps=16, ahead=2, blocks=264)
+    return GemvPlan(warps=8, ahead=2, blocks=396)
+
+
 # Shared memory stays below 99 KiB, which devices of compute capability 8.6 and 12.0 have.
 PLANS = {
     16: TensorCorePlan(
         steps=(
+            (8, FewTokens(tokens=8, ahead=4)),
             (16, FewTokens(tokens=16, ahead=4)),
             (64, FewTokens(tokens=64, ahead=2)),
         ),
@@ -85,6 +111,7 @@ PLANS = {
     ),
     8: TensorCorePlan(
         steps=(
+            (8, FewTokens(tokens=8, ahead=4)),
             (16, FewTokens(tokens=16, ahead=2)),
             (64, FewTokens(tokens=64, ahead=1)),
         ),
@@ -92,6 +119,7 @@ PLANS = {
     ),
     4: TensorCorePlan(
         steps=(
+            (8, FewTokens(tokens=8, ahead=4)),
             (16, FewTokens(tokens=16, ahead=2)),
             (64, FewTokens(tokens=64, ahead=1)),
         ),

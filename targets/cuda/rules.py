@@ -1,4 +1,4 @@
-"""What CUDA has in front of the kernels of all GPUs: products and attention on tensor cores."""
+"""What CUDA has in front of the kernels of all GPUs: products and attention of its own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from functools import partial
 from llmc import dialect
 from llmc.formats import FORMATS
 from llmc.targets.base import Kernel, KernelRule, Site
+from llmc.targets.cuda.kernels import attention_decode, gemv
 from llmc.targets.cuda.kernels.attention import flash, flash_plan
 from llmc.targets.cuda.kernels.tensor_cores import linear_tensor_cores, multiplies
-from llmc.targets.cuda.parameters import PLANS
+from llmc.targets.cuda.parameters import PLANS, DecodePlan, gemv_plan
 from llmc.targets.gpu.parameters import GpuParameters
 from llmc.targets.gpu.rules import attention_kernel, kernel_rules
 
@@ -18,29 +19,62 @@ from llmc.targets.gpu.rules import attention_kernel, kernel_rules
 def cuda_rules(
     parameters: GpuParameters, few_tokens: int, shared_bytes: int
 ) -> Sequence[tuple[str, KernelRule]]:
-    """The rules in the order they are tried; products of `few_tokens` keep the shared ones.
-
-    A block of attention may have `shared_bytes` of shared memory.
+    """The rules in the order they are tried; a block of attention may have `shared_bytes` of shared
+    memory.
     """
 
     def tensor_cores(site: Site) -> Kernel | None:
-        if not isinstance(site.op, dialect.Linear):
-            return None
-        if (site.extents("x")[1] or site.max_tokens) <= few_tokens:
-            return None
-        return _linear(site, site.op)
+        return _linear(site, site.op) if isinstance(site.op, dialect.Linear) else None
 
     def attention(site: Site) -> Kernel | None:
-        if not isinstance(site.op, dialect.PagedAttention) or site.tokens == 1:
+        op = site.op
+        if not isinstance(op, dialect.PagedAttention):
             return None
-        head_dim, kv_dtype = site.extents("query")[3], str(site.types["k_pages"].dtype)
-        plan = flash_plan(head_dim, site.op.v_head_dim, site.page_size, kv_dtype, shared_bytes)
-        if plan is None or site.op.scale <= 0:  # the highest product is the highest score
+        _, _, heads, head_dim = site.extents("query")
+        kv_dtype = str(site.types["k_pages"].dtype)
+        plan = None
+        if site.tokens != 1 and op.scale > 0:  # the highest product is the highest score
+            plan = flash_plan(head_dim, op.v_head_dim, site.page_size, kv_dtype, shared_bytes)
+        single = attention_decode.takes(
+            heads // site.extents("k_pages")[1], head_dim, op.v_head_dim, site.page_size, kv_dtype
+        )
+        if plan is None and not single:
             return None
-        return attention_kernel(site, parameters, partial(flash, plan=plan))
+        return attention_kernel(
+            site,
+            parameters,
+            prefill=None if plan is None else partial(flash, plan=plan),
+            decode=partial(attention_decode.decode, plan=DecodePlan()) if single else None,
+        )
 
-    own = [("cuda.tensor_cores", tensor_cores), ("cuda.attention", attention)]
+    own = [("cuda.gemv", _gemv), ("cuda.tensor_cores", tensor_cores), ("cuda.attention", attention)]
     return [*own, *kernel_rules(parameters, few_tokens)]
+
+
+def _gemv(site: Site) -> Kernel | None:
+    op = site.op
+    if not isinstance(op, dialect.Linear | dialect.FusedLinear) or site.extents("x")[1] != 1:
+        return None
+    fmt = FORMATS[op.format or "f32"]
+    m, k = site.extents("weight")
+    if site.tokens != 1 or not gemv.takes(fmt, m, k):
+        return None
+    fused = op if isinstance(op, dialect.FusedLinear) else dialect.FusedLinear()
+    dtypes = {name: str(ty.dtype) for name, ty in site.types.items()}
+    func = gemv.gemv(
+        fmt,
+        m,
+        k,
+        norm=(fused.eps, fused.offset) if "norm" in dtypes else None,
+        gate=fused.gate,
+        bias="bias" in dtypes,
+        residual="residual" in dtypes,
+        dtype=dtypes["x"],
+        vector_dtype=dtypes.get("bias", "float32"),
+        norm_dtype=dtypes.get("norm", "float32"),
+        plan=gemv_plan(k),
+    )
+    return Kernel.of(func, site, ("x", "norm", "weight", "bias", "residual"))
 
 
 def _linear(site: Site, op: dialect.Linear) -> Kernel | None:
@@ -49,6 +83,8 @@ def _linear(site: Site, op: dialect.Linear) -> Kernel | None:
     if not multiplies(fmt):
         return None
     m, k = site.extents("weight")
+    if site.tokens == 1:  # the shared kernels take what the product of one token leaves
+        return None
     func = linear_tensor_cores(
         fmt,
         m,

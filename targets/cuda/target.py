@@ -11,9 +11,12 @@ import tvm
 import tvm_ffi
 
 from llmc.errors import UsageError
+from llmc.formats import WeightFormat
 from llmc.targets.base import KernelRule, ScheduleRule
 from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.target import TRIPLES
+from llmc.targets.cuda.kernels import gemv
+from llmc.targets.cuda.launches import await_launches, overlap_launches
 from llmc.targets.cuda.parameters import SHARED_KIB
 from llmc.targets.cuda.rules import cuda_rules
 from llmc.targets.cuda.toolkit import compile_cuda, load_cuda_runtime
@@ -76,9 +79,14 @@ class CudaTarget(GpuTarget):
         architectures = self.architectures
         tvm_ffi.register_global_func(
             "tvm_callback_cuda_compile",
-            lambda code: compile_cuda(str(code), architectures),
+            lambda code: compile_cuda(await_launches(str(code)), architectures),
             override=True,
         )
+        overlap_launches(ARCHITECTURES.index(architectures[0]) >= ARCHITECTURES.index("sm_90"))
+
+    def fuses_token(self, fmt: WeightFormat, m: int, k: int) -> bool:
+        """What kernels/gemv.py takes."""
+        return gemv.takes(fmt, m, k)
 
     def link(self, executable: tvm.runtime.Executable, path: Path) -> list[str]:
         """Links the host code with the device's inside; the oldest architecture it runs on."""

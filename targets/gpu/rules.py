@@ -11,7 +11,7 @@ from llmc import dialect
 from llmc.formats import FORMATS, WeightFormat
 from llmc.targets.base import Kernel, KernelRule, Site
 from llmc.targets.gpu.kernels.activation import gated_activation
-from llmc.targets.gpu.kernels.attention import Prefill, paged_attention
+from llmc.targets.gpu.kernels.attention import Emit, paged_attention
 from llmc.targets.gpu.kernels.embedding import embedding
 from llmc.targets.gpu.kernels.gemm import MultiplyTile, TileShape, multiply_tile
 from llmc.targets.gpu.kernels.grouped_linear import grouped_linear
@@ -169,9 +169,13 @@ def _serves_all_choices(site: Site) -> bool:
 
 
 def attention_kernel(
-    site: Site, params: GpuParameters, prefill: Prefill | None = None
+    site: Site,
+    params: GpuParameters,
+    *,
+    prefill: Emit | None = None,
+    decode: Emit | None = None,
 ) -> Kernel | None:
-    """Paged attention, if that is what the call is; `prefill` as in kernels/attention.py."""
+    """Paged attention, if that is what the call is; the target's own as in kernels/attention.py."""
     op = site.op
     if not isinstance(op, dialect.PagedAttention):
         return None
@@ -194,6 +198,7 @@ def attention_kernel(
         sink_dtype=_dtype(site, "sinks"),
         params=params,
         prefill=prefill,
+        decode=decode,
     )
     return Kernel.of(func, site, (*type(op).operands[:-1], "sinks"))
 

@@ -38,6 +38,10 @@ class GpuTarget:
         """None: products are made in floats."""
         return None
 
+    def fuses_token(self, fmt: WeightFormat, m: int, k: int) -> bool:
+        """No."""
+        return False
+
     def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
         """The arrays of layout chunk32."""
         *experts, m, k = shape

@@ -29,12 +29,6 @@ __device__ __forceinline__ void load_transposed(u32 (&to)[4], const char* row) {
                : "r"(at));
 }
 
-__device__ __forceinline__ float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // What a quad's threads hold of a row.
 __device__ __forceinline__ float largest_of_quad(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));

@@ -19,6 +19,28 @@ __device__ __forceinline__ u32 pack(float a, float b, __nv_bfloat16) {
   return *reinterpret_cast<u32*>(&h);
 }
 
+__device__ __forceinline__ float2 unpack(u32 bits, half) {
+  return __half22float2(*reinterpret_cast<__half2*>(&bits));
+}
+__device__ __forceinline__ float2 unpack(u32 bits, __nv_bfloat16) {
+  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Waits for what the launch before wrote, then lets the one behind start (see launches.py). What
+// stands before it must not read that.
+__device__ __forceinline__ void await_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,
                                     half) {
   asm(

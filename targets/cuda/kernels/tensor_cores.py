@@ -31,7 +31,8 @@ from llmc.targets.gpu.layout import ceildiv, chunk_features, num_chunks, stored_
 
 Expr = Any
 
-_CHUNKS = 4  # of a superblock: one for each thread of a quad
+CHUNKS = 4
+"""Of a superblock: one for each thread of a quad."""
 _SLAB = 32  # features of a superblock that a thread's 16 bytes of activations belong to
 _ARRANGE_THREADS = 256
 
@@ -101,8 +102,8 @@ class _Call:
         self._residual = argument("residual", (1, self.tokens, m), dtype) if residual else None
         self._y = argument("y", (1, self.tokens, m), dtype)
         depth = max(step.depth for step in plan.kernels)
-        blocks = ceildiv(ceildiv(num_chunks(fmt, k), _CHUNKS), depth) * depth
-        self._slabs = blocks * _CHUNKS * chunk_features(fmt) // _SLAB
+        blocks = ceildiv(ceildiv(num_chunks(fmt, k), CHUNKS), depth) * depth
+        self._slabs = blocks * CHUNKS * chunk_features(fmt) // _SLAB
         self._padded = T.Bind(self._pad())
         self._arranged = workspace((self._padded * i64(self._slabs * _SLAB),), "float16")
 
@@ -117,10 +118,10 @@ class _Call:
 
     def arrange(self) -> None:
         """Launches what rounds and orders the activations."""
-        pieces = quotient_up(self._padded * i64(_CHUNKS), _ARRANGE_THREADS)
+        pieces = quotient_up(self._padded * i64(CHUNKS), _ARRANGE_THREADS)
         with launch((self._slabs, pieces), (_ARRANGE_THREADS,)) as (slab, part, _):
-            name = f"llmc::arrange_activations<{_format(self._fmt)}, {self._data}>"
-            arguments = [_start(self._x), _start(self._arranged), _int(self._k)]
+            name = f"llmc::arrange_activations<{cuda_format(self._fmt)}, {self._data}>"
+            arguments = [start(self._x), start(self._arranged), _int(self._k)]
             arguments += [_int(n) for n in (self.tokens, self._padded, slab, part)]
             T.evaluate(cuda_func_call(name, *arguments, source_code=source("tensor_cores")))
 
@@ -137,9 +138,9 @@ class _Call:
             T.evaluate(
                 cuda_func_call(
                     self._name(step),
-                    *(_start(buffer) for buffer in self._buffers()),
+                    *(start(buffer) for buffer in self._buffers()),
                     *(_int(n) for n in (*numbers, *dynamic)),
-                    _start(memory),
+                    start(memory),
                     source_code=source("tensor_cores"),
                 )
             )
@@ -152,7 +153,7 @@ class _Call:
 
     def _name(self, step: Step) -> str:
         """The device function with its template's arguments."""
-        fmt = _format(self._fmt)
+        fmt = cuda_format(self._fmt)
         bias, residual = (str(present).lower() for present in self._epilogue)
         common = f"{fmt}, {bias}, {residual}, {self._data}, {self._vector}"
         if isinstance(step, FewTokens):
@@ -166,8 +167,8 @@ def shared_bytes(fmt: WeightFormat, step: Step) -> int:
     """Shared memory of a block, as tensor_cores.cuh divides it."""
     if isinstance(step, FewTokens):
         return step.warps // 2 * step.tokens * step.rows * 4
-    features = _CHUNKS * chunk_features(fmt)
-    bytes_ = step.depth * (_CHUNKS * step.rows * 16 + features * step.tokens * 2)
+    features = CHUNKS * chunk_features(fmt)
+    bytes_ = step.depth * (CHUNKS * step.rows * 16 + features * step.tokens * 2)
     if not fmt.is_float and fmt.group:
         size = 4 if fmt.scale_dtype == "float32" else 2
         scales = step.depth * max(1, features // fmt.group) * (step.rows * size + 32)
@@ -175,7 +176,7 @@ def shared_bytes(fmt: WeightFormat, step: Step) -> int:
     return bytes_ * step.stages
 
 
-def _format(fmt: WeightFormat) -> str:
+def cuda_format(fmt: WeightFormat) -> str:
     """The format as a type of tensor_cores.cuh."""
     kind = NAMES[fmt.float_dtype or "float16"]
     signed = str(fmt.code_dtype == "int8").lower()
@@ -191,7 +192,7 @@ def _groups(fmt: WeightFormat, k: int) -> int:
     return 0 if fmt.is_float else stored_groups(fmt, k)
 
 
-def _start(buffer: Expr) -> Expr:
+def start(buffer: Expr) -> Expr:
     """Where a buffer begins: all of it is used, while an element's address would stand for one."""
     return buffer.data
 

@@ -15,7 +15,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from llmc.errors import UnsupportedError
-from llmc.targets.gpu.kernels.attention_decode import decode
+from llmc.targets.gpu.kernels.attention_decode import decode as decodes
 from llmc.targets.gpu.kernels.attention_inputs import Inputs, Shape
 from llmc.targets.gpu.kernels.attention_plans import DecodePlan, TilePlan
 from llmc.targets.gpu.kernels.attention_tile import prefill as tiles
@@ -24,7 +24,7 @@ from llmc.targets.gpu.kernels.kv_pages import kv_type
 from llmc.targets.gpu.parameters import GpuParameters
 
 Expr = Any
-Prefill = Callable[[Shape, Inputs], None]
+Emit = Callable[[Shape, Inputs], None]
 
 
 def paged_attention(
@@ -45,20 +45,23 @@ def paged_attention(
     dtype: str,
     sink_dtype: str,
     params: GpuParameters,
-    prefill: Prefill | None = None,
+    prefill: Emit | None = None,
+    decode: Emit | None = None,
 ) -> PrimFunc:
     """Attention of new tokens over their sequences' pages, causal.
 
     Buffers in order: q `[1, T, H, D]`, q_starts `[S+1]` i32, kv_lens `[S]` i32, block_tables
     `[G, S, B]` i32, k_pages and v_pages `[P, Kv, elements]` (kv_dtype, see kv_pages.py), sinks
     `[H]` (only with `sinks`), out `[1, T, H, Dv]`; q and out are of `dtype`. docs/shapes.md
-    explains the ragged batch; rows from `q_starts[S]` on are not written. `prefill` emits the
-    launch for sequences with several new tokens, if not the one of attention_tile.py.
+    explains the ragged batch; rows from `q_starts[S]` on are not written. `prefill` emits a
+    target's launches for sequences with several new tokens, if not the one of attention_tile.py,
+    `decode` those for single ones, if not those of attention_decode.py.
 
     A position i sees j with i - window < j <= i; pages wholly outside are not read, nor are their
     table entries. `softcap` replaces a score s by softcap · tanh(s / softcap). A sink is one more
-    logit of its head, whose probability is dropped. Raises UnsupportedError where the heads do not
-    divide or the KV type is unknown.
+    logit of its head, whose probability is dropped.
+
+    Raises UnsupportedError where the heads do not divide or the KV type is unknown.
     """
     if num_heads % num_kv_heads:
         raise UnsupportedError(
@@ -92,7 +95,10 @@ def paged_attention(
             sinks=argument("sinks", (num_heads,), sink_dtype) if sinks else None,
             out=argument("out", (1, rows, num_heads, v_head_dim), dtype),
         )
-        decode(shape, inputs, DecodePlan.of(shape, params.attention, params.features))
+        if decode is not None:
+            decode(shape, inputs)
+        else:
+            decodes(shape, inputs, DecodePlan.of(shape, params.attention, params.features))
         if tokens != 1 and prefill is not None:
             prefill(shape, inputs)
         elif tokens != 1:
