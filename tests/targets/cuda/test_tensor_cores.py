@@ -91,11 +91,12 @@ def test_tiles_fit_the_shared_memory_of_every_architecture(fmt):
     [
         ("bf16", 4096, "cuda.tensor_cores"),
         ("q4_0", 4096, "cuda.tensor_cores"),
-        ("q4_0", 8, "gpu.few"),
+        ("q4_0", 8, "cuda.tensor_cores"),
+        ("f32", 8, "gpu.few"),
         ("f32", 4096, "gpu.gemm"),
     ],
 )
-def test_float32_weights_and_few_tokens_keep_exact_products(name, max_tokens, rule):
+def test_float32_weights_keep_exact_products(name, max_tokens, rule):
     tokens = tvm.tirx.Var("T", "int64")
     types = {
         "x": tvm.relax.TensorType([1, tokens, 64], "float32"),
