@@ -74,6 +74,7 @@ _COMPILE_EXTRA = ("accelerate", "gguf", "huggingface_hub", "onnx", "torch", "tra
     "weights",
     flag_value=False,
     default=True,
+    show_default=False,
     help="Compile from the config alone, for `llmc inspect` and `llmc bench --random-weights`.",
 )
 @json_option
