@@ -15,8 +15,9 @@ from llmc import dialect
 from llmc.cuda_toolkit import find_cudart
 from llmc.targets.base import Site
 from llmc.targets.cuda import toolkit
+from llmc.targets.cuda.kernels import attention_decode
 from llmc.targets.cuda.kernels.attention import flash, flash_bytes, flash_plan
-from llmc.targets.cuda.parameters import FLASH_PLANS, SHARED_KIB, FlashPlan
+from llmc.targets.cuda.parameters import FLASH_PLANS, SHARED_KIB, DecodePlan, FlashPlan
 from llmc.targets.cuda.target import CudaTarget
 from llmc.targets.gpu.kernels.attention import paged_attention
 from llmc.targets.gpu.parameters import AttentionParameters, GpuParameters
@@ -225,8 +226,10 @@ def test_code_of_an_architecture_keeps_to_the_memory_of_all_that_run_it():
         ({"kv_dtype": "int8"}, "gpu.attention"),
         ({"head_dim": 72}, "gpu.attention"),
         ({"head_dim": 320}, "gpu.attention"),
-        ({"tokens": 1}, "gpu.attention"),
-        ({"scale": -1.0}, "gpu.attention"),
+        ({"head_dim": 256, "tokens": 1}, "gpu.attention"),
+        ({"head_dim": 80, "scale": -1.0}, "gpu.attention"),
+        ({"tokens": 1}, "cuda.attention"),  # single tokens have kernels of their own
+        ({"scale": -1.0}, "cuda.attention"),
     ],
 )
 def test_what_tensor_cores_do_not_take_keeps_the_shared_kernel(change, rule):
@@ -263,3 +266,85 @@ def test_a_plan_that_does_not_divide_is_no_plan(wrong):
 
 def test_plans_are_tried_from_the_smallest_head_on():
     assert [plan[:2] for plan in FLASH_PLANS] == sorted(plan[:2] for plan in FLASH_PLANS)
+
+
+SINGLE = ((1, 1), (1, 16), (1, 40), (1, 300), (1, 2000))
+DECODES = {
+    "heads_of_64": Case(lengths=SINGLE),
+    "heads_of_128": Case(num_heads=8, num_kv_heads=1, head_dim=128, v_head_dim=128, lengths=SINGLE),
+    "sixteen_heads": Case(num_heads=16, num_kv_heads=1, lengths=SINGLE),
+    "bf16_window": Case(kv_dtype="uint16", window=70, lengths=SINGLE),
+    "capped_sinks": Case(softcap=5.0, sinks=True, group=1, num_groups=2, lengths=SINGLE),
+    "beside_prompts": Case(lengths=MIXED),
+}
+# What rounding takes from queries and weights is multiplied as well: what is left is float32's, and
+# that of powers of two (2^-22).
+DECODE_TOLERANCE = 2e-4
+
+
+def decode_function(case):
+    return paged_attention(
+        num_heads=case.num_heads,
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        v_head_dim=case.v_head_dim,
+        page_size=16,
+        kv_dtype=case.kv_dtype,
+        scale=case.head_dim**-0.5,
+        window=case.window,
+        softcap=case.softcap,
+        sinks=case.sinks,
+        group=case.group,
+        num_groups=case.num_groups,
+        tokens=None,
+        dtype=case.dtype,
+        sink_dtype="float32",
+        params=PARAMS,
+        decode=partial(attention_decode.decode, plan=DecodePlan()),
+    )
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_single_tokens_are_multiplied_on_tensor_cores_without_spills(architecture, tmp_path):
+    code = machine_code({n: decode_function(c) for n, c in DECODES.items()}, architecture)
+    listing = sass_by_kernel(code, tmp_path)
+    for name, case in DECODES.items():
+        text = listing[f"{name}_kernel"]
+        kind = r"\.BF16" if case.kv_dtype == "uint16" else r"\s"
+        assert re.search(r"HMMA\.16816\.F32" + kind, text), name
+        assert re.search(r"LDG\.E\S*\.128", text), name
+        # sm_80 keeps one number elsewhere while the loop runs; nothing in the loop is.
+        assert len(re.findall(r"\b(STL|LDL)\b", text)) <= 2, f"{name} spills"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DECODES)
+def test_single_tokens_match_float64(name):
+    case = DECODES[name]
+    func = decode_function(case).with_attr("global_symbol", "main")
+    target = CudaTarget("sm_80,sm_90").tvm_target
+    kernel = tvm.compile(tvm.IRModule({"main": func}), target=target)
+    arrays, expected = example(case)
+    out = np.full(expected.shape, np.nan, arrays[0].dtype)
+    tensors = [tvm.runtime.tensor(array, tvm.cuda(0)) for array in (*arrays, out)]
+    kernel["main"](*tensors)
+    starts = arrays[1]
+    rows = starts[:-1][np.diff(starts) == 1]
+    found = tensors[-1].numpy().astype(np.float64)[:, rows]
+    np.testing.assert_allclose(found, expected[:, rows], atol=DECODE_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "v_head_dim", "kv_dtype", "taken"),
+    [
+        (4, 128, 128, "float16", True),
+        (16, 64, 64, "uint16", True),
+        (12, 64, 64, "float16", False),
+        (4, 256, 256, "float16", False),
+        (4, 80, 80, "float16", False),
+        (4, 128, 128, "int8", False),
+    ],
+)
+def test_which_heads_decode_on_tensor_cores(heads, head_dim, v_head_dim, kv_dtype, taken):
+    assert attention_decode.takes(heads, head_dim, v_head_dim, 16, kv_dtype) == taken

@@ -60,7 +60,7 @@ def test_every_kernel_multiplies_on_tensor_cores_and_keeps_to_registers(architec
     assert len(products) == sum(len(PLANS[bits].kernels) for bits in (16, 4, 8))
     for name, text in products.items():
         kind = "HMMA.16816.F32.BF16" if "bf16" in name else "HMMA.16816.F32 "
-        if (architecture, name) == ("sm_90", "wbf16_kernel_3"):
+        if (architecture, name) == ("sm_90", "wbf16_kernel_4"):
             kind = "HGMMA.64x128x16.F32.BF16"
         assert kind in text, name
         assert re.search(r"LDG\.E\S*\.128|LDGSTS\.E\S*\.128", text), name
