@@ -193,7 +193,7 @@ def test_a_file_that_may_not_be_read_is_named(
 ) -> None:
     """The error is made here, because tests may run as a user who may read everything."""
 
-    def deny(source: str) -> None:
+    def deny(source: str, **_: object) -> None:
         raise PermissionError(13, "Permission denied", source)
 
     monkeypatch.setattr("llmc.compiler.compile.open_source", deny)
