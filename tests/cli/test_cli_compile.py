@@ -76,6 +76,7 @@ def test_options_reach_the_compiler(llmc, compiler) -> None:
             "context_length": 1024,
             "kv": "f16",
             "calibrate": Path(__file__),
+            "weights": True,
         }
     ]
 
