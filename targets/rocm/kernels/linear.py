@@ -57,7 +57,7 @@ def linear_matrix(
                     first_row=T.Bind(row_tile * i64(tile.rows)),
                     thread=thread,
                 )
-                multiply_tile(args.weights, work, padded, tile, plan.instruction)
+                multiply_tile(args.weights, work, tile, plan.instruction)
 
         _choose(args.rows, plan, multiply, 0)
     return built.func
@@ -108,11 +108,9 @@ class ExpertTile:
     def arrange(self, x: Expr, rows: Expr, weights: Weights) -> Expr:
         """Launches the rounding of x `[rows, K]`."""
         dtype = multiplied_type(weights.fmt)
-        return arrange(x, (), rows, weights.k, self._padded(weights), dtype)
+        padded = Step(weights.fmt, self.instruction).padded(weights.k, [self.tile])
+        return arrange(x, (), rows, weights.k, padded, dtype)
 
     def multiply(self, weights: Weights, work: TileWork) -> None:
         """Emits the block's products."""
-        multiply_tile(weights, work, self._padded(weights), self.tile, self.instruction)
-
-    def _padded(self, weights: Weights) -> int:
-        return Step(weights.fmt, self.instruction).padded(weights.k, [self.tile])
+        multiply_tile(weights, work, self.tile, self.instruction)

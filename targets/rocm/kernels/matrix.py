@@ -15,7 +15,6 @@ K' is K filled up with zeros to whole steps of the kernels, so that none asks wh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,9 +93,8 @@ class Step:
         return self.features * tile.splits * tile.depth
 
     def padded(self, k: int, tiles: Sequence[MatrixTile]) -> int:
-        """K': k filled up to whole turns of every kernel."""
-        unit = math.lcm(*(self.of(tile) for tile in tiles))
-        return ceildiv(k, unit) * unit
+        """K': k filled up to whole turns of whichever kernel goes furthest."""
+        return max(ceildiv(k, self.of(tile)) * self.of(tile) for tile in tiles)
 
 
 def arrange(x: Expr, at: tuple[Expr, ...], rows: Expr, k: int, padded: int, dtype: str) -> Expr:
@@ -138,13 +136,14 @@ def _round(dtype: str, value: Expr) -> Expr:
 
 
 def multiply_tile(
-    weights: Weights, work: TileWork, padded: int, tile: MatrixTile, instruction: MatrixInstruction
+    weights: Weights, work: TileWork, tile: MatrixTile, instruction: MatrixInstruction
 ) -> None:
     """Emits the block's products; every thread has to come here.
 
-    work.x is what `arrange` made, with K' = padded; the last of x_at's indices is a row of it.
+    work.x is what `arrange` made, with a K' that does for `tile`; the last of x_at's indices is a
+    row of it.
     """
-    Product(weights, work, tile, instruction).emit(padded)
+    Product(weights, work, tile, instruction).emit()
 
 
 class Product:
@@ -174,7 +173,7 @@ class Product:
         ]
         self.sums = registers((tile.row_tiles, tile.token_tiles, instruction.outputs))
 
-    def emit(self, padded: int) -> None:
+    def emit(self) -> None:
         """Emits everything."""
         tile, step = self.tile, self.step
         for row in range(tile.row_tiles):
@@ -186,7 +185,7 @@ class Product:
             stage = shared((tile.token_tiles, turn // PIECE, SIDE, _WORDS), "int32")
         else:
             places = [self._place(self._token(n)) for n in range(tile.token_tiles)]
-        with T.serial(i64(padded // turn)) as number:
+        with T.serial(i64(ceildiv(self.weights.k, turn))) as number:
             first = T.Bind(number * i64(tile.splits) + self.split)
             loaded = [self._load(first * i64(tile.depth) + i64(part)) for part in range(tile.depth)]
             if tile.shared:

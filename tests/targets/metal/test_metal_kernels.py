@@ -15,7 +15,7 @@ from llmc.targets.gpu.kernels.activation import gated_activation
 from llmc.targets.gpu.kernels.attention import paged_attention
 from llmc.targets.gpu.kernels.embedding import embedding
 from llmc.targets.gpu.kernels.grouped_linear import grouped_linear
-from llmc.targets.gpu.kernels.grouped_tiles import grouped_tiles
+from llmc.targets.gpu.kernels.grouped_tiles import FloatTile, grouped_tiles
 from llmc.targets.gpu.kernels.kv_write import rope_kv_write
 from llmc.targets.gpu.kernels.linear import linear_few, linear_many
 from llmc.targets.gpu.kernels.norm import add_rms_norm, layer_norm, rms_norm
@@ -72,8 +72,7 @@ def kernels():
             *(FORMATS["q4_0"], EXPERTS, M, 96, TOP),
             per_token_input=True,
             bias=True,
-            params=TILE,
-            multiply=multiply_tile,
+            tile=FloatTile(TILE, multiply_tile),
             **F32,
         ),
         "rms": rms_norm(
