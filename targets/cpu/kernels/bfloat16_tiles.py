@@ -19,7 +19,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.targets.cpu.kernels import amx
-from llmc.targets.cpu.kernels.panels import WeightPanels, i64, lanes, registers, scratch
+from llmc.targets.cpu.kernels.panels import WeightPanels, i64, lanes, scratch
 from llmc.targets.cpu.kernels.register_tiles import store_tile
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.kernels.unpacked_bfloat16 import unpack_step
@@ -116,7 +116,9 @@ class _Task:
         weights, pairs = self.product.weights, amx.PANELS
         amx.configure(2 * self.depth)
         chunk, chunks = self._chunk()
-        totals = scratch((self.size, self.width, PANEL, PANEL))
+        # What one chunk sums up leaves each block's sums at once.
+        blocks = (self.size, self.width) if chunks > 1 else (amx.PANELS, amx.PANELS)
+        totals = scratch((*blocks, amx.TILE_ROWS, PANEL))
         unpacked = None
         if not weights.fmt.is_float:
             unpacked = scratch((self.width, chunk, self.depth // 2, PANEL), "int32")
@@ -128,13 +130,11 @@ class _Task:
                     unpack_step(weights, self.first_panel + p, start + step, unpacked, p, step)
 
             def block(group: Expr, groups: int, panel: Expr, panels: int) -> None:
-                one = _Block(self, unpacked, totals, group, groups, panel, panels)
+                at = (group, panel) if chunks > 1 else (i64(0), i64(0))
+                one = _Block(self, unpacked, totals, at, group, groups, panel, panels)
                 one.multiply(start, steps, is_first=number == i64(0))
-                with T.If(number == i64(chunks - 1)):
-                    with T.Then():
-                        one.finish()
-                    with T.Else():
-                        one.keep()
+                with T.If(number == i64(chunks - 1)), T.Then():
+                    one.finish()
 
             def column(panel: Expr, panels: int) -> None:
                 with T.serial(T.floordiv(self.num_groups, i64(pairs))) as q:
@@ -163,7 +163,8 @@ class _Block:
 
     task: _Task
     unpacked: Expr | None
-    totals: Expr
+    totals: Expr  # `[groups, panels, 16, 16]`
+    at: tuple[Expr, Expr]  # its own place in totals
     group: Expr  # the first, counted within the task, as panels are
     groups: int
     panel: Expr
@@ -171,7 +172,7 @@ class _Block:
 
     def multiply(self, start: Expr, steps: Expr, *, is_first: Expr) -> None:
         """Adds a chunk to the totals."""
-        tiles = self._tiles()
+        tiles = [(g, p) for g in range(self.groups) for p in range(self.panels)]
         with T.If(is_first):
             with T.Then():
                 for g, p in tiles:
@@ -192,35 +193,25 @@ class _Block:
                         at = T.address_of(values)
                         amx.load_once(amx.activation_tile(g), at, 2 * self.task.depth)
                     amx.multiply("tdpbf16ps", g, p)
-
-    def keep(self) -> None:
-        """Leaves the sums in the totals."""
-        for g, p in self._tiles():
+        for g, p in tiles:
             amx.store(amx.sum_tile(g, p), self._total(g, p), amx.TILE_BYTES)
 
     def finish(self) -> None:
-        """Stores the sums where the product goes."""
+        """Stores the totals where the product goes."""
         task = self.task
-        sums = registers(self.groups * self.panels * amx.TILE_ROWS)
-        for g, p in self._tiles():
-            at = sums[i64((g * self.panels + p) * amx.TILE_ROWS), i64(0)]
-            amx.store(amx.sum_tile(g, p), T.address_of(at), amx.TILE_BYTES)
         panels = [task.first_panel + self.panel + i64(p) for p in range(self.panels)]
         for g in range(self.groups):
             first = T.Bind((task.first_group + self.group + i64(g)) * i64(amx.TILE_ROWS))
             with T.serial(T.min(i64(amx.TILE_ROWS), task.num_rows - first)) as row:
                 found = [
-                    sums[i64((g * self.panels + p) * amx.TILE_ROWS) + row, lanes(i64(0))]
+                    self.totals[self.at[0] + i64(g), self.at[1] + i64(p), row, lanes(i64(0))]
                     for p in range(self.panels)
                 ]
                 store_tile(task.product, panels, [first + row], [found])
 
-    def _tiles(self) -> list[tuple[int, int]]:
-        return [(g, p) for g in range(self.groups) for p in range(self.panels)]
-
     def _total(self, g: int, p: int) -> Expr:
-        at = self.totals[self.group + i64(g), self.panel + i64(p), i64(0), i64(0)]
-        return T.address_of(at)
+        group, panel = self.at
+        return T.address_of(self.totals[group + i64(g), panel + i64(p), i64(0), i64(0)])
 
     def _weight(self, p: int, start: Expr, step: Expr) -> Expr:
         panel = self.panel + i64(p)
