@@ -39,7 +39,9 @@ def unpack_step(
         factors: dict[int, tuple[Expr, Expr]] = {}
         for number in range(span // width):
             first = part * span + number * width
-            word = T.Bind(weights.word(i64(0), panel, step * i64(STEP // width) + i64(first // width)))
+            word = T.Bind(
+                weights.word(i64(0), panel, step * i64(STEP // width) + i64(first // width))
+            )
             for pair in range(width // 2):
                 low, high = (
                     _value(word, fmt.bits, 2 * pair + i, scale, minimum, weights, factors)
@@ -63,9 +65,12 @@ def _value(
     position = _position(found, bits)
     bits_of = word
     if found > position:
-        bits_of = T.reinterpret("int32x16", T.shift_right(
-            T.reinterpret("uint32x16", word), T.broadcast(T.uint32(found - position), PANEL)
-        ))
+        bits_of = T.reinterpret(
+            "int32x16",
+            T.shift_right(
+                T.reinterpret("uint32x16", word), T.broadcast(T.uint32(found - position), PANEL)
+            ),
+        )
     elif found < position:
         bits_of = T.shift_left(word, T.broadcast(T.int32(position - found), PANEL))
     mask = ((1 << bits) - 1) << position
