@@ -263,8 +263,33 @@ def test_levels_state_the_subgroup_they_were_made_for(
             Engine(built.path)
 
 
+def test_an_artifact_for_several_levels_runs_the_first_that_the_device_has(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_llmc
+) -> None:
+    code, _, _ = run_llmc(
+        *("compile", tiny_model, "--target", "vulkan:matrix,portable", "--quant", "f16"),
+        *("-o", tmp_path / "a", "--max-batch-tokens", 64),
+    )
+    assert code == 0
+    manifest = Manifest.load(tmp_path / "a")
+    assert [variant.library for variant in manifest.variants] == ["model.so", "model-portable.so"]
+    matrices = {"cooperativeMatrix16x16x16", "subgroupSize32"}
+    present = Vulkan().features(0)
+    expected = "model.so" if matrices <= present else "model-portable.so"
+    assert choose_place(manifest, "vulkan").variant.library == expected
+    report = verify(tmp_path / "a")
+    assert report.passed, report.reason
+    # Of one that multiplies matrices, the first.
+    with monkeypatch.context() as patch:
+        patch.setattr(Vulkan, "features", lambda self, index: present | matrices)
+        assert choose_place(manifest, "vulkan").variant.library == "model.so"
+    code, out, _ = run_llmc("inspect", tmp_path / "a")
+    assert "vulkan.matrix" in out
+    assert "cooperativeMatrix16x16x16" in out
+
+
 def test_unknown_levels_are_refused(tiny_model: Path) -> None:
-    with pytest.raises(UsageError, match="unknown Vulkan level 'warp'\nhint: choose one of"):
+    with pytest.raises(UsageError, match="unknown Vulkan level 'warp'\nhint: one or more of"):
         llmc.compile(tiny_model, target="vulkan:warp")
 
 

@@ -1,6 +1,7 @@
 """The plug-in by itself: memory, copies, modules, and how it is built."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,12 +140,23 @@ def test_a_tensor_beyond_32_bit_indices_is_refused(device):
 
 def test_missing_tools_are_named_with_their_packages(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda tool: None)
-    with pytest.raises(CompileError, match="hint: apt-get install glslang-tools spirv-tools"):
+    monkeypatch.setattr(spirv, "_wheel_prefix", lambda: None)
+    hint = 'apt-get install glslang-tools spirv-tools, or pip install "llmc[vulkan]"'
+    with pytest.raises(CompileError, match=re.escape(f"hint: {hint}")):
         spirv.compile_glsl("k", "a source that was not compiled before")
-    with pytest.raises(CompileError, match="needs glslangValidator and spirv-val"):
+    with pytest.raises(CompileError, match="needs glslangValidator, spirv-opt, spirv-val"):
         open_target("vulkan")
     [tools] = [lack for lack in lacks() if not lack.run]
-    assert tools.hint == "apt-get install glslang-tools spirv-tools"
+    assert tools.hint == hint
+
+
+def test_tools_of_wheels_do_where_the_system_has_none(monkeypatch):
+    if spirv._wheel_prefix() is None:
+        pytest.skip('needs pip install "llmc[vulkan]"')
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
+    source = "#version 460\nlayout(local_size_x = 3) in;\nvoid main() {}\n"
+    assert spirv.compile_glsl("k", source).startswith(b"\x03\x02\x23\x07")
+    assert not [lack for lack in lacks() if not lack.run]
 
 
 def test_glsl_that_is_wrong_is_an_error_with_the_tools_words():
