@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import tvm_ffi
 from greedy import assert_same, greedy
-from random_models import DEMO
 
 import llmc
 from llmc.artifact import Manifest
@@ -291,11 +290,3 @@ def test_an_artifact_for_several_levels_runs_the_first_that_the_device_has(
 def test_unknown_levels_are_refused(tiny_model: Path) -> None:
     with pytest.raises(UsageError, match="unknown Vulkan level 'warp'\nhint: one or more of"):
         llmc.compile(tiny_model, target="vulkan:warp")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("quant", ["f32", "f16", "w4a16-g32", "keep"])
-def test_the_demo_verifies(vulkan: None, quant: str, tmp_path: Path) -> None:
-    built = llmc.compile(DEMO, target="vulkan", quant=quant, out=tmp_path / quant)
-    report = verify(built.path)
-    assert report.passed, report.reason
