@@ -38,13 +38,6 @@ for sampling in ({"temperature": 0}, {"seed": 1, "top_k": 50, "top_p": 0.9}):
 """
 
 
-@pytest.fixture(scope="module")
-def on_vulkan(vulkan: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model in float32; not to be written to."""
-    out = tmp_path_factory.mktemp("vulkan") / "tiny"
-    return llmc.compile(tiny_model, target="vulkan", out=out, max_batch_tokens=64).path
-
-
 def answer(artifact: Path, **variables: str) -> str:
     """Greedy tokens from a process of its own with these environment variables; all it printed."""
     done = subprocess.run(
