@@ -15,7 +15,13 @@ static PFN_vkGetInstanceProcAddr next_instance;
 static PFN_vkGetDeviceProcAddr next_device;
 static VkInstance the_instance;
 
-#define NEXT(name) ((PFN_##name)next_instance(the_instance, #name))
+// Looked up when the instance is made: later the loader answers with the whole chain of layers.
+#define FUNCTIONS(F)                                                          \
+  F(vkEnumerateDeviceExtensionProperties) F(vkGetPhysicalDeviceFeatures2)     \
+  F(vkGetPhysicalDeviceMemoryProperties2) F(vkGetPhysicalDeviceProperties2)
+#define DECLARE(name) static PFN_##name next_##name;
+FUNCTIONS(DECLARE)
+#define NEXT(name) next_##name
 
 static const char* option(const char* name) {
   const char* value = getenv(name);
@@ -60,7 +66,6 @@ static VKAPI_ATTR void VKAPI_CALL features2(VkPhysicalDevice device,
     if (at->sType == VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_VULKAN_1_2_FEATURES) {
       VkPhysicalDeviceVulkan12Features* v12 = (VkPhysicalDeviceVulkan12Features*)at;
       if (is_named("shaderFloat16")) v12->shaderFloat16 = VK_FALSE;
-      if (is_named("shaderInt8")) v12->shaderInt8 = VK_FALSE;
       if (is_named("bufferDeviceAddress")) v12->bufferDeviceAddress = VK_FALSE;
     } else if (at->sType == (VkStructureType)1000506000 && has_matrices()) {
       ((struct MatrixFeatures*)at)->has = VK_TRUE;
@@ -175,6 +180,9 @@ static VKAPI_ATTR VkResult VKAPI_CALL create_instance(const VkInstanceCreateInfo
   PFN_vkCreateInstance next = (PFN_vkCreateInstance)next_instance(NULL, "vkCreateInstance");
   VkResult result = next(info, allocator, instance);
   the_instance = *instance;
+  if (result != VK_SUCCESS) return result;
+#define FIND(name) next_##name = (PFN_##name)next_instance(the_instance, #name);
+  FUNCTIONS(FIND)
   return result;
 }
 
@@ -208,7 +216,8 @@ static PFN_vkVoidFunction get_instance(VkInstance instance, const char* name) {
     if (strcmp(name, ours[i].name) == 0) return (PFN_vkVoidFunction)ours[i].function;
   }
   PFN_vkVoidFunction physical = get_physical(instance, name);
-  return physical != NULL ? physical : next_instance(instance, name);
+  if (physical != NULL || next_instance == NULL) return physical;
+  return next_instance(instance, name);
 }
 
 VK_LAYER_EXPORT VKAPI_ATTR VkResult VKAPI_CALL
