@@ -147,6 +147,18 @@ static VKAPI_ATTR VkResult VKAPI_CALL counted_submit(VkQueue queue, uint32_t cou
   return real_submit(queue, count, submits, fence);
 }
 
+static PFN_vkCreateBuffer real_buffer;
+
+// Where the memory is pretended, buffers beyond 2 GiB are small ones.
+static VKAPI_ATTR VkResult VKAPI_CALL pretended_buffer(VkDevice device,
+                                                       const VkBufferCreateInfo* info,
+                                                       const VkAllocationCallbacks* allocator,
+                                                       VkBuffer* buffer) {
+  VkBufferCreateInfo real = *info;
+  if (option("LLMC_TEST_HEAP_BYTES")[0] && real.size > 1ull << 31) real.size = 1 << 20;
+  return real_buffer(device, &real, allocator, buffer);
+}
+
 static VKAPI_ATTR VkResult VKAPI_CALL create_device(VkPhysicalDevice physical,
                                                     const VkDeviceCreateInfo* info,
                                                     const VkAllocationCallbacks* allocator,
@@ -163,6 +175,7 @@ static VKAPI_ATTR VkResult VKAPI_CALL create_device(VkPhysicalDevice physical,
   VkResult result = next(physical, info, allocator, device);
   if (result == VK_SUCCESS) {
     real_submit = (PFN_vkQueueSubmit)next_device(*device, "vkQueueSubmit");
+    real_buffer = (PFN_vkCreateBuffer)next_device(*device, "vkCreateBuffer");
   }
   return result;
 }
@@ -189,6 +202,7 @@ static VKAPI_ATTR VkResult VKAPI_CALL create_instance(const VkInstanceCreateInfo
 static PFN_vkVoidFunction get_device(VkDevice device, const char* name) {
   if (strcmp(name, "vkGetDeviceProcAddr") == 0) return (PFN_vkVoidFunction)get_device;
   if (strcmp(name, "vkQueueSubmit") == 0) return (PFN_vkVoidFunction)counted_submit;
+  if (strcmp(name, "vkCreateBuffer") == 0) return (PFN_vkVoidFunction)pretended_buffer;
   return next_device(device, name);
 }
 
