@@ -34,6 +34,7 @@ from llmc.compiler.pipeline import (
 from llmc.compiler.reference import make_reference
 from llmc.compiler.rewriter import bindings, relax_functions
 from llmc.compiler.schemes import KV_DTYPES, Scheme, scheme_of
+from llmc.compiler.streamed_model import Float32, Stack
 from llmc.compiler.weight_plan import WeightSpec
 from llmc.compiler.weights import (
     WEIGHTS_FILE,
@@ -137,7 +138,7 @@ def compile_model(
         with timer.phase("package"):
             _write_tokenizer(folder, model)
             manifest = _manifest(
-                title, model, traced, scheme, device, features, bounds, built, length
+                title, model, traced, scheme, target, device, features, bounds, built, length
             )
             manifest = replace(manifest, files=_hashes(folder))
             # As bytes: no platform's line ends may get into what is compared byte by byte.
@@ -252,6 +253,7 @@ def _manifest(
     model: ModelSource,
     traced: Trace,
     scheme: Scheme,
+    spec: str,
     target: Target,
     features: list[str],
     bounds: StepBounds,
@@ -297,7 +299,7 @@ def _manifest(
             artifact.Variant(
                 library=target.library_name,
                 device_kind=target.device_kind,
-                target=str(target.tvm_target),
+                target=spec,
                 features=features,
             )
         ],
@@ -388,11 +390,14 @@ def _write_reference(
 ) -> None:
     specs = _specs(wanted)
 
-    def as_compiled(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    def as_compiled(name: str) -> Float32 | Stack:
         return dequantized(name, specs[name], model.tensors)
 
-    def as_stored(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        return model.tensors[name].read().astype(np.float32)
+    def as_stored(name: str) -> Float32 | Stack:
+        values = model.tensors[name].read()
+        if values.ndim < 3:
+            return values.astype(np.float32)
+        return Stack(shape=values.shape, read=lambda index: values[index].astype(np.float32))
 
     exact = scheme.keep or scheme.matrices == "f32"
     vocab_size = int(model.config.vocab_size)

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -257,7 +258,7 @@ def _least_squares(
     return scale, _rounded((v - scale * c) / np.where(n > 0, n, np.float32(1)), fmt)
 
 
-def _rounded(numbers: Float32, fmt: WeightFormat) -> Float32:
+def _rounded(numbers: npt.NDArray[np.floating[Any]], fmt: WeightFormat) -> Float32:
     """Scales or minimums as their type stores them."""
     with np.errstate(over="ignore"):
         rounded = numbers.astype(fmt.scale_dtype).astype(np.float32)

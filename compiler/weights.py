@@ -16,6 +16,7 @@ from tvm import relax
 
 from llmc.artifact import WeightTensor
 from llmc.compiler.quantizer import quantize, quantized_values
+from llmc.compiler.streamed_model import Stack
 from llmc.compiler.weight_plan import Weights, WeightSpec
 from llmc.errors import ImportModelError
 from llmc.formats import FORMATS, QuantizedMatrix, WeightFormat, concatenate
@@ -221,23 +222,19 @@ def _has_codes(source: SourceTensor, spec: WeightSpec) -> bool:
 
 def dequantized(
     name: str, spec: WeightSpec, tensors: Mapping[str, SourceTensor]
-) -> npt.NDArray[np.float32]:
+) -> npt.NDArray[np.float32] | Stack:
     """One source tensor's values as the kernels see them, in the model's own shape."""
+    source = _source(tensors, name)
     if spec.part is None:
-        return _source(tensors, name).read().astype(np.float32)
+        return source.read().astype(np.float32)
     fmt = FORMATS[spec.format]
     matrices, stacked = _as_stored(replace(spec, sources=[name]), tensors)
-    if stacked:
-        values = np.empty((len(matrices), *_shape(matrices[0])), np.float32)
-        for index, matrix in enumerate(matrices):
-            values[index] = _values(matrix, fmt)
-    else:
-        values = _values(matrices[0], fmt)
-    return np.swapaxes(values, -1, -2) if spec.transposed else values
 
+    def values(index: int) -> npt.NDArray[np.float32]:
+        matrix = _values(matrices[index], fmt)
+        return matrix.T if spec.transposed else matrix
 
-def _shape(matrix: Matrix) -> tuple[int, ...]:
-    return matrix.codes.shape if isinstance(matrix, QuantizedMatrix) else matrix.shape
+    return Stack(shape=source.shape, read=values) if stacked else values(0)
 
 
 def _values(matrix: Matrix, fmt: WeightFormat) -> npt.NDArray[np.float32]:
