@@ -34,6 +34,7 @@ from llmc.compiler.pipeline import (
 from llmc.compiler.reference import make_reference
 from llmc.compiler.rewriter import bindings, relax_functions
 from llmc.compiler.schemes import KV_DTYPES, Scheme, scheme_of
+from llmc.compiler.streamed_model import Float32, Stack
 from llmc.compiler.weight_plan import WeightSpec
 from llmc.compiler.weights import (
     WEIGHTS_FILE,
@@ -122,7 +123,7 @@ def compile_model(
             with timer.phase("link"):
                 features = one.link(one_built.executable, folder / one.library_name)
             builds.append(one_built)
-            variants.append(_variant(one, features))
+            variants.append(_variant(one, target, features))
         built = _combined(builds)
         notes: list[str] = []
         scratch = folder / "calibration"
@@ -221,11 +222,11 @@ def _build(
     )
 
 
-def _variant(target: Target, features: list[str]) -> artifact.Variant:
+def _variant(target: Target, spec: str, features: list[str]) -> artifact.Variant:
     return artifact.Variant(
         library=target.library_name,
         device_kind=target.device_kind,
-        target=str(target.tvm_target),
+        target=spec,
         features=features,
     )
 
@@ -408,11 +409,14 @@ def _write_reference(
 ) -> None:
     specs = _specs(wanted)
 
-    def as_compiled(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    def as_compiled(name: str) -> Float32 | Stack:
         return dequantized(name, specs[name], model.tensors)
 
-    def as_stored(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        return model.tensors[name].read().astype(np.float32)
+    def as_stored(name: str) -> Float32 | Stack:
+        values = model.tensors[name].read()
+        if values.ndim < 3:
+            return values.astype(np.float32)
+        return Stack(shape=values.shape, read=lambda index: values[index].astype(np.float32))
 
     exact = scheme.keep or scheme.matrices == "f32"
     vocab_size = int(model.config.vocab_size)

@@ -165,7 +165,7 @@ def chosen(op, max_tokens, shapes):
     return next(name for name, rule in MetalTarget().kernel_rules if rule(site) is not None)
 
 
-@pytest.mark.parametrize("level", ["apple7", "macos14", ""])
+@pytest.mark.parametrize("level", ["foo", "apple7", "macos14", ""])
 def test_there_are_no_levels(level) -> None:
     with pytest.raises(UsageError, match="unknown Metal level") as caught:
         MetalTarget(level)
