@@ -173,7 +173,8 @@ def _for_blocks(shape: tuple[int, ...], body: Callable[[slice], None]) -> None:
 
 
 def _float32(values: Array) -> Float32:
-    return np.ascontiguousarray(values, np.float32)
+    """In one piece, and writable: kernels take no other arrays."""
+    return np.require(values, np.float32, ["C", "W"])
 
 
 def _evenly(groups: Float32) -> Float32:

@@ -188,3 +188,10 @@ def test_what_cannot_be_quantized_is_refused_with_its_reason():
         quantize(bad, FORMATS["w4-g32-asym"])
     with pytest.raises(CompileError, match="does not fit float16"):
         quantize(weights() * np.float32(1e9), FORMATS["w4-g32"])
+
+
+def test_weights_that_must_not_be_written_are_quantized_too():
+    values = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    expected = quantize(values, FORMATS["w4-g32"])
+    values.flags.writeable = False
+    np.testing.assert_array_equal(quantize(values, FORMATS["w4-g32"]).codes, expected.codes)
