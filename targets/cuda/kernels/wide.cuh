@@ -87,6 +87,19 @@ __device__ __forceinline__ float read_remote(const float* at, u32 rank) {
   return value;
 }
 
+// What multiply_held makes, by each warp on its own.
+template <int kTiles, typename Float>
+__device__ __forceinline__ void multiply_alone(float (&sums)[kTiles][4], const u32 (&rows)[4],
+                                               const char* tokens, int tokens_along, Float kind) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < kTiles; j += 2) {
+    u32 b[4];
+    load_matrices(b, tokens + lane / 8 % 2 * tokens_along + (j + lane / 16) * 128 + lane % 8 * 16);
+    mma(sums[j], rows[0], rows[1], rows[2], rows[3], b[0], b[1], kind);
+    mma(sums[j + 1], rows[0], rows[1], rows[2], rows[3], b[2], b[3], kind);
+  }
+}
 // Rows of 16 features in shared memory, or held as mma's fragments, times as many of N tokens. `across`
 // is from eight rows to the next eight, `along` from eight features to the next.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -118,14 +131,7 @@ __device__ __forceinline__ void take_registers() {}
 template <int kTiles, typename Float>
 __device__ __forceinline__ void multiply_held(float (&sums)[kTiles][4], const u32 (&rows)[4],
                                               const char* tokens, int tokens_along, Float kind) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int j = 0; j < kTiles; j += 2) {
-    u32 b[4];
-    load_matrices(b, tokens + lane / 8 % 2 * tokens_along + (j + lane / 16) * 128 + lane % 8 * 16);
-    mma(sums[j], rows[0], rows[1], rows[2], rows[3], b[0], b[1], kind);
-    mma(sums[j + 1], rows[0], rows[1], rows[2], rows[3], b[2], b[3], kind);
-  }
+  multiply_alone(sums, rows, tokens, tokens_along, kind);
 }
 template <int kTiles, typename Float>
 __device__ __forceinline__ void multiply_stored(float (&sums)[kTiles][4], const char* rows,
@@ -134,7 +140,7 @@ __device__ __forceinline__ void multiply_stored(float (&sums)[kTiles][4], const 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   u32 a[4];
   load_matrices(a, rows + (2 * warp + lane / 8 % 2) * across + lane / 16 * along + lane % 8 * 16);
-  multiply_held(sums, a, tokens, tokens_along, kind);
+  multiply_alone(sums, a, tokens, tokens_along, kind);
 }
 __device__ __forceinline__ void begin_groups() {}
 __device__ __forceinline__ void commit_groups() {}
@@ -146,7 +152,7 @@ __device__ __forceinline__ void wait_groups() {}
 template <class F, int kTokens, int kChunks, int kStages, int kGate>
 struct Wide {
   static const int kPanels = 8, kSets = 2;
-  static const int kMultiplying = 256, kThreads = 384;  // a warp of the others copies
+  static const int kMultiplying = 256, kThreads = 384;  // one more group copies
   static const int kFeatures = kChunks * F::kChunk;
   static const int kPanelBytes = kChunks * 512;
   static const int kCodeBytes = kPanels * kPanelBytes;
@@ -280,6 +286,8 @@ struct Wide {
     }
   }
 
+  // Of few tokens, wgmma costs more than mma.sync: it takes a set's weights as long as for many.
+  static const bool kAlone = kTokens <= 16;
   static const int kWordSteps = F::kBits == 4 ? 2 : 1;  // of 16 features, in a quad's words
 
   // Codes become fragments of a chunk while those of the chunk before are multiplied.
@@ -293,7 +301,7 @@ struct Wide {
       load_matrices(words, stage + (2 * warp + lane / 8 % 2) * kPanelBytes + c * 512 +
                                ((group * kSets + lane / 16) * 8 + lane % 8) * 16);
       u32(&to)[kSets][kWordSteps][4] = rows[c % 2];
-      wait_groups<1>();  // the chunk before the last has been multiplied
+      if (!kAlone) wait_groups<1>();  // the chunk before the last has been multiplied
 #pragma unroll
       for (int i = 0; i < kSets; ++i)
 #pragma unroll
@@ -311,15 +319,18 @@ struct Wide {
             to[i][step][half_rows] = pairs[2 * step],
             to[i][step][2 + half_rows] = pairs[2 * step + 1];
         }
-      begin_groups();
+      if (!kAlone) begin_groups();
 #pragma unroll
-      for (int step = 0; step < kWordSteps; ++step)
+      for (int step = 0; step < kWordSteps; ++step) {
+        const char* tokens = stage + kCodeBytes + (c * F::kChunk / 8 + 2 * step) * kTokens * 16;
 #pragma unroll
         for (int i = 0; i < kSets; ++i)
-          multiply_held(sums[i], to[i][step],
-                        stage + kCodeBytes + (c * F::kChunk / 8 + 2 * step) * kTokens * 16,
-                        kTokens * 16, typename F::Float());
-      commit_groups();
+          if constexpr (kAlone)
+            multiply_alone(sums[i], to[i][step], tokens, kTokens * 16, typename F::Float());
+          else
+            multiply_held(sums[i], to[i][step], tokens, kTokens * 16, typename F::Float());
+      }
+      if (!kAlone) commit_groups();
     }
   }
 
@@ -409,7 +420,7 @@ struct Wide {
         }
       } else {
         float* shared = reinterpret_cast<float*>(stages);
-        asm volatile("bar.sync 1, 256;" ::: "memory");  // the other group may still read a stage
+        asm volatile("bar.sync 1, %0;" ::"n"(kMultiplying) : "memory");  // others may read a stage
 #pragma unroll
         for (int i = 0; i < kSets; ++i)
 #pragma unroll
@@ -446,7 +457,7 @@ struct Wide {
     u64* empty = full + 8;
     char* stages = shared + kBarrierBytes;
     if (threadIdx.x == 0) {
-      for (int i = 0; i < kStages; ++i) init_barrier(full + i, 1), init_barrier(empty + i, 2);
+      for (int i = 0; i < kStages; ++i) init_barrier(full + i, 1), init_barrier(empty + i, kMultiplying / 128);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     // Where a row ends within a stage, what no copy fills must be numbers: zeros, or older weights.
@@ -456,11 +467,11 @@ struct Wide {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
     if (threadIdx.x >= kMultiplying) {
-      give_registers<24>();
+      give_registers<40>();
       if (threadIdx.x < kMultiplying + 32)
         copy_tiles(w, x16, first, stride, tiles, token_tiles, begin, end, stages, full, empty);
     } else {
-      take_registers<240>();
+      take_registers<232>();
       await_inputs();
       multiply_tiles(w, out, first, stride, tiles, token_tiles, begin, end, stages, full, empty);
     }
