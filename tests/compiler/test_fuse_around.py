@@ -89,3 +89,9 @@ def test_a_norm_that_is_read_twice_stays():
 def test_the_numbers_of_tokens_may_be_symbolic_elsewhere(rows):
     before = graph(lambda emit, x, g: NORM.call(x, g), x=[1, rows, 8], g=[8])
     assert operators(fused(before, tokens=64)) == ["rms_norm"]
+
+
+def test_entry_points_of_many_tokens_are_fused_where_the_target_takes_them():
+    before = graph(lambda emit, **p: layer(emit, **p, gate="silu"), **PARAMS)
+    many = fused(before, tokens=64, takes=lambda fmt, m, k, max_tokens: max_tokens > 8)
+    assert operators(many) == ["fused_linear"]

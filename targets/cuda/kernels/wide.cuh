@@ -404,12 +404,12 @@ struct Wide {
           multiply_codes(sums, stage, group, rows);
         }
         // The products of the step before have ended: of codes, all but a chunk's of this one.
-        if (last >= 0 && threadIdx.x % 128 == 0) arrive(empty + last);
+        if (last >= 0 && threadIdx.x % 32 == 0) arrive(empty + last);
         last = at;
         if (++at == kStages) at = 0, phase ^= 1;
       }
       wait_groups<0>();
-      if (last >= 0 && threadIdx.x % 128 == 0) arrive(empty + last);
+      if (last >= 0 && threadIdx.x % 32 == 0) arrive(empty + last);
       const int row_tile = tile / token_tiles, first_token = tile % token_tiles * kTokens;
       if (cluster_size() == 1) {
 #pragma unroll
@@ -457,7 +457,7 @@ struct Wide {
     u64* empty = full + 8;
     char* stages = shared + kBarrierBytes;
     if (threadIdx.x == 0) {
-      for (int i = 0; i < kStages; ++i) init_barrier(full + i, 1), init_barrier(empty + i, kMultiplying / 128);
+      for (int i = 0; i < kStages; ++i) init_barrier(full + i, 1), init_barrier(empty + i, kMultiplying / 32);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     // Where a row ends within a stage, what no copy fills must be numbers: zeros, or older weights.
