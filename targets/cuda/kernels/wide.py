@@ -97,9 +97,7 @@ def linear_wide(
                 )
             cluster = cluster_of(step, m, limit)
             all_tiles = tiles * i64(ceildiv(m, step.rows))
-            blocks = (
-                all_tiles * i64(cluster) if cluster > 1 else T.min(all_tiles, i64(step.blocks))
-            )
+            blocks = all_tiles * i64(cluster) if cluster > 1 else T.min(all_tiles, i64(step.blocks))
             numbers = (step.tokens, step.chunks, step.stages, GATES[gate] if gate else 0)
             shape = f"llmc::Wide<{cuda_format(fmt)}, {', '.join(map(str, numbers))}>"
             with launch((blocks,), (step.threads,), cluster=cluster) as (block, _):

@@ -1,4 +1,4 @@
-"""Products of many tokens on Hopper: their machine code here, their numbers where there is a GPU."""
+"""Products of many tokens on Hopper: machine code here, numbers where there is a GPU."""
 
 import re
 import sys
@@ -102,9 +102,7 @@ def test_artifacts_of_hopper_alone_have_them(level, name, max_tokens, rule):
         "weight": tvm.relax.TensorType([96, 64], "float32"),
     }
     op = dialect.Linear(format=name)
-    site = Site(
-        op=op, types=types, max_tokens=max_tokens, tokens=None, num_groups=1, page_size=16
-    )
+    site = Site(op=op, types=types, max_tokens=max_tokens, tokens=None, num_groups=1, page_size=16)
     target = CudaTarget(level)
     assert next(n for n, make in target.kernel_rules if make(site) is not None) == rule
     fused = target.fuses(FORMATS[name], 64, 64, max_tokens)
