@@ -3,8 +3,8 @@
     linear(rms_norm(x, w), W)         -> fused_linear(x, w, W)
     gated_activation(linear(x, W))    -> fused_linear(x, W), gate
 
-Where the target has such products for an entry point's number of tokens: normalizing a row again, or
-on the way to where it is multiplied, costs less than a launch and a pass over memory.
+Where the target has such products for an entry point: to normalize a row again, or on the way to
+where it is multiplied, costs less than a launch and a pass over memory.
 """
 
 from __future__ import annotations
