@@ -1,8 +1,9 @@
 """`python -m benchmarks.gpu_kernels`: each kernel of the GPU targets beside dlight's fallback.
 
 Both compute the same operator on the same device in the same run, by turns: the shapes are those of
-SmolLM2-135M, one token behind 512, a few and many. The fallback gets what it can read, which
-makes it no slower: static shapes, plain layouts and, in attention, keys and values without pages.
+SmolLM2-135M, one token behind 512, a few and many, with a mixture of experts added. The fallback
+gets what it can read, which makes it no slower: static shapes, plain layouts and, in attention,
+keys and values without pages.
 """
 
 from __future__ import annotations
@@ -18,13 +19,21 @@ import numpy as np
 import tvm
 from tvm.s_tir import dlight
 
+from benchmarks import gpu_routing
 from benchmarks.cli import explained
-from benchmarks.gpu_operators import OPERATORS, Case
+from benchmarks.gpu_cases import Case
+from benchmarks.gpu_operators import OPERATORS as SMOLLM2
 from llmc.cli.console import console, say, table
 from llmc.errors import UsageError
 from llmc.targets.base import Array
 from llmc.targets.registry import open_target
 
+OPERATORS: dict[str, Callable[[int], Case]] = {
+    **SMOLLM2,
+    "experts": gpu_routing.experts,
+    "top-k": gpu_routing.largest,
+    "argmax": gpu_routing.likeliest,
+}
 _TOLERANCE = 1e-3  # of the largest output: the two add in different orders, nothing else
 _LEAST_SECONDS = 5e-3  # of a measurement
 

@@ -5,13 +5,22 @@ fallback schedules, with inputs of the same numbers for both.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from tvm import te, tirx
 
-from llmc.formats import FORMATS, QuantizedMatrix
+from benchmarks.gpu_cases import (
+    FORMAT,
+    Case,
+    Weights,
+    make_case,
+    normal,
+    placeholders,
+    plain_weights,
+    zeros,
+)
+from llmc.formats import FORMATS
 from llmc.targets.base import Array
 from llmc.targets.gpu import layout
 from llmc.targets.gpu.kernels.activation import gated_activation
@@ -29,74 +38,13 @@ PAGE = 16
 EPS = 1e-5
 FEW_TOKENS = 8
 PARAMS = GpuParameters()
-FORMAT = FORMATS["q4_1"]
 _F32 = {"dtype": "float32", "vector_dtype": "float32"}
 _TE = Any
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One operator at one number of tokens."""
-
-    name: str
-    tokens: int
-    kernel: tirx.PrimFunc
-    plain: tirx.PrimFunc
-    inputs: list[Array]
-    outputs: list[Array]
-    plain_inputs: list[Array] = field(default_factory=list)
-    plain_outputs: list[Array] = field(default_factory=list)
-    arranged: Callable[[Array], Array] | None = None  # ours of the last output as theirs lies
-
-
-def _case(
-    name: str,
-    tokens: int,
-    kernel: tirx.PrimFunc,
-    plain: list[_TE],
-    inputs: list[Array],
-    outputs: list[Array],
-    plain_inputs: list[Array] | None = None,
-    arranged: Callable[[Array], Array] | None = None,
-) -> Case:
-    return Case(
-        name=name,
-        tokens=tokens,
-        kernel=kernel,
-        plain=te.create_prim_func(plain),
-        inputs=inputs,
-        outputs=outputs,
-        plain_inputs=inputs if plain_inputs is None else plain_inputs,
-        plain_outputs=_fresh(plain, len(outputs)),
-        arranged=arranged,
-    )
-
-
-def _fresh(plain: list[_TE], count: int) -> list[Array]:
-    """Arrays for the last `count` tensors of a computation."""
-    return [np.zeros([int(e) for e in t.shape], str(t.dtype)) for t in plain[-count:]]
-
-
-def _normal(*shape: int) -> Array:
-    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
-
-
-def _zeros(*shape: int) -> Array:
-    return np.zeros(shape, np.float32)
-
-
 def _product(m: int, k: int) -> Callable[[int], Case]:
     def case(tokens: int) -> Case:
-        random = np.random.default_rng(m + k)
-        codes = random.integers(0, 16, (m, k), dtype=np.uint8)
-        scales = random.uniform(0.5, 1, (m, k // 32)).astype(np.float16)
-        mins = random.uniform(-8, -4, (m, k // 32)).astype(np.float16)
-        matrix = QuantizedMatrix(format=FORMAT, codes=codes, scales=scales, mins=mins)
-        packed = layout.pack(FORMAT, [matrix], stacked=False)
-        nibbles = codes.reshape(m, k // 8, 8).astype(np.uint32) << (
-            4 * np.arange(8, dtype=np.uint32)
-        )
-        words = np.bitwise_or.reduce(nibbles, axis=2)
+        weights = Weights(m, k)
         options = {"bias": False, "residual": False, **_F32}
         if tokens <= FEW_TOKENS:
             one = tokens == 1
@@ -104,15 +52,15 @@ def _product(m: int, k: int) -> Callable[[int], Case]:
             kernel = linear_few(FORMAT, m, k, 1 if one else None, params=params, **options)  # type: ignore[arg-type]
         else:
             kernel = linear_many(FORMAT, m, k, params=PARAMS.gemm, **options)  # type: ignore[arg-type]
-        x = _normal(1, tokens, k)
-        return _case(
+        x = normal(1, tokens, k)
+        return make_case(
             f"product with Q4_1 weights, {m} × {k}",
             tokens,
             kernel,
             _plain_product(tokens, m, k),
-            [x, *packed],
-            [_zeros(1, tokens, m)],
-            [x, words, scales, mins],
+            [x, *weights.packed],
+            [zeros(1, tokens, m)],
+            [x, *weights.plain],
         )
 
     return case
@@ -120,21 +68,12 @@ def _product(m: int, k: int) -> Callable[[int], Case]:
 
 def _plain_product(tokens: int, m: int, k: int) -> list[_TE]:
     x = te.placeholder((1, tokens, k), "float32", "x")
-    words = te.placeholder((m, k // 8), "uint32", "words")
-    scales = te.placeholder((m, k // 32), "float16", "scales")
-    mins = te.placeholder((m, k // 32), "float16", "mins")
+    arrays, weight = plain_weights((m,), k)
     j = te.reduce_axis((0, k), "j")
-
-    def weight(row: _TE, at: _TE) -> _TE:
-        shift = tirx.Cast("uint32", at % 8 * 4)
-        code = (words[row, at // 8] >> shift) & tirx.const(15, "uint32")
-        scale, low = (tirx.Cast("float32", a[row, at // 32]) for a in (scales, mins))
-        return tirx.Cast("float32", code) * scale + low
-
     y = te.compute(
-        (1, tokens, m), lambda b, t, r: te.sum(x[b, t, j] * weight(r, j), axis=j), name="y"
+        (1, tokens, m), lambda b, t, r: te.sum(x[b, t, j] * weight(j, r), axis=j), name="y"
     )
-    return [x, words, scales, mins, y]
+    return [x, *arrays, y]
 
 
 def _norm(tokens: int) -> Case:
@@ -147,10 +86,10 @@ def _norm(tokens: int) -> Case:
         params=PARAMS,
         **_F32,
     )
-    x, weight = _placeholders((1, tokens, EMBED), (EMBED,))
-    inputs = [_normal(1, tokens, EMBED), _normal(EMBED)]
+    x, weight = placeholders((1, tokens, EMBED), (EMBED,))
+    inputs = [normal(1, tokens, EMBED), normal(EMBED)]
     plain = [x, weight, _normalized(x, weight, tokens)]
-    return _case("RMSNorm", tokens, kernel, plain, inputs, [_zeros(1, tokens, EMBED)])
+    return make_case("RMSNorm", tokens, kernel, plain, inputs, [zeros(1, tokens, EMBED)])
 
 
 def _add_norm(tokens: int) -> Case:
@@ -163,16 +102,12 @@ def _add_norm(tokens: int) -> Case:
         **_F32,
     )
     shape = (1, tokens, EMBED)
-    x, residual, weight = _placeholders(shape, shape, (EMBED,))
+    x, residual, weight = placeholders(shape, shape, (EMBED,))
     total = te.compute(shape, lambda *at: x[at] + residual[at], name="total")
     plain = [x, residual, weight, total, _normalized(total, weight, tokens)]
-    inputs = [_normal(*shape), 2 * _normal(*shape), _normal(EMBED)]
-    outputs = [_zeros(*shape), _zeros(*shape)]
-    return _case("residual + RMSNorm", tokens, kernel, plain, inputs, outputs)
-
-
-def _placeholders(*shapes: tuple[int, ...]) -> list[_TE]:
-    return [te.placeholder(shape, "float32", f"x{n}") for n, shape in enumerate(shapes)]
+    inputs = [normal(*shape), 2 * normal(*shape), normal(EMBED)]
+    outputs = [zeros(*shape), zeros(*shape)]
+    return make_case("residual + RMSNorm", tokens, kernel, plain, inputs, outputs)
 
 
 def _normalized(x: _TE, weight: _TE, tokens: int) -> _TE:
@@ -192,14 +127,14 @@ def _activation(tokens: int) -> Case:
     kernel = gated_activation(
         inner=INNER, kind="silu", tokens=fixed, dtype="float32", params=PARAMS
     )
-    [x] = _placeholders((1, tokens, 2 * INNER))
+    [x] = placeholders((1, tokens, 2 * INNER))
     y = te.compute(
         (1, tokens, INNER),
         lambda b, t, c: x[b, t, c] / (1.0 + tirx.exp(-x[b, t, c])) * x[b, t, c + INNER],
         name="y",
     )
-    inputs = [_normal(1, tokens, 2 * INNER)]
-    return _case("SiLU · up", tokens, kernel, [x, y], inputs, [_zeros(1, tokens, INNER)])
+    inputs = [normal(1, tokens, 2 * INNER)]
+    return make_case("SiLU · up", tokens, kernel, [x, y], inputs, [zeros(1, tokens, INNER)])
 
 
 def _rope(tokens: int) -> Case:
@@ -212,7 +147,7 @@ def _rope(tokens: int) -> Case:
         params=PARAMS,
     )
     shape, table = (1, tokens, HEADS + KV_HEADS, HEAD_DIM), (1, tokens, HEAD_DIM)
-    x, cos, sin = _placeholders(shape, table, table)
+    x, cos, sin = placeholders(shape, table, table)
     half = HEAD_DIM // 2
 
     def rotated(b: _TE, t: _TE, h: _TE, c: _TE) -> _TE:
@@ -224,8 +159,8 @@ def _rope(tokens: int) -> Case:
         return x[b, t, h, c] * cos[b, t, c] + other * sin[b, t, c]
 
     y = te.compute(shape, rotated, name="y")
-    inputs = [_normal(*shape), _normal(*table), 2 * _normal(*table)]
-    return _case("rotation", tokens, kernel, [x, cos, sin, y], inputs, [_zeros(*shape)])
+    inputs = [normal(*shape), normal(*table), 2 * normal(*table)]
+    return make_case("rotation", tokens, kernel, [x, cos, sin, y], inputs, [zeros(*shape)])
 
 
 def _kv_write(tokens: int) -> Case:
@@ -242,17 +177,17 @@ def _kv_write(tokens: int) -> Case:
         params=PARAMS,
     )
     shape = (1, tokens, KV_HEADS, HEAD_DIM)
-    key, value = _placeholders(shape, shape)
+    key, value = placeholders(shape, shape)
     written = [_as_half(key, "keys"), _as_half(value, "values")]
     pages = -(-tokens // PAGE)
     empty = np.zeros((pages * PAGE, KV_HEADS, HEAD_DIM), np.float16)
-    inputs = [_normal(*shape), 2 * _normal(*shape)]
+    inputs = [normal(*shape), 2 * normal(*shape)]
 
     def by_token(values: Array) -> Array:
         rows = values.reshape(pages, KV_HEADS, PAGE, HEAD_DIM).swapaxes(1, 2)
         return rows.reshape(-1, KV_HEADS, HEAD_DIM)[:tokens]
 
-    return _case(
+    return make_case(
         "KV write",
         tokens,
         kernel,
@@ -277,19 +212,19 @@ def _embedding(tokens: int) -> Case:
         dtype="float32",
         params=PARAMS,
     )
-    matrix = _normal(VOCABULARY, EMBED)
+    matrix = normal(VOCABULARY, EMBED)
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (1, tokens)).astype(np.int32)
     wanted = te.placeholder((1, tokens), "int32", "ids")
-    [rows] = _placeholders((VOCABULARY, EMBED))
+    [rows] = placeholders((VOCABULARY, EMBED))
     y = te.compute((1, tokens, EMBED), lambda b, t, c: rows[wanted[b, t], c], name="y")
     packed = layout.pack(FORMATS["f32"], [matrix], stacked=False)
-    return _case(
+    return make_case(
         "embedding, float32",
         tokens,
         kernel,
         [wanted, rows, y],
         [ids, *packed],
-        [_zeros(1, tokens, EMBED)],
+        [zeros(1, tokens, EMBED)],
         [ids, matrix],
     )
 
@@ -321,17 +256,17 @@ def _attention(tokens: int) -> Case:
         .astype(np.float16)
         for n in (1, 2)
     )
-    query = _normal(1, tokens, HEADS, HEAD_DIM)
+    query = normal(1, tokens, HEADS, HEAD_DIM)
     lengths = [np.array([0, tokens], np.int32), np.array([length], np.int32)]
     tables = np.arange(pages, dtype=np.int32).reshape(1, 1, pages)
     paged = _paged(keys, values, pages)
-    return _case(
+    return make_case(
         f"attention over {length} tokens",
         tokens,
         kernel,
         _plain_attention(tokens, length),
         [query, *lengths, tables, *paged],
-        [_zeros(1, tokens, HEADS, HEAD_DIM)],
+        [zeros(1, tokens, HEADS, HEAD_DIM)],
         [query, keys[:length].copy(), values[:length].copy()],
     )
 

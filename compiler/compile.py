@@ -34,6 +34,7 @@ from llmc.compiler.pipeline import (
 from llmc.compiler.reference import make_reference
 from llmc.compiler.rewriter import bindings, relax_functions
 from llmc.compiler.schemes import KV_DTYPES, Scheme, scheme_of
+from llmc.compiler.streamed_model import Float32, Stack
 from llmc.compiler.weight_plan import WeightSpec
 from llmc.compiler.weights import (
     WEIGHTS_FILE,
@@ -115,10 +116,15 @@ def compile_model(
         with timer.phase("trace"):
             traced = trace(model.config)
         length = _context_length(model, context_length)
-        built = _build(model, traced, scheme, KV_DTYPES[kv_name], device, bounds, timer, dump_ir)
-        library = folder / device.library_name
-        with timer.phase("link"):
-            features = device.link(built.executable, library)
+        variants, builds = [], []
+        for one in (device, *device.alternatives):
+            dump = dump_ir if one is device else dump_ir and Path(dump_ir) / one.library_name
+            one_built = _build(model, traced, scheme, KV_DTYPES[kv_name], one, bounds, timer, dump)
+            with timer.phase("link"):
+                features = one.link(one_built.executable, folder / one.library_name)
+            builds.append(one_built)
+            variants.append(_variant(one, target, features))
+        built = _combined(builds)
         notes: list[str] = []
         scratch = folder / "calibration"
         if windows is not None:
@@ -137,7 +143,7 @@ def compile_model(
         with timer.phase("package"):
             _write_tokenizer(folder, model)
             manifest = _manifest(
-                title, model, traced, scheme, device, features, bounds, built, length
+                title, model, traced, scheme, device, variants, bounds, built, length
             )
             manifest = replace(manifest, files=_hashes(folder))
             # As bytes: no platform's line ends may get into what is compared byte by byte.
@@ -216,6 +222,28 @@ def _build(
     )
 
 
+def _variant(target: Target, spec: str, features: list[str]) -> artifact.Variant:
+    return artifact.Variant(
+        library=target.library_name,
+        device_kind=target.device_kind,
+        target=spec,
+        features=features,
+    )
+
+
+def _combined(builds: list[_Built]) -> _Built:
+    """What holds for all variants: the first's kernels, the memory of the largest."""
+    first = builds[0]
+    assert all(b.arguments == first.arguments and b.caches == first.caches for b in builds)
+    workspace = {name: max(b.workspace[name] for b in builds) for name in first.workspace}
+    sampling = max(
+        (b.sampling for b in builds if b.sampling is not None),
+        key=lambda s: s.workspace_bytes,
+        default=None,
+    )
+    return replace(first, workspace=workspace, sampling=sampling)
+
+
 def _sampling_info(workspace: dict[str, int], bounds: StepBounds) -> artifact.DeviceSampling | None:
     """Of the functions that are no entry points, where there are any."""
     if not workspace:
@@ -253,7 +281,7 @@ def _manifest(
     traced: Trace,
     scheme: Scheme,
     target: Target,
-    features: list[str],
+    variants: list[artifact.Variant],
     bounds: StepBounds,
     built: _Built,
     context_length: int,
@@ -293,14 +321,7 @@ def _manifest(
         groups=groups,
         caches=caches,
         weights=weights,
-        variants=[
-            artifact.Variant(
-                library=target.library_name,
-                device_kind=target.device_kind,
-                target=str(target.tvm_target),
-                features=features,
-            )
-        ],
+        variants=variants,
         memory=artifact.MemoryPlan(
             weights_bytes=sum(w.num_bytes for w in weights),
             workspace_bytes=max(e.workspace_bytes for e in entries)
@@ -388,11 +409,14 @@ def _write_reference(
 ) -> None:
     specs = _specs(wanted)
 
-    def as_compiled(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    def as_compiled(name: str) -> Float32 | Stack:
         return dequantized(name, specs[name], model.tensors)
 
-    def as_stored(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        return model.tensors[name].read().astype(np.float32)
+    def as_stored(name: str) -> Float32 | Stack:
+        values = model.tensors[name].read()
+        if values.ndim < 3:
+            return values.astype(np.float32)
+        return Stack(shape=values.shape, read=lambda index: values[index].astype(np.float32))
 
     exact = scheme.keep or scheme.matrices == "f32"
     vocab_size = int(model.config.vocab_size)

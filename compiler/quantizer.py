@@ -14,19 +14,25 @@ error of the product that becomes small, not that of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tvm_ffi
 
+from llmc.compiler.quantizer_kernels import Codes, kernels
 from llmc.errors import CompileError, UnsupportedError
 from llmc.formats import QuantizedMatrix, WeightFormat
 
 Float32 = npt.NDArray[np.float32]
+Array = npt.NDArray[np.generic]
 
 _BLOCK_WEIGHTS = 1 << 18
-"""Weights quantized at a time: the temporaries stay in a core's cache."""
+"""Weights that a thread quantizes at a time: the temporaries stay in its core's cache."""
 
 # The first of each is the plain choice; smaller ones make already quantized groups exact.
 _DIVISORS = {
@@ -52,32 +58,6 @@ class Grid:
     scales: Float32
     mins: Float32 | None
 
-    def rows(self, chosen: slice) -> Grid:
-        """The grid of some rows."""
-        mins = None if self.mins is None else self.mins[chosen]
-        return Grid(format=self.format, scales=self.scales[chosen], mins=mins)
-
-    def nearest(self, grouped: Float32) -> Float32:
-        """Nearest codes of values `[M, groups, group]`: whole numbers, signed where symmetric, or
-        those of e4m3.
-        """
-        lowest, highest = code_range(self.format)
-        inverse = np.divide(1, self.scales, out=np.zeros_like(self.scales), where=self.scales != 0)
-        codes = grouped if self.mins is None else grouped - self.mins[:, :, None]
-        codes = codes * inverse[:, :, None]
-        if self.format.float_codes:
-            np.clip(codes, lowest, highest, out=codes)
-            return codes.astype(self.format.code_dtype).astype(np.float32)
-        np.rint(codes, out=codes)
-        return np.clip(codes, lowest, highest, out=codes)
-
-    def values(self, codes: Float32) -> Float32:
-        """What codes `[M, groups, group]` stand for."""
-        values = codes * self.scales[:, :, None]
-        if self.mins is not None:
-            values += self.mins[:, :, None]
-        return values
-
     def matrix(self, codes: Float32) -> QuantizedMatrix:
         """The stored form of codes `[M, K]` as `nearest` gives them."""
         fmt = self.format
@@ -99,9 +79,9 @@ def code_range(fmt: WeightFormat) -> tuple[int, int]:
 
 
 def quantize(
-    values: Float32, fmt: WeightFormat, importance: Float32 | None = None
+    values: Array, fmt: WeightFormat, importance: Float32 | None = None
 ) -> QuantizedMatrix:
-    """The matrix `[M, K]` float32 in an affine format, for the least squared error in each group.
+    """The matrix `[M, K]` of floats in an affine format, for the least squared error in each group.
 
     importance `[K]` weighs the squared errors of each input feature. Scales may be negative where
     there is no minimum: the extreme of a group takes the one code more that lies below zero. Raises
@@ -109,19 +89,41 @@ def quantize(
     minimum, CompileError where the group does not divide K or a value is not finite or too large
     for the scale type.
     """
-    grid = fit_grid(values, fmt, importance)
-    m, k = values.shape
-    codes = np.empty((m, k), fmt.code_dtype)
-    for rows in _blocks(m, k):
-        part = grid.rows(rows)
-        block = np.ascontiguousarray(values[rows], np.float32).reshape(*part.scales.shape, -1)
-        codes[rows] = part.matrix(part.nearest(block).reshape(-1, k)).codes
-    whole = grid.matrix(np.zeros((0, k), np.float32))
-    return QuantizedMatrix(format=fmt, codes=codes, scales=whole.scales, mins=whole.mins)
+    codes = np.empty(values.shape, fmt.code_dtype)
+
+    def store(rows: slice, groups: Float32, scales: Float32, mins: Float32) -> None:
+        found = np.empty(groups.shape, _codes(fmt).dtype)
+        _run("nearest", fmt, groups, _evenly(groups), scales, mins, found)
+        codes[rows] = found.reshape(-1, values.shape[1])
+
+    whole = _fit(values, fmt, importance, store).matrix(np.zeros((0, 0), np.float32))
+    return replace(whole, codes=codes)
 
 
-def fit_grid(values: Float32, fmt: WeightFormat, importance: Float32 | None = None) -> Grid:
+def quantized_values(values: Array, fmt: WeightFormat) -> Float32:
+    """What `quantize(values, fmt).dequantize()` gives, in less memory and time."""
+    out = np.empty(values.shape, np.float32)
+
+    def store(rows: slice, groups: Float32, scales: Float32, mins: Float32) -> None:
+        into = out[rows].reshape(groups.shape)
+        _run("values", fmt, groups, _evenly(groups), scales, mins, into)
+
+    _fit(values, fmt, None, store)
+    return out
+
+
+def fit_grid(values: Array, fmt: WeightFormat, importance: Float32 | None = None) -> Grid:
     """The grid of `quantize`, which see."""
+    return _fit(values, fmt, importance, lambda *_: None)
+
+
+def _fit(
+    values: Array,
+    fmt: WeightFormat,
+    importance: Float32 | None,
+    each: Callable[[slice, Float32, Float32, Float32], None],
+) -> Grid:
+    """`each` gets blocks of rows in float32: (rows, groups `[N, n]`, scales `[N]`, mins `[N]`)."""
     if (
         fmt.is_float
         or fmt.sub_scales
@@ -139,68 +141,97 @@ def fit_grid(values: Float32, fmt: WeightFormat, importance: Float32 | None = No
         raise CompileError(
             str(exc), hint="choose a smaller group, or w8, whose scale covers a whole row"
         ) from exc
-    weights = None
-    if importance is not None:
-        weights = np.ascontiguousarray(importance, np.float32).reshape(1, groups, k // groups)
+    if importance is None:
+        weights = np.ones((1, k // groups), np.float32)
+    else:
+        weights = _float32(importance).reshape(groups, k // groups)
     scales = np.empty((m, groups), np.float32)
     mins = np.empty((m, groups), np.float32) if fmt.has_min else None
-    for rows in _blocks(m, k):
-        block = np.ascontiguousarray(values[rows], np.float32).reshape(-1, groups, k // groups)
-        grid = _fit_groups(block, fmt, weights)
-        scales[rows] = grid.scales
-        if mins is not None and grid.mins is not None:
-            mins[rows] = grid.mins
+
+    def fit_rows(rows: slice) -> None:
+        block = _float32(values[rows]).reshape(-1, k // groups)
+        scale, minimum = _fit_groups(block, fmt, weights)
+        each(rows, block, scale, minimum)
+        scales[rows] = scale.reshape(-1, groups)
+        if mins is not None:
+            mins[rows] = minimum.reshape(-1, groups)
+
+    _for_blocks((m, k), fit_rows)
     return Grid(format=fmt, scales=scales, mins=mins)
 
 
-def _blocks(m: int, k: int) -> Iterator[slice]:
+def _for_blocks(shape: tuple[int, ...], body: Callable[[slice], None]) -> None:
+    """`body` on blocks of rows, by as many threads as there are cores."""
+    m, k = shape
     step = max(1, _BLOCK_WEIGHTS // k)
-    for start in range(0, m, step):
-        yield slice(start, min(m, start + step))
-
-
-def _fit_groups(values: Float32, fmt: WeightFormat, weights: Float32 | None) -> Grid:
-    """The best grid for values `[R, groups, group]`; weights are `[1, groups, group]`."""
-    best: Grid | None = None
-    least = np.empty(0, np.float32)
-    for candidate in _candidates(values, fmt):
-        error = _squared_error(values, candidate, weights)
-        if best is None:
-            best, least = candidate, error
-        else:
-            _take_better(best, least, candidate, error)
-    assert best is not None
-    fitted = _least_squares(values, best, weights)
-    _take_better(best, least, fitted, _squared_error(values, fitted, weights))
-    return best
-
-
-def _take_better(best: Grid, least: Float32, candidate: Grid, error: Float32) -> None:
-    """Puts the candidate's groups into `best` and their errors into `least` where smaller."""
-    better = error < least
-    least[better] = error[better]
-    best.scales[better] = candidate.scales[better]
-    if best.mins is not None and candidate.mins is not None:
-        best.mins[better] = candidate.mins[better]
-
-
-def _candidates(values: Float32, fmt: WeightFormat) -> Iterator[Grid]:
-    if fmt.has_min:
-        low, high = values.min(axis=2), values.max(axis=2)
-        _check_finite(low, high)
-        span = high - low
-        for divisor in _SPAN_DIVISORS:
-            scale = _rounded(span / np.float32(divisor), fmt)
-            clipped = span - scale * np.float32(code_range(fmt)[1])
-            for share in _CLIPPED_BELOW:
-                minimum = _rounded(low + clipped * np.float32(share), fmt)
-                yield Grid(format=fmt, scales=scale.copy(), mins=minimum)
+    blocks = [slice(start, min(m, start + step)) for start in range(0, m, step)]
+    if len(blocks) == 1:
+        body(blocks[0])
         return
-    at = np.abs(values).argmax(axis=2)
-    extreme = np.take_along_axis(values, at[:, :, None], axis=2)[:, :, 0]
-    _check_finite(extreme)
-    for divisor in _FLOAT_DIVISORS if fmt.float_codes else _DIVISORS[fmt.bits]:
-        yield Grid(format=fmt, scales=_rounded(-extreme / np.float32(divisor), fmt), mins=None)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(body, blocks))
+
+
+def _float32(values: Array) -> Float32:
+    return np.ascontiguousarray(values, np.float32)
+
+
+def _evenly(groups: Float32) -> Float32:
+    """What weighs the errors of groups `[N, n]` alike."""
+    return np.ones((1, groups.shape[1]), np.float32)
+
+
+def _run(name: str, fmt: WeightFormat, *arrays: Array) -> None:
+    """Calls one of quantizer_kernels."""
+    kernels(_codes(fmt))[name](*(tvm_ffi.from_dlpack(array) for array in arrays))
+
+
+def _codes(fmt: WeightFormat) -> Codes:
+    lowest, highest = code_range(fmt)
+    return Codes(
+        lowest=lowest,
+        highest=highest,
+        e4m3=fmt.float_codes,
+        zero_point=fmt.zero_point,
+        dtype="float32" if fmt.float_codes else fmt.code_dtype,
+    )
+
+
+def _fit_groups(values: Float32, fmt: WeightFormat, weights: Float32) -> tuple[Float32, Float32]:
+    """The best (scales, mins) `[N]` for groups `[N, n]`; weights `[G, n]` repeat along N."""
+    scales, mins = _candidates(values, fmt)
+    errors = _squared_errors(values, fmt, weights, scales, mins)
+    each, best = np.arange(len(values)), errors.argmin(axis=1)
+    scale, minimum, least = (np.ascontiguousarray(a[each, best]) for a in (scales, mins, errors))
+    fitted = _least_squares(values, fmt, weights, scale, minimum)
+    error = _squared_errors(values, fmt, weights, *(f[:, None] for f in fitted))[:, 0]
+    better = error < least
+    return np.where(better, fitted[0], scale), np.where(better, fitted[1], minimum)
+
+
+def _squared_errors(
+    values: Float32, fmt: WeightFormat, weights: Float32, scales: Float32, mins: Float32
+) -> Float32:
+    """`[N, C]` for candidates `[N, C]`."""
+    errors = np.empty(scales.shape, np.float32)
+    _run("errors", fmt, values, weights, _float32(scales), _float32(mins), errors)
+    return errors
+
+
+def _candidates(values: Float32, fmt: WeightFormat) -> tuple[Float32, Float32]:
+    """(scales, mins) `[N, C]` to choose from for groups `[N, n]`."""
+    low, high = values.min(axis=1)[:, None], values.max(axis=1)[:, None]
+    _check_finite(low, high)
+    if fmt.has_min:
+        span = high - low
+        scales = _rounded(span / np.array(_SPAN_DIVISORS, np.float32), fmt)
+        clipped = (span - scales * np.float32(code_range(fmt)[1]))[:, :, None]
+        mins = _rounded(low[:, :, None] + clipped * np.array(_CLIPPED_BELOW, np.float32), fmt)
+        return np.repeat(scales, len(_CLIPPED_BELOW), axis=1), mins.reshape(len(values), -1)
+    extreme = np.where(high > -low, high, low)
+    divisors = _FLOAT_DIVISORS if fmt.float_codes else _DIVISORS[fmt.bits]
+    scales = _rounded(-extreme / np.array(divisors, np.float32), fmt)
+    return scales, np.zeros_like(scales)
 
 
 def _check_finite(*extremes: Float32) -> None:
@@ -208,27 +239,26 @@ def _check_finite(*extremes: Float32) -> None:
         raise CompileError("a weight is not finite", hint="the checkpoint is damaged")
 
 
-def _least_squares(values: Float32, grid: Grid, weights: Float32 | None) -> Grid:
-    """The grid of least squared error for the codes that `grid` gives."""
-    codes = grid.nearest(values)
-    ones = np.ones((1, *values.shape[1:]), np.float32) if weights is None else weights
-    cc = np.einsum("rgk,rgk,xgk->rg", codes, codes, ones)
-    vc = np.einsum("rgk,rgk,xgk->rg", values, codes, ones)
-    if grid.mins is None:
-        scale = vc / np.where(cc > 0, cc, 1)
-        return Grid(format=grid.format, scales=_rounded(scale, grid.format), mins=None)
-    n = ones.sum(axis=2)
-    c = np.einsum("rgk,xgk->rg", codes, ones)
-    v = np.einsum("rgk,xgk->rg", values, ones)
+def _least_squares(
+    values: Float32, fmt: WeightFormat, weights: Float32, scales: Float32, mins: Float32
+) -> tuple[Float32, Float32]:
+    """(scales, mins) of least squared error for the codes that `scales` and `mins` give."""
+    moments = np.empty((4, len(values)), np.float32)
+    _run("moments", fmt, values, weights, scales, mins, moments)
+    cc, vc, c, v = moments
+    if not fmt.has_min:
+        return _rounded(vc / np.where(cc > 0, cc, np.float32(1)), fmt), mins
+    n = np.resize(weights.sum(axis=1), len(values))
     determinant = n * cc - c * c
     solvable = determinant > np.float32(1e-6) * n * cc  # else all codes are the same
-    scale = np.where(solvable, (n * vc - c * v) / np.where(solvable, determinant, 1), grid.scales)
-    scale = _rounded(scale, grid.format)
-    minimum = (v - scale * c) / np.where(n > 0, n, 1)
-    return Grid(format=grid.format, scales=scale, mins=_rounded(minimum, grid.format))
+    scale = np.where(
+        solvable, (n * vc - c * v) / np.where(solvable, determinant, np.float32(1)), scales
+    )
+    scale = _rounded(scale, fmt)
+    return scale, _rounded((v - scale * c) / np.where(n > 0, n, np.float32(1)), fmt)
 
 
-def _rounded(numbers: Float32, fmt: WeightFormat) -> Float32:
+def _rounded(numbers: npt.NDArray[np.floating[Any]], fmt: WeightFormat) -> Float32:
     """Scales or minimums as their type stores them."""
     with np.errstate(over="ignore"):
         rounded = numbers.astype(fmt.scale_dtype).astype(np.float32)
@@ -238,13 +268,3 @@ def _rounded(numbers: Float32, fmt: WeightFormat) -> Float32:
             hint="choose w8a16, whose scales are float32",
         )
     return rounded
-
-
-def _squared_error(values: Float32, grid: Grid, weights: Float32 | None) -> Float32:
-    difference = grid.values(grid.nearest(values))
-    difference -= values
-    np.square(difference, out=difference)
-    if weights is not None:
-        difference *= weights
-    error: Float32 = difference.sum(axis=2)
-    return error

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from tvm import relax
 
 from llmc.artifact import WeightTensor
-from llmc.compiler.quantizer import quantize
+from llmc.compiler.quantizer import quantize, quantized_values
+from llmc.compiler.streamed_model import Stack
 from llmc.compiler.weight_plan import Weights, WeightSpec
 from llmc.errors import ImportModelError
 from llmc.formats import FORMATS, QuantizedMatrix, WeightFormat, concatenate
@@ -164,9 +165,17 @@ def pack(spec: WeightSpec, tensors: Mapping[str, SourceTensor], target: Target) 
 def matrices_of(spec: WeightSpec, tensors: Mapping[str, SourceTensor]) -> tuple[list[Matrix], bool]:
     """(matrices, stacked): the sources' rows in the spec's format; one an expert if stacked."""
     fmt = FORMATS[spec.format]
+    matrices, stacked = _as_stored(spec, tensors)
+    if fmt.is_float:
+        return matrices, stacked
+    return [m if isinstance(m, QuantizedMatrix) else quantize(m, fmt) for m in matrices], stacked
+
+
+def _as_stored(spec: WeightSpec, tensors: Mapping[str, SourceTensor]) -> tuple[list[Matrix], bool]:
+    """The same before anything is rounded: codes where the sources have those of the format."""
     sources = [_source(tensors, name) for name in spec.sources]
     stacked = len(sources[0].shape) == 3
-    if not fmt.is_float and all(_has_codes(s, spec) for s in sources):
+    if not FORMATS[spec.format].is_float and all(_has_codes(s, spec) for s in sources):
         kept = [s.read_quantized() for s in sources]
         exact = [k for k in kept if k is not None]
         if len(exact) == len(kept):
@@ -175,10 +184,13 @@ def matrices_of(spec: WeightSpec, tensors: Mapping[str, SourceTensor]) -> tuple[
                 return [whole], False
             rows = np.arange(len(whole.codes)).reshape(sources[0].shape[0], -1)
             return [whole.take_rows(r) for r in rows], True
-    dense = [_dense(s, spec.transposed) for s in sources]
-    joined = dense[0] if len(dense) == 1 else np.concatenate(dense)
-    experts = list(joined) if stacked else [joined]
-    return [e if fmt.is_float else quantize(e, fmt) for e in experts], stacked
+    arrays = [s.read() for s in sources]
+    if len({array.dtype for array in arrays}) > 1:
+        arrays = [array.astype(np.float32) for array in arrays]
+    if spec.transposed:
+        arrays = [np.swapaxes(array, -1, -2) for array in arrays]
+    joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return list(joined) if stacked else [joined], stacked
 
 
 def stored_formats(tensors: Mapping[str, SourceTensor]) -> dict[str, str]:
@@ -210,27 +222,28 @@ def _has_codes(source: SourceTensor, spec: WeightSpec) -> bool:
 
 def dequantized(
     name: str, spec: WeightSpec, tensors: Mapping[str, SourceTensor]
-) -> npt.NDArray[np.float32]:
+) -> npt.NDArray[np.float32] | Stack:
     """One source tensor's values as the kernels see them, in the model's own shape."""
-    single = replace(spec, sources=[name])
-    fmt = FORMATS[spec.format]
+    source = _source(tensors, name)
     if spec.part is None:
-        return _source(tensors, name).read().astype(np.float32)
-    matrices, stacked = matrices_of(single, tensors)
-    values = [_values(m, fmt) for m in matrices]
-    whole = np.stack(values) if stacked else values[0]
-    return np.swapaxes(whole, -1, -2) if spec.transposed else whole
+        return source.read().astype(np.float32)
+    fmt = FORMATS[spec.format]
+    matrices, stacked = _as_stored(replace(spec, sources=[name]), tensors)
+
+    def values(index: int) -> npt.NDArray[np.float32]:
+        matrix = _values(matrices[index], fmt)
+        return matrix.T if spec.transposed else matrix
+
+    return Stack(shape=source.shape, read=values) if stacked else values(0)
 
 
 def _values(matrix: Matrix, fmt: WeightFormat) -> npt.NDArray[np.float32]:
+    """What the kernels see of codes, or of what has yet to be rounded."""
     if isinstance(matrix, QuantizedMatrix):
         return matrix.dequantize()
-    return matrix.astype(fmt.float_dtype).astype(np.float32)
-
-
-def _dense(source: SourceTensor, transposed: bool) -> npt.NDArray[np.float32]:
-    values = source.read().astype(np.float32)
-    return np.swapaxes(values, -1, -2) if transposed else values
+    if fmt.is_float:
+        return matrix.astype(fmt.float_dtype).astype(np.float32, copy=False)
+    return quantized_values(matrix, fmt)
 
 
 def _source(tensors: Mapping[str, SourceTensor], name: str) -> SourceTensor:

@@ -44,14 +44,21 @@ class StoredTensor:
     dtype: str  # as the file says, e.g. "BF16"
     shape: tuple[int, ...]
     data: npt.NDArray[np.uint8]  # its bytes, memory-mapped
+    mapping: mmap.mmap  # of the whole file
 
     def read(self) -> npt.NDArray[Any]:
-        """The values, read-only; raises UnsupportedError for a type that NumPy cannot hold."""
+        """The values, read-only; raises UnsupportedError for a type that NumPy cannot hold.
+
+        What was read of the file before is taken out of this process's memory, not out of views:
+        it comes back where somebody looks again.
+        """
         if self.dtype not in _DTYPES:
             raise UnsupportedError(
                 f"{self.path}: tensor {self.name!r} is stored as {self.dtype}",
                 hint="use a checkpoint in float32, float16 or bfloat16",
             )
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
         return self.data.view(_DTYPES[self.dtype]).reshape(self.shape)
 
 
@@ -72,7 +79,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     data = np.frombuffer(view, dtype=np.uint8)[8 + length :]
     header = _parse(path, view[8 : 8 + length])
     return {
-        name: _entry(path, name, entry, data)
+        name: _entry(path, name, entry, data, view)
         for name, entry in header.items()
         if name != "__metadata__"
     }
@@ -96,7 +103,9 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(path: Path, name: str, entry: object, data: npt.NDArray[np.uint8]) -> StoredTensor:
+def _entry(
+    path: Path, name: str, entry: object, data: npt.NDArray[np.uint8], mapping: mmap.mmap
+) -> StoredTensor:
     def wrong(what: str) -> ImportModelError:
         return ImportModelError(f"{path}: tensor {name!r} {what}", hint=_HINT)
 
@@ -118,7 +127,14 @@ def _entry(path: Path, name: str, entry: object, data: npt.NDArray[np.uint8]) ->
         expected = math.prod(shape) * _DTYPES[dtype].itemsize
         if end - begin != expected:
             raise wrong(f"has {end - begin} bytes, its shape {shape} as {dtype} needs {expected}")
-    return StoredTensor(path=path, name=name, dtype=dtype, shape=tuple(shape), data=data[begin:end])
+    return StoredTensor(
+        path=path,
+        name=name,
+        dtype=dtype,
+        shape=tuple(shape),
+        data=data[begin:end],
+        mapping=mapping,
+    )
 
 
 def _sizes(value: object) -> list[int] | None:

@@ -64,10 +64,14 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileParameters:
-    """How products use matrix registers (kernels/amx.py); every value changes speed only."""
+    """How products use matrix registers (kernels/bfloat16_tiles.py)."""
 
-    crossover: int = 8  # products of more tokens than this use them
-    row_block_bytes: int = 393216  # activations that a task meets again in the L2 cache
+    crossover: int  # products of more tokens than this use them
+    rows: int = 512  # of a task, at most: weights are unpacked once for all of them
+    resident_bytes: int = 1179648  # activations that a task meets again in the L2 cache
+    panels: int = 16  # of a task, at most: activations are read once for all of them
+    min_columns: int = 8  # tasks that a matrix' rows are shared out to, at least
+    steps: int = 18  # of 32 features, that are multiplied before sums go to memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,8 +174,12 @@ def _narrow(dot: ByteDot, table: ByteTable, token_tiles: tuple[int, ...]) -> Int
 PARAMETERS: dict[str, CpuParameters] = {
     "amx": replace(
         _BF16,
-        integer=IntegerParameters(dot=VPDPBUSD_512, table=PSHUFB_512, tiles=TileParameters()),
-        bfloat16=Bfloat16Parameters(tiles=TileParameters()),
+        integer=IntegerParameters(
+            dot=VPDPBUSD_512, table=PSHUFB_512, tiles=TileParameters(crossover=24)
+        ),
+        bfloat16=Bfloat16Parameters(tiles=TileParameters(crossover=3)),
+        # Dot products of bfloat16 pairs take such processors longer than those of floats.
+        attention=AttentionTuning(),
     ),
     "avx512bf16": _BF16,
     "avx512vnni": _VNNI,

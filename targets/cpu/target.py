@@ -12,7 +12,15 @@ import tvm
 from llmc.cpu_features import host_features
 from llmc.errors import UsageError
 from llmc.formats import FORMATS, WeightFormat
-from llmc.targets.base import ActivationBlocks, Array, KernelRule, Matrix, PackedPart, ScheduleRule
+from llmc.targets.base import (
+    ActivationBlocks,
+    Array,
+    KernelRule,
+    Matrix,
+    PackedPart,
+    ScheduleRule,
+    Target,
+)
 from llmc.targets.cpu import layout
 from llmc.targets.cpu.kernels.integer import activation_block, sum_factor, unit_of
 from llmc.targets.cpu.kernels.kv_pages import key_matrix, kv_type, value_matrix
@@ -89,6 +97,7 @@ class CpuTarget:
     layout = layout.LAYOUT
     page_size = 16
     few_tokens = 8
+    alternatives: Sequence[Target] = ()
 
     def __init__(self, level: str | None = None) -> None:
         machine = host_machine()

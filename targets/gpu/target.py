@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmc.formats import WeightFormat
-from llmc.targets.base import ActivationBlocks, Array, Matrix, PackedPart, Sampling
+from llmc.targets.base import ActivationBlocks, Array, Matrix, PackedPart, Sampling, Target
 from llmc.targets.gpu import layout
 from llmc.targets.gpu.parameters import GpuParameters
 from llmc.targets.gpu.rules import key_page, value_page
@@ -20,6 +20,7 @@ class GpuTarget:
     few_tokens = 8
     narrow_products: frozenset[str] = frozenset()
     lacking_formats: frozenset[str] = frozenset()
+    alternatives: Sequence[Target] = ()
     parameters: GpuParameters
 
     def sampling(self, vocab_size: int) -> Sampling:

@@ -15,7 +15,7 @@ from llmc.targets.cpu.target import TRIPLES
 from llmc.targets.gpu.parameters import AttentionParameters, Features, GpuParameters
 from llmc.targets.gpu.schedule import schedule_rules
 from llmc.targets.gpu.target import GpuTarget
-from llmc.targets.metal.parameters import SIMDGROUP, SimdgroupParameters
+from llmc.targets.metal.parameters import SIMDGROUP, TILE
 from llmc.targets.metal.rules import metal_rules
 from llmc.targets.metal.source import MAX_THREADS, THREADGROUP_BYTES, check_source
 
@@ -66,7 +66,7 @@ class MetalTarget(GpuTarget):
         self.pass_config: dict[str, object] = {}
         self.parameters = PARAMETERS
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = metal_rules(
-            self.parameters, SimdgroupParameters(), self.few_tokens
+            self.parameters, TILE, self.few_tokens
         )
         self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = schedule_rules(self.tvm_target)
         # TVM shows this function, which is one for the process, the source of every kernel.

@@ -2,7 +2,8 @@
 
 The module's bytes, little-endian, as plugin/module.cc reads them (`str` is u32 length, bytes):
 
-    "LLMCVK01"  u32 number of kernels, each
+    "LLMCVK02"  u32 threads of the subgroups that kernels presume (1: any)
+    u32 number of kernels, each
         str name  u32 number of arguments, each str  u32 number of launch tags, each str
         u32 flags (1: folds x into z, 2: arguments in a buffer)  u32 workgroup x, y, z
         u32 CRC-32 of the code  str code
@@ -22,7 +23,7 @@ from llmc.targets.gpu.module_bytes import string, strings, u32
 from llmc.targets.vulkan.glsl_kernel import Kernel, print_kernel
 from llmc.targets.vulkan.spirv import compile_glsl
 
-MAGIC = b"LLMCVK01"
+MAGIC = b"LLMCVK02"
 FEATURES = "llmc_features"  # the module's function that names them
 FOLDS_X = 1
 ARGUMENTS_IN_BUFFER = 2
@@ -44,14 +45,14 @@ def build(mod: tvm.IRModule, target: tvm.target.Target) -> tvm_ffi.Module:
     """The module of the device functions `mod`; raises CompileError."""
     kernels = [print_kernel(func) for func in mod.functions.values()]
     load = tvm_ffi.get_global_func("ffi.Module.load_from_bytes.vulkan")
-    return load(module_bytes(kernels))
+    return load(module_bytes(kernels, int(target.attrs["thread_warp_size"])))
 
 
-def module_bytes(kernels: list[Kernel]) -> bytes:
+def module_bytes(kernels: list[Kernel], subgroup: int = 1) -> bytes:
     """The kernels compiled, in the format that the module's docstring gives."""
     with ThreadPoolExecutor(_NUM_TOOLS) as pool:
         codes = list(pool.map(lambda k: compile_glsl(k.name, k.source), kernels))
-    out = [MAGIC, u32(len(kernels))]
+    out = [MAGIC, u32(subgroup, len(kernels))]
     for kernel, code in zip(kernels, codes, strict=True):
         flags = FOLDS_X * kernel.folds_x + ARGUMENTS_IN_BUFFER * kernel.in_buffer
         out += [

@@ -103,7 +103,7 @@ class ExpressionPrinter:
         if var not in self.names:
             base = "".join(c if c.isalnum() and c.isascii() else "_" for c in str(var.name))
             # A suffix keeps clear of GLSL's keywords; two underscores in a row are reserved.
-            base = "v_" + "_".join(part for part in base.split("_") if part)
+            base = "_".join(["v", *filter(None, base.split("_"))])
             name, count = base, 0
             while name in self.taken:
                 count += 1

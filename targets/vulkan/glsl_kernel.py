@@ -25,6 +25,14 @@ from llmc.targets.vulkan.glsl_expressions import (
 )
 from llmc.targets.vulkan.glsl_functions import HELPERS
 from llmc.targets.vulkan.glsl_integers import WideIntegers
+from llmc.targets.vulkan.glsl_matrices import (
+    EXTENSIONS,
+    FEATURES,
+    SIDE,
+    is_matrix_scope,
+    matrix_type,
+    print_matrix_call,
+)
 from llmc.targets.vulkan.glsl_storage import Storage
 from llmc.targets.vulkan.glsl_types import dtype_of, glsl_type, num_bytes, split, stored, with_lanes
 
@@ -235,6 +243,9 @@ class _KernelPrinter:
                 raise CompileError(f"{buffer.name} has an extent that is not constant: {extent}")
             count *= int(extent)
         name = printer.name_of(buffer)
+        if is_matrix_scope(scope):
+            self._allocate_matrices(buffer, name, scope, count)
+            return
         shared = scope.startswith("shared")
         if not shared and scope not in ("local", "warp"):
             raise CompileError(f"{buffer.name} lies in {scope!r}, which Vulkan does not have")
@@ -257,6 +268,16 @@ class _KernelPrinter:
             is_shared=shared,
             is_vectors=name in self.vectors,
         )
+
+    def _allocate_matrices(self, buffer: Expr, name: str, scope: str, count: int) -> None:
+        """Matrices of the subgroup, as registers hold them."""
+        printer, dtype = self.expressions, str(buffer.dtype)
+        if count % SIDE**2:
+            raise CompileError(f"{buffer.name} has {count} elements, no whole matrices")
+        self._emit(f"{matrix_type(scope, dtype)} {name}[{count // SIDE**2}];")
+        printer.extensions.update(EXTENSIONS)
+        printer.features.update(FEATURES)
+        printer.storages[buffer] = Storage(name=name, dtype=dtype, is_global=False)
 
     def attribute(self, stmt: tvm.tirx.Stmt) -> None:
         """A thread's or workgroup's number; other attributes are hints for passes gone by."""
@@ -354,7 +375,8 @@ class _KernelPrinter:
                 raise CompileError(f"a barrier of scope {scope!r}, which Vulkan does not have")
             self._emit(_BARRIERS[scope])
         else:
-            self._emit(f"{self.expressions.print(value)};")
+            printed = print_matrix_call(self.expressions, name, list(value.args))
+            self._emit(printed or f"{self.expressions.print(value)};")
 
     def _source(self, in_buffer: bool, workgroup: tuple[int, int, int]) -> str:
         printer = self.expressions

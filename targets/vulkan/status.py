@@ -7,7 +7,7 @@ import tvm_ffi
 from llmc.device_plugin import load_plugin
 from llmc.errors import CompileError
 from llmc.targets.status import Lack
-from llmc.targets.vulkan.spirv import missing_tools
+from llmc.targets.vulkan.spirv import install_hint, missing_tools
 
 _DRIVER = (
     "install the driver of your GPU; apt-get install mesa-vulkan-drivers brings those for AMD, "
@@ -25,7 +25,7 @@ def lacks() -> list[Lack]:
         found.append(
             Lack(
                 reason=f"compiling kernels needs {' and '.join(tools)}",
-                hint=f"apt-get install {' '.join(tools)}",
+                hint=install_hint(tools),
                 run=False,
             )
         )

@@ -13,11 +13,13 @@ from llmc.errors import UsageError
 from llmc.targets.base import KernelRule, ScheduleRule
 from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.target import TRIPLES
+from llmc.targets.gpu.kernels.matrix_tile import MatrixTile
 from llmc.targets.gpu.parameters import Features, GpuParameters
-from llmc.targets.gpu.rules import kernel_rules
 from llmc.targets.gpu.schedule import schedule_rules
 from llmc.targets.gpu.target import GpuTarget
 from llmc.targets.vulkan.build import FEATURES, register
+from llmc.targets.vulkan.kernels.cooperative_matrix import CooperativeMatrices
+from llmc.targets.vulkan.rules import vulkan_rules
 from llmc.targets.vulkan.spirv import check_tools
 
 _EXTERNS = ("subgroupAdd", "subgroupMax")
@@ -30,11 +32,20 @@ class VulkanLevel:
     subgroup: int = 1  # 1: whatever the device has, reductions go through shared memory
     max_threads: int = 256
     shared_bytes: int = 32768
+    matrices: bool = False  # products of many tokens by cooperative matrices
 
     @property
     def features(self) -> list[str]:
         """By the names that the runtime knows."""
         return [f"subgroupSize{self.subgroup}"] if self.subgroup > 1 else []
+
+    @property
+    def tile(self) -> MatrixTile | None:
+        """Of a product by cooperative matrices; not measured, for want of a device."""
+        if not self.matrices:
+            return None
+        unit = CooperativeMatrices(subgroup=self.subgroup)
+        return MatrixTile(unit=unit, rows=64, tokens=64, group_rows=32, group_tokens=32, depth=32)
 
 
 # Lavapipe has subgroups of 8, Intel's GPUs of 8 to 32, NVIDIA's of 32, AMD's of 32 or 64.
@@ -44,6 +55,7 @@ LEVELS: dict[str, VulkanLevel] = {
     "subgroup16": VulkanLevel(subgroup=16),
     "subgroup32": VulkanLevel(subgroup=32),
     "subgroup64": VulkanLevel(subgroup=64),
+    "matrix": VulkanLevel(subgroup=32, matrices=True),
 }
 
 
@@ -55,13 +67,21 @@ class VulkanTarget(GpuTarget):
     library_name = "model.dylib" if platform.system() == "Darwin" else "model.so"
 
     def __init__(self, level: str | None = None) -> None:
-        if level is not None and level not in LEVELS:
+        name, *others = ("portable" if level is None else level).split(",")
+        if name not in LEVELS:
             raise UsageError(
-                f"unknown Vulkan level {level!r}", hint=f"choose one of {', '.join(LEVELS)}"
+                f"unknown Vulkan level {name!r}",
+                hint=f"one or more of {', '.join(LEVELS)}, separated by commas, the best first",
             )
-        check_tools()  # before minutes of work, not after them
+        if len({name, *others}) <= len(others):
+            raise UsageError(f"a Vulkan level is named twice in {level!r}")
+        self._level = LEVELS[name]
+        check_tools(matrices=self._level.matrices)  # before minutes of work, not after them
         register()
-        self._level = LEVELS[level or "portable"]
+        # Of an artifact for several levels, the runtime takes the first that a device has.
+        self.alternatives = [VulkanTarget(other) for other in others]
+        for other, target in zip(others, self.alternatives, strict=True):
+            target.library_name = target.library_name.replace("model", f"model-{other}")
         # The library's host code launches kernels, no more: any CPU of the kind runs it.
         self.platform = Platform(machine=host_machine(), system=platform.system())
         triple = TRIPLES[self.platform.machine, self.platform.system]
@@ -89,8 +109,8 @@ class VulkanTarget(GpuTarget):
             shared_bytes=self._level.shared_bytes,
         )
         self.parameters = GpuParameters(features=features)
-        self.kernel_rules: Sequence[tuple[str, KernelRule]] = kernel_rules(
-            self.parameters, self.few_tokens
+        self.kernel_rules: Sequence[tuple[str, KernelRule]] = vulkan_rules(
+            self.parameters, self._level.tile, self.few_tokens
         )
         self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = schedule_rules(self.tvm_target)
 

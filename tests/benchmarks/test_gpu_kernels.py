@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.gpu_kernels import measure
-from benchmarks.gpu_operators import OPERATORS
+from benchmarks.gpu_kernels import OPERATORS, measure
 from llmc.targets.registry import list_targets, open_target
 
 

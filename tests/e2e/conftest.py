@@ -38,6 +38,13 @@ def tiny_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
+def on_vulkan(vulkan: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in float32 for Vulkan; not to be written to."""
+    out = tmp_path_factory.mktemp("vulkan") / "tiny"
+    return llmc.compile(tiny_model, target="vulkan", out=out, max_batch_tokens=64).path
+
+
+@pytest.fixture(scope="session")
 def demo_keep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo in its file's own 4-bit blocks; not to be written to."""
     return _compiled_demo("keep", tmp_path_factory)

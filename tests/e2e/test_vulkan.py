@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import tvm_ffi
 from greedy import assert_same, greedy
-from random_models import DEMO
 
 import llmc
 from llmc.artifact import Manifest
@@ -37,13 +36,6 @@ for sampling in ({"temperature": 0}, {"seed": 1, "top_k": 50, "top_p": 0.9}):
     params = SamplingParams(max_tokens=4, ignore_eos=True, **sampling)
     print(engine.generate([[1, 2, 3]], params)[0].token_ids)
 """
-
-
-@pytest.fixture(scope="module")
-def on_vulkan(vulkan: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model in float32; not to be written to."""
-    out = tmp_path_factory.mktemp("vulkan") / "tiny"
-    return llmc.compile(tiny_model, target="vulkan", out=out, max_batch_tokens=64).path
 
 
 def answer(artifact: Path, **variables: str) -> str:
@@ -263,14 +255,31 @@ def test_levels_state_the_subgroup_they_were_made_for(
             Engine(built.path)
 
 
-def test_unknown_levels_are_refused(tiny_model: Path) -> None:
-    with pytest.raises(UsageError, match="unknown Vulkan level 'warp'\nhint: choose one of"):
-        llmc.compile(tiny_model, target="vulkan:warp")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("quant", ["f32", "f16", "w4a16-g32", "keep"])
-def test_the_demo_verifies(vulkan: None, quant: str, tmp_path: Path) -> None:
-    built = llmc.compile(DEMO, target="vulkan", quant=quant, out=tmp_path / quant)
-    report = verify(built.path)
+def test_an_artifact_for_several_levels_runs_the_first_that_the_device_has(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_llmc
+) -> None:
+    code, _, _ = run_llmc(
+        *("compile", tiny_model, "--target", "vulkan:matrix,portable", "--quant", "f16"),
+        *("-o", tmp_path / "a", "--max-batch-tokens", 64),
+    )
+    assert code == 0
+    manifest = Manifest.load(tmp_path / "a")
+    assert [variant.library for variant in manifest.variants] == ["model.so", "model-portable.so"]
+    matrices = {"cooperativeMatrix16x16x16", "subgroupSize32"}
+    present = Vulkan().features(0)
+    expected = "model.so" if matrices <= present else "model-portable.so"
+    assert choose_place(manifest, "vulkan").variant.library == expected
+    report = verify(tmp_path / "a")
     assert report.passed, report.reason
+    # Of one that multiplies matrices, the first.
+    with monkeypatch.context() as patch:
+        patch.setattr(Vulkan, "features", lambda self, index: present | matrices)
+        assert choose_place(manifest, "vulkan").variant.library == "model.so"
+    code, out, _ = run_llmc("inspect", tmp_path / "a")
+    assert "vulkan.matrix" in out
+    assert "cooperativeMatrix16x16x16" in out
+
+
+def test_unknown_levels_are_refused(tiny_model: Path) -> None:
+    with pytest.raises(UsageError, match="unknown Vulkan level 'warp'\nhint: one or more of"):
+        llmc.compile(tiny_model, target="vulkan:warp")

@@ -68,6 +68,9 @@ def bfloat16_linear(
                 fetch_residual(product.residual, panels, rows)
                 store_tile(product, panels, rows, _tile(weights, panels, x, rows, params))
 
+            def values(row: Expr, first: Expr) -> Expr:
+                return x[i64(0), row, lanes(first)]
+
             def vectors() -> None:
                 for_each_tile(weights, tokens, count, 2 * k, params.tiling, tile)
 
@@ -77,7 +80,7 @@ def bfloat16_linear(
                 else:
                     with T.If(count > i64(params.tiles.crossover)):
                         with T.Then():
-                            bfloat16_tiles(product, x, count, params.tiles)
+                            bfloat16_tiles(product, values, count, params.tiles)
                         with T.Else():
                             vectors()
     return builder.get()

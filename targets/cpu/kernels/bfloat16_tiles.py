@@ -1,22 +1,34 @@
-"""bfloat16 products of many activation rows in matrix registers, straight from packed weights.
+"""Products of many activation rows in matrix registers, in bfloat16 with float32 sums.
+
+Both factors lie in tiles of 1 KiB, the order in which the registers are loaded: activations are
+brought into it once a product, weights of other formats than bfloat16 once for up to
+`TileParameters.rows` rows, a chunk of features at a time, so that the chunk's weights stay in the
+second-level cache and a pair of row groups' activations in the first. Sums wait in memory between
+chunks.
 
 The functions here run while an IRBuilder frame is open, as those of panels.py do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
 from llmc.targets.cpu.kernels import amx
-from llmc.targets.cpu.kernels.panels import i64, lanes, registers
+from llmc.targets.cpu.kernels.panels import WeightPanels, i64, lanes, scratch
 from llmc.targets.cpu.kernels.register_tiles import store_tile
 from llmc.targets.cpu.kernels.tiles import Product
+from llmc.targets.cpu.kernels.unpacked_bfloat16 import unpack_step
+from llmc.targets.cpu.layout import PANEL, ceildiv
 from llmc.targets.cpu.parameters import TileParameters
 
 Expr = Any
+# (row, first feature) -> 16 consecutive features of an activation row as bfloat16 (uint16x16)
+Values = Callable[[Expr, Expr], Expr]
 
 
 def tile_depth(k: int) -> int:
@@ -24,33 +36,186 @@ def tile_depth(k: int) -> int:
     return gcd(k, amx.TILE_BYTES // 2)
 
 
-def bfloat16_tiles(product: Product, x: Expr, count: Expr, params: TileParameters) -> None:
-    """y = x · Wᵀ for `count` rows of x `[1, T, K]` uint16."""
+def bfloat16_tiles(product: Product, values: Values, count: Expr, params: TileParameters) -> None:
+    """y = x · Wᵀ for `count` rows of activations; k is a multiple of 16."""
     weights = product.weights
     depth = tile_depth(weights.k)
+    steps = weights.k // depth
+    groups = T.Bind(T.floordiv(count + i64(amx.TILE_ROWS - 1), i64(amx.TILE_ROWS)))
+    activations = scratch((groups, steps, amx.TILE_ROWS, depth), "uint16")
+    _tile_activations(activations, values, count, groups, steps, depth)
 
-    def block(panels: list[Expr], first: Expr, groups: int, rows: Expr) -> None:
-        size = groups * amx.TILE_ROWS * len(panels)
-        sums = registers(size)
-        tiles = [(g, p) for g in range(groups) for p in range(len(panels))]
-        for g, p in tiles:
-            amx.clear(amx.sum_tile(g, p))
-        with T.serial(i64(weights.k // depth)) as step:
-            for p, panel in enumerate(panels):
-                word = weights.word_address(i64(0), panel, step * i64(depth // 2))
-                amx.load(amx.weight_tile(p), word, amx.TILE_BYTES)
-            for g in range(groups):
-                row = first + i64(g * amx.TILE_ROWS)
-                values = T.address_of(x[i64(0), row, step * i64(depth)])
-                amx.load(amx.activation_tile(g), values, 2 * weights.k)
-            for g, p in tiles:
-                amx.multiply("tdpbf16ps", g, p)
-        for g, p in tiles:
-            at = T.address_of(sums[i64(g * amx.TILE_ROWS * len(panels) + p), i64(0)])
-            amx.store(amx.sum_tile(g, p), at, amx.TILE_BYTES * len(panels))
-        with T.serial(rows) as row:
-            at = row * i64(len(panels))
-            found = [sums[at + i64(p), lanes(i64(0))] for p in range(len(panels))]
-            store_tile(product, panels, [first + row], [found])
+    width = _panels_of_a_task(weights, params)
+    columns = ceildiv(weights.panels, width)
+    size = _rows_of_a_task(weights.k, params) // amx.TILE_ROWS
+    row_blocks = T.Bind(T.floordiv(groups + i64(size - 1), i64(size)))
+    with T.parallel(i64(columns) * row_blocks) as task:
+        first = T.Bind(T.floordiv(task, i64(columns)) * i64(size))
+        panel = T.Bind(T.floormod(task, i64(columns)) * i64(width))
+        _Task(
+            product=product,
+            activations=activations,
+            params=params,
+            depth=depth,
+            steps=steps,
+            first_group=first,
+            num_groups=T.Bind(T.min(i64(size), groups - first)),
+            num_rows=count,
+            first_panel=panel,
+            num_panels=T.Bind(T.min(i64(width), i64(weights.panels) - panel)),
+            width=width,
+            size=size,
+        ).emit()
 
-    amx.for_each_block(weights, count, 2 * weights.k, 2 * depth, params, lambda _: block)
+
+def _rows_of_a_task(k: int, params: TileParameters) -> int:
+    """As many as stay in the cache for all columns, if that leaves enough for unpacked weights."""
+    pair = amx.TILE_ROWS * amx.PANELS
+    resident = params.resident_bytes // (2 * k * pair) * pair
+    return min(resident, params.rows) if resident >= params.rows // 2 else params.rows
+
+
+def _panels_of_a_task(weights: WeightPanels, params: TileParameters) -> int:
+    """Pairs of panels, fewer where the matrix has too few rows for many tasks."""
+    fair = ceildiv(weights.panels, params.min_columns)
+    width = min(params.panels, fair)
+    return ceildiv(width, amx.PANELS) * amx.PANELS
+
+
+def _tile_activations(
+    tiles: Expr, values: Values, count: Expr, groups: Expr, steps: int, depth: int
+) -> None:
+    """Rows past the last stay unwritten: what they make the registers compute is not stored."""
+    with T.parallel(groups) as group:
+        first = T.Bind(group * i64(amx.TILE_ROWS))
+        with T.serial(T.min(i64(amx.TILE_ROWS), count - first)) as row, T.serial(i64(steps)) as s:
+            for part in range(depth // PANEL):
+                found = values(first + row, s * i64(depth) + i64(part * PANEL))
+                T.buffer_store(tiles, found, [group, s, row, lanes(i64(part * PANEL))])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """Up to `rows` rows × up to `width` panels."""
+
+    product: Product
+    activations: Expr  # `[groups, steps, 16, depth]` uint16
+    params: TileParameters
+    depth: int
+    steps: int
+    first_group: Expr
+    num_groups: Expr
+    num_rows: Expr  # of all tasks
+    first_panel: Expr
+    num_panels: Expr
+    width: int  # panels at most
+    size: int  # groups at most
+
+    def emit(self) -> None:
+        """Multiplies and stores them."""
+        weights, pairs = self.product.weights, amx.PANELS
+        amx.configure(2 * self.depth)
+        chunk, chunks = self._chunk()
+        # What one chunk sums up leaves each block's sums at once.
+        blocks = (self.size, self.width) if chunks > 1 else (amx.PANELS, amx.PANELS)
+        totals = scratch((*blocks, amx.TILE_ROWS, PANEL))
+        unpacked = None
+        if not weights.fmt.is_float:
+            unpacked = scratch((self.width, chunk, self.depth // 2, PANEL), "int32")
+        with T.serial(i64(chunks)) as number:
+            start = T.Bind(number * i64(chunk))
+            steps = T.Bind(T.min(i64(chunk), i64(self.steps) - start))
+            if unpacked is not None:
+                with T.serial(self.num_panels) as p, T.serial(steps) as step:
+                    unpack_step(weights, self.first_panel + p, start + step, unpacked, p, step)
+
+            def block(group: Expr, groups: int, panel: Expr, panels: int) -> None:
+                at = (group, panel) if chunks > 1 else (i64(0), i64(0))
+                one = _Block(self, unpacked, totals, at, group, groups, panel, panels)
+                one.multiply(start, steps, is_first=number == i64(0))
+                with T.If(number == i64(chunks - 1)), T.Then():
+                    one.finish()
+
+            def column(panel: Expr, panels: int) -> None:
+                with T.serial(T.floordiv(self.num_groups, i64(pairs))) as q:
+                    block(T.Bind(q * i64(pairs)), pairs, panel, panels)
+                with T.If(T.floormod(self.num_groups, i64(pairs)) > i64(0)), T.Then():
+                    block(self.num_groups - i64(1), 1, panel, panels)
+
+            # A column's weights stay in the first-level cache while activations pass.
+            with T.serial(T.floordiv(self.num_panels, i64(pairs))) as q:
+                column(T.Bind(q * i64(pairs)), pairs)
+            with T.If(T.floormod(self.num_panels, i64(pairs)) > i64(0)), T.Then():
+                column(self.num_panels - i64(1), 1)
+        amx.release()
+
+    def _chunk(self) -> tuple[int, int]:
+        """Steps of a chunk and chunks: equal ones, of which each begins with a group of weights."""
+        align = max(1, self.product.weights.fmt.group // self.depth)
+        chunks = ceildiv(self.steps, self.params.steps)
+        chunk = ceildiv(ceildiv(self.steps, chunks), align) * align
+        return chunk, ceildiv(self.steps, chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Two groups of rows × two panels, or one in place of two."""
+
+    task: _Task
+    unpacked: Expr | None
+    totals: Expr  # `[groups, panels, 16, 16]`
+    at: tuple[Expr, Expr]  # its own place in totals
+    group: Expr  # the first, counted within the task, as panels are
+    groups: int
+    panel: Expr
+    panels: int
+
+    def multiply(self, start: Expr, steps: Expr, *, is_first: Expr) -> None:
+        """Adds a chunk to the totals."""
+        tiles = [(g, p) for g in range(self.groups) for p in range(self.panels)]
+        with T.If(is_first):
+            with T.Then():
+                for g, p in tiles:
+                    amx.clear(amx.sum_tile(g, p))
+            with T.Else():
+                for g, p in tiles:
+                    amx.load(amx.sum_tile(g, p), self._total(g, p), amx.TILE_BYTES)
+        with T.serial(steps) as step:
+            # Loads stand as late as they may: one tile at a time is waited for.
+            for g in range(self.groups):
+                row = self.task.first_group + self.group + i64(g)
+                values = self.task.activations[row, start + step, i64(0), i64(0)]
+                for p in range(self.panels):
+                    if g == 0:
+                        at = self._weight(p, start, step)
+                        amx.load(amx.weight_tile(p), at, amx.TILE_BYTES)
+                    if p == 0:
+                        at = T.address_of(values)
+                        amx.load_once(amx.activation_tile(g), at, 2 * self.task.depth)
+                    amx.multiply("tdpbf16ps", g, p)
+        for g, p in tiles:
+            amx.store(amx.sum_tile(g, p), self._total(g, p), amx.TILE_BYTES)
+
+    def finish(self) -> None:
+        """Stores the totals where the product goes."""
+        task = self.task
+        panels = [task.first_panel + self.panel + i64(p) for p in range(self.panels)]
+        for g in range(self.groups):
+            first = T.Bind((task.first_group + self.group + i64(g)) * i64(amx.TILE_ROWS))
+            with T.serial(T.min(i64(amx.TILE_ROWS), task.num_rows - first)) as row:
+                found = [
+                    self.totals[self.at[0] + i64(g), self.at[1] + i64(p), row, lanes(i64(0))]
+                    for p in range(self.panels)
+                ]
+                store_tile(task.product, panels, [first + row], [found])
+
+    def _total(self, g: int, p: int) -> Expr:
+        group, panel = self.at
+        return T.address_of(self.totals[group + i64(g), panel + i64(p), i64(0), i64(0)])
+
+    def _weight(self, p: int, start: Expr, step: Expr) -> Expr:
+        panel = self.panel + i64(p)
+        if self.unpacked is not None:
+            return T.address_of(self.unpacked[panel, step, i64(0), i64(0)])
+        word = (start + step) * i64(self.task.depth // 2)
+        return self.task.product.weights.word_address(i64(0), self.task.first_panel + panel, word)

@@ -14,12 +14,14 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.cpu.kernels.bfloat16 import from_float32
 from llmc.targets.cpu.kernels.byte_dot import CENTRE
 from llmc.targets.cpu.kernels.panels import (
     F32X16,
     WeightPanels,
     get,
     i64,
+    lanes,
     prefetch,
     put,
     registers,
@@ -79,6 +81,11 @@ class CodedRows:
     def scale(self, row: Expr, block: Expr) -> Expr:
         """A block's scale in all lanes."""
         return T.broadcast(self.scales[i64(0), row, block], PANEL)
+
+    def bfloat16(self, row: Expr, first: Expr) -> Expr:
+        """Sixteen features' values from `first`, a multiple of 16, rounded to bfloat16."""
+        codes = T.Cast(F32X16, self.codes[i64(0), row, lanes(first)])
+        return from_float32(codes * self.scale(row, T.floordiv(first, i64(self.block))))
 
     def sum(self, row: Expr, unit: Expr) -> Expr:
         """A unit's entry of sums, int32."""

@@ -15,8 +15,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.cpu.kernels.bfloat16_tiles import bfloat16_tiles
 from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
-from llmc.targets.cpu.kernels.integer_tiles import integer_tiles
 from llmc.targets.cpu.kernels.panels import Rows, WeightPanels, argument, i64, size_var
 from llmc.targets.cpu.kernels.register_tiles import (
     Tile,
@@ -83,7 +83,7 @@ def integer_linear(
                 else:
                     with T.If(count > i64(params.tiles.crossover)):
                         with T.Then():
-                            integer_tiles(product, coded, count, params.tiles)
+                            bfloat16_tiles(product, coded.bfloat16, count, params.tiles)
                         with T.Else():
                             vectors()
     return builder.get()

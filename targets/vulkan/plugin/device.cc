@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <utility>
 
 #include <unistd.h>
 
@@ -48,6 +49,7 @@ struct Features {
         {"shaderSubgroupExtendedTypes", &v12.shaderSubgroupExtendedTypes, false},
         {"storageBuffer8BitAccess", &v12.storageBuffer8BitAccess, false},
         {"storageBuffer16BitAccess", &v11.storageBuffer16BitAccess, false},
+        {"vulkanMemoryModel", &v12.vulkanMemoryModel, false},
     };
   }
 };
@@ -76,6 +78,47 @@ bool HasExtension(VkPhysicalDevice physical, const char* name) {
                      [&](auto& e) { return std::strcmp(e.extensionName, name) == 0; });
 }
 
+// Whether subgroups multiply 16 × 16 matrices of float16 and add float32: one shape for all
+// kernels, which the drivers of NVIDIA's and AMD's GPUs have in common.
+bool HasMatrices(VkInstance instance, VkPhysicalDevice physical) {
+  namespace matrix = cooperative_matrix;
+  if (!HasExtension(physical, matrix::kExtension)) return false;
+  auto get = reinterpret_cast<matrix::GetProperties>(vkGetInstanceProcAddr(
+      instance, "vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR"));
+  matrix::Features features;
+  VkPhysicalDeviceFeatures2 asked{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2, &features};
+  vkGetPhysicalDeviceFeatures2(physical, &asked);
+  uint32_t count = 0;
+  if (!features.cooperativeMatrix || get == nullptr ||
+      get(physical, &count, nullptr) != VK_SUCCESS) {
+    return false;
+  }
+  std::vector<matrix::Properties> found(count);
+  if (get(physical, &count, found.data()) != VK_SUCCESS) return false;
+  return std::any_of(found.begin(), found.end(), [](const matrix::Properties& p) {
+    return p.MSize == 16 && p.NSize == 16 && p.KSize == 16 && p.AType == matrix::kFloat16 &&
+           p.BType == matrix::kFloat16 && p.CType == matrix::kFloat32 &&
+           p.ResultType == matrix::kFloat32 && p.scope == matrix::kSubgroup;
+  });
+}
+
+// The sizes that a pipeline may ask of its subgroups; {0, 0} where it may not.
+std::pair<uint32_t, uint32_t> SubgroupSizes(VkPhysicalDevice physical) {
+  if (!HasExtension(physical, VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME)) return {0, 0};
+  VkPhysicalDeviceSubgroupSizeControlFeaturesEXT features{
+      VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_FEATURES_EXT};
+  VkPhysicalDeviceFeatures2 asked{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2, &features};
+  vkGetPhysicalDeviceFeatures2(physical, &asked);
+  VkPhysicalDeviceSubgroupSizeControlPropertiesEXT sizes{
+      VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_PROPERTIES_EXT};
+  VkPhysicalDeviceProperties2 properties{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PROPERTIES_2, &sizes};
+  vkGetPhysicalDeviceProperties2(physical, &properties);
+  bool controlled = features.subgroupSizeControl && features.computeFullSubgroups &&
+                    (sizes.requiredSubgroupSizeStages & VK_SHADER_STAGE_COMPUTE_BIT);
+  if (!controlled) return {0, 0};
+  return {sizes.minSubgroupSize, sizes.maxSubgroupSize};
+}
+
 // A family of queues that computes; -1 where there is none.
 int QueueFamily(VkPhysicalDevice physical) {
   uint32_t count = 0;
@@ -88,7 +131,7 @@ int QueueFamily(VkPhysicalDevice physical) {
   return -1;
 }
 
-DeviceInfo Describe(VkPhysicalDevice physical) {
+DeviceInfo Describe(VkInstance instance, VkPhysicalDevice physical) {
   DeviceInfo info;
   info.physical = physical;
   VkPhysicalDeviceVulkan11Properties v11{VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_VULKAN_1_1_PROPERTIES};
@@ -109,8 +152,15 @@ DeviceInfo Describe(VkPhysicalDevice physical) {
   }
   if (v11.subgroupSupportedStages & VK_SHADER_STAGE_COMPUTE_BIT) {
     AddSubgroupFeatures(v11.subgroupSupportedOperations, info.features);
-    info.features.push_back("subgroupSize" + std::to_string(v11.subgroupSize));
+    auto [smallest, largest] = SubgroupSizes(physical);
+    info.controls_subgroups = smallest > 0;
+    if (smallest == 0) smallest = largest = v11.subgroupSize;
+    for (uint32_t size = smallest; size <= largest; size *= 2) {
+      info.features.push_back("subgroupSize" + std::to_string(size));
+    }
   }
+  info.has_matrices = HasMatrices(instance, physical);
+  if (info.has_matrices) info.features.push_back("cooperativeMatrix16x16x16");
   for (uint32_t limit : kThreadLimits) {
     if (limit <= info.properties.limits.maxComputeWorkGroupInvocations) {
       info.features.push_back("threads" + std::to_string(limit));
@@ -195,7 +245,23 @@ Device::Device(const DeviceInfo& device_info) : info(device_info) {
   queues.queueFamilyIndex = info.queue_family;
   queues.queueCount = 1;
   queues.pQueuePriorities = &priority;
+  std::vector<const char*> extensions;
+  cooperative_matrix::Features matrices;
+  VkPhysicalDeviceSubgroupSizeControlFeaturesEXT subgroups{
+      VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_FEATURES_EXT};
+  if (info.has_matrices) {
+    extensions.push_back(cooperative_matrix::kExtension);
+    matrices.cooperativeMatrix = VK_TRUE;
+    matrices.pNext = std::exchange(enabled.v12.pNext, &matrices);
+  }
+  if (info.controls_subgroups) {
+    extensions.push_back(VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME);
+    subgroups.subgroupSizeControl = subgroups.computeFullSubgroups = VK_TRUE;
+    subgroups.pNext = std::exchange(enabled.v12.pNext, &subgroups);
+  }
   VkDeviceCreateInfo create{VK_STRUCTURE_TYPE_DEVICE_CREATE_INFO, &enabled.base};
+  create.enabledExtensionCount = static_cast<uint32_t>(extensions.size());
+  create.ppEnabledExtensionNames = extensions.data();
   create.queueCreateInfoCount = 1;
   create.pQueueCreateInfos = &queues;
   LLMC_CHECK(vkCreateDevice(info.physical, &create, nullptr, &handle));
@@ -248,7 +314,7 @@ void Device::SavePipelineCache() {
 }
 
 Device::Pipeline Device::MakePipeline(const std::string& name, const std::string& code,
-                                      uint32_t push_bytes) {
+                                      uint32_t push_bytes, Subgroups subgroups) {
   VkShaderModuleCreateInfo shader{VK_STRUCTURE_TYPE_SHADER_MODULE_CREATE_INFO};
   std::vector<uint32_t> words(code.size() / 4);  // aligned, as Vulkan wants them
   std::memcpy(words.data(), code.data(), words.size() * 4);
@@ -268,6 +334,15 @@ Device::Pipeline Device::MakePipeline(const std::string& name, const std::string
     create.stage.stage = VK_SHADER_STAGE_COMPUTE_BIT;
     create.stage.module = module;
     create.stage.pName = "main";
+    VkPipelineShaderStageRequiredSubgroupSizeCreateInfoEXT size{
+        VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_REQUIRED_SUBGROUP_SIZE_CREATE_INFO_EXT};
+    size.requiredSubgroupSize = subgroups.threads;
+    if (subgroups.threads > 1 && info.controls_subgroups) {
+      create.stage.pNext = &size;
+      if (subgroups.are_full) {
+        create.stage.flags = VK_PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT_EXT;
+      }
+    }
     create.layout = made.layout;
     result = vkCreateComputePipelines(handle, cache_, 1, &create, nullptr, &made.pipeline);
   }
@@ -314,7 +389,7 @@ Devices::Devices() {
     vkGetPhysicalDeviceProperties2(physical, &properties);
     int family = QueueFamily(physical);
     if (family < 0 || properties.properties.apiVersion < VK_API_VERSION_1_2) continue;
-    infos_.push_back(Describe(physical));
+    infos_.push_back(Describe(instance_, physical));
     infos_.back().queue_family = static_cast<uint32_t>(family);
   }
   if (infos_.empty()) problem_ = "no driver offers a device with Vulkan 1.2 that computes";

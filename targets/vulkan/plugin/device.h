@@ -20,6 +20,8 @@ struct DeviceInfo {
   uint64_t max_allocation_bytes = 0;
   uint32_t queue_family = 0;
   bool has_memory_budget = false;
+  bool has_matrices = false;          // cooperative matrices of the shape that kernels use
+  bool controls_subgroups = false;    // a pipeline may say how large its subgroups are
   std::vector<std::string> features;  // Vulkan's names, and limits such as threads256
   std::vector<std::string> missing;   // of what every kernel needs
 
@@ -41,12 +43,19 @@ class Device {
   std::unique_ptr<Memory> memory;
   std::unique_ptr<Stream> stream;
 
+  // What a kernel presumes of its subgroups.
+  struct Subgroups {
+    uint32_t threads = 1;   // 1: any number
+    bool are_full = false;  // Vulkan asks it of workgroups whose x is a multiple of `threads`
+  };
+
   // A pipeline of the kernel `code`, `push_bytes` of push constants; made once for each kernel.
   struct Pipeline {
     VkPipelineLayout layout = VK_NULL_HANDLE;
     VkPipeline pipeline = VK_NULL_HANDLE;
   };
-  Pipeline MakePipeline(const std::string& name, const std::string& code, uint32_t push_bytes);
+  Pipeline MakePipeline(const std::string& name, const std::string& code, uint32_t push_bytes,
+                        Subgroups subgroups);
 
  private:
   void OpenPipelineCache();
@@ -65,6 +74,7 @@ class Devices {
 
   const std::string& problem() const { return problem_; }  // why there are none, or ""
   size_t size() const { return infos_.size(); }
+  VkInstance instance() const { return instance_; }
   const DeviceInfo& info(int index) const;  // throws ValueError for a wrong index
   Device& Open(int index);                  // throws RuntimeError where it cannot be used
   bool is_closed() const { return closed_; }

@@ -20,7 +20,7 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-constexpr char kMagic[] = "LLMCVK01";
+constexpr char kMagic[] = "LLMCVK02";
 constexpr uint32_t kSpirvMagic = 0x07230203;
 constexpr uint32_t kFoldsX = 1;
 constexpr uint32_t kArgumentsInBuffer = 2;
@@ -39,6 +39,7 @@ struct Kernel {
   std::vector<Argument> arguments;
   std::vector<int> launch;  // the axis of the grid that each extent sets, -1 for the threads'
   bool folds_x = false, in_buffer = false;
+  Device::Subgroups subgroups;
   std::map<int, Device::Pipeline> pipelines;  // by device
 };
 
@@ -52,7 +53,7 @@ int ParseAxis(const std::string& tag) {
   return tag.rfind("blockIdx.", 0) == 0 ? tag.back() - 'x' : -1;
 }
 
-std::shared_ptr<Kernel> ParseKernel(Reader& reader) {
+std::shared_ptr<Kernel> ParseKernel(Reader& reader, uint32_t subgroup) {
   auto kernel = std::make_shared<Kernel>();
   kernel->name = reader.String();
   for (const std::string& text : reader.Strings()) {
@@ -62,7 +63,9 @@ std::shared_ptr<Kernel> ParseKernel(Reader& reader) {
   uint32_t flags = reader.Number();
   kernel->folds_x = flags & kFoldsX;
   kernel->in_buffer = flags & kArgumentsInBuffer;
-  reader.Bytes(12);  // the workgroup's extents: the code has them too
+  uint32_t threads_x = reader.Number();
+  reader.Bytes(8);  // the workgroup's other extents: the code has them too
+  kernel->subgroups = {subgroup, subgroup > 1 && threads_x % subgroup == 0};
   uint32_t crc = reader.Number();
   kernel->code = reader.String();
   uint32_t magic = 0;
@@ -132,7 +135,8 @@ void Launch(Kernel& kernel, const TVMFFIAny* values, size_t count) {
   if (pipeline.pipeline == VK_NULL_HANDLE) {
     size_t push_bytes = kernel.in_buffer ? 8 : slots.size() * 8;
     pipeline =
-        device.MakePipeline(kernel.name, kernel.code, static_cast<uint32_t>(push_bytes));
+        device.MakePipeline(kernel.name, kernel.code, static_cast<uint32_t>(push_bytes),
+                            kernel.subgroups);
   }
   uint32_t extents[3] = {static_cast<uint32_t>(grid[0]), static_cast<uint32_t>(grid[1]),
                          static_cast<uint32_t>(grid[2])};
@@ -145,8 +149,9 @@ class VulkanModule final : public ffi::ModuleObj {
   explicit VulkanModule(const ffi::Bytes& bytes) : bytes_(bytes) {
     Reader reader("Vulkan", bytes);
     reader.ExpectMagic(kMagic);
+    uint32_t subgroup = reader.Number();
     for (uint32_t count = reader.Number(); count > 0; --count) {
-      std::shared_ptr<Kernel> kernel = ParseKernel(reader);
+      std::shared_ptr<Kernel> kernel = ParseKernel(reader, subgroup);
       kernels_[kernel->name] = kernel;
     }
     features_ = reader.Strings();

@@ -25,6 +25,30 @@ namespace llmc::vulkan {
   F(vkCreateShaderModule) F(vkDestroyShaderModule) F(vkCreatePipelineLayout)                      \
   F(vkDestroyPipelineLayout) F(vkCreateComputePipelines) F(vkDestroyPipeline)
 
+// VK_KHR_cooperative_matrix, as its specification has it: headers older than 1.3.255 do not.
+namespace cooperative_matrix {
+constexpr char kExtension[] = "VK_KHR_cooperative_matrix";
+constexpr auto kFeaturesType = static_cast<VkStructureType>(1000506000);
+constexpr auto kPropertiesType = static_cast<VkStructureType>(1000506001);
+constexpr int32_t kFloat16 = 0, kFloat32 = 1;  // VkComponentTypeKHR
+constexpr int32_t kSubgroup = 3;               // VkScopeKHR
+struct Features {
+  VkStructureType sType = kFeaturesType;
+  void* pNext = nullptr;
+  VkBool32 cooperativeMatrix = VK_FALSE;
+  VkBool32 cooperativeMatrixRobustBufferAccess = VK_FALSE;
+};
+struct Properties {
+  VkStructureType sType = kPropertiesType;
+  void* pNext = nullptr;
+  uint32_t MSize = 0, NSize = 0, KSize = 0;
+  int32_t AType = 0, BType = 0, CType = 0, ResultType = 0;
+  VkBool32 saturatingAccumulation = VK_FALSE;
+  int32_t scope = 0;
+};
+using GetProperties = VkResult(VKAPI_PTR*)(VkPhysicalDevice, uint32_t*, Properties*);
+}  // namespace cooperative_matrix
+
 #define LLMC_DECLARE(name) extern PFN_##name name;
 extern PFN_vkGetInstanceProcAddr vkGetInstanceProcAddr;
 LLMC_VULKAN_GLOBAL_FUNCTIONS(LLMC_DECLARE)

@@ -18,8 +18,6 @@ typedef struct {
   int rows, bytes;
   union {
     uint8_t u8[ROWS][BYTES];
-    int8_t s8[ROWS][BYTES];
-    int32_t s32[ROWS][BYTES / 4];
     uint16_t bf16[ROWS][BYTES / 2];
     float f32[ROWS][BYTES / 4];
   };
@@ -152,21 +150,6 @@ static bool fits(int sums, int a, int b, const char *what, Tile **s, Tile **x, T
   return false;
 }
 
-#define INTEGER(NAME, A, B)                                              \
-  static void NAME(int sums, int a, int b) {                              \
-    Tile *s, *x, *y;                                                     \
-    if (!fits(sums, a, b, #NAME, &s, &x, &y)) return;                    \
-    for (int m = 0; m < s->rows; ++m) {                                  \
-      for (int k = 0; k < x->bytes; ++k) {                               \
-        for (int n = 0; n < s->bytes / 4; ++n) {                         \
-          s->s32[m][n] += x->A[m][k] * y->B[k / 4][4 * n + k % 4];       \
-        }                                                                \
-      }                                                                  \
-    }                                                                    \
-  }
-INTEGER(tdpbssd, s8, s8)
-INTEGER(tdpbsud, s8, u8)
-
 static float widen(uint16_t bits) {
   uint32_t word = (uint32_t)bits << 16;
   float value;
@@ -245,14 +228,10 @@ static int emulate(const uint8_t *code, const greg_t *values) {
     tilerelease();
   } else if (opcode == 0x49 && prefix == F2 && !o.memory) {
     tilezero(o.reg);
-  } else if (opcode == 0x4b && prefix == F2 && o.memory) {
+  } else if (opcode == 0x4b && (prefix == F2 || prefix == P66) && o.memory) { /* P66: a hint */
     tileloadd(o.reg, o.address, o.stride);
   } else if (opcode == 0x4b && prefix == F3 && o.memory) {
     tilestored(o.reg, o.address, o.stride);
-  } else if (opcode == 0x5e && prefix == F2 && !o.memory) {
-    tdpbssd(o.reg, o.rm, o.vvvv);
-  } else if (opcode == 0x5e && prefix == F3 && !o.memory) {
-    tdpbsud(o.reg, o.rm, o.vvvv);
   } else if (opcode == 0x5c && prefix == F3 && !o.memory) {
     tdpbf16ps(o.reg, o.rm, o.vvvv);
   } else {

@@ -33,11 +33,11 @@ class Case:
     residual: bool = True
     extreme: bool = False  # codes and activations at the ends of their ranges
 
-    def check(self, run: Callable[..., np.ndarray]) -> None:
+    def check(self, run: Callable[..., np.ndarray], tolerance: float = TOLERANCE) -> None:
         """`run(*arrays)`, y `[1, T, M]` the last of them, returns y."""
         arrays, expected, magnitude = self.arguments()
         error = np.abs(run(*arrays)[0] - expected)
-        assert (error <= TOLERANCE * magnitude).all()
+        assert (error <= tolerance * magnitude).all()
 
     def arguments(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """The kernel's arguments, the result `[T, M]` and Σ|x·w| of each."""

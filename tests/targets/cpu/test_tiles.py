@@ -1,8 +1,7 @@
-"""Products in matrix registers (AMX): against float64, and against the vector kernels.
+"""Products in matrix registers (AMX) against float64.
 
 The object code that is shipped runs: on the processor where that has such registers, and otherwise
-with its tile instructions emulated (see emulated_tiles.py). Tolerances are those of
-integer_products.py and test_bfloat16_linear.py, for their reasons.
+with its tile instructions emulated (see emulated_tiles.py).
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ import tvm
 from emulated_tiles import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from integer_products import AFFINE, Case
-from matrices import build, tensor
+from integer_products import AFFINE, TOLERANCE, Case
+from matrices import tensor
 from tvm import relax
 
 from llmc import dialect
@@ -35,8 +34,8 @@ from llmc.targets.cpu.target import ISA_LEVELS, CpuTarget
 
 LEVEL = ISA_LEVELS["amx"]
 BELOW = ISA_LEVELS["avx512bf16"]
-# A row block of 32 rows and no more: several of them, with and without a rest.
-TILES = TileParameters(row_block_bytes=1)
+# Row blocks of 32 rows, columns of two panels and four chunks of features: several of each.
+TILES = TileParameters(crossover=8, rows=32, resident_bytes=0, panels=2, steps=7)
 VECTORS = Tiling(panels=1, token_tiles=(1,))  # which are tested elsewhere, and quickly compiled
 INTEGER = replace(PARAMETERS["amx"].integer, tiles=TILES, tiling=VECTORS)
 BFLOAT16 = replace(PARAMETERS["amx"].bfloat16, tiles=TILES, tiling=VECTORS)
@@ -46,6 +45,10 @@ SHAPES = {"odd": 72, "even": 64, "one": 9}  # rows of weights: five panels, four
 # A block of several groups, a unit of several steps, and one that no full step divides.
 BLOCKS = {"wide": ("q4_1", 128), "long": ("w8", 384), "short": ("w8", 96)}
 BF16_TOLERANCE = 1e-6
+INTEGER_TOLERANCE = 4e-4
+"""Of Σ|x·w|: both factors are rounded to 8 bits, by 2^-9 of each at most, in random directions; the
+most seen is 2e-4. One wrong code of 768 shows as 1e-3.
+"""
 
 pytestmark = pytest.mark.skipif(
     not host_features().issuperset(BELOW.features), reason="this CPU has no AVX-512 BF16"
@@ -106,7 +109,9 @@ def emulated():
 
 
 def check_integer(library, name, fmt, m, block, tokens):
-    Case(fmt, m, K, tokens, block).check(lambda *arrays: library.run(name, *arrays))
+    case = Case(fmt, m, K, tokens, block)
+    tolerance = INTEGER_TOLERANCE if tokens > TILES.crossover else TOLERANCE
+    case.check(lambda *arrays: library.run(name, *arrays), tolerance)
 
 
 def rows_of(tokens):
@@ -153,55 +158,45 @@ def test_bfloat16_products(library, shape, tokens):
     assert (error <= BF16_TOLERANCE * magnitude).all()
 
 
-def test_tiles_round_as_vectors_do(library):
-    """The same sums of codes enter the same operations, of which the compiler fuses a few
-    differently: the last bit of numbers below 32 may change.
-    """
-    formats = [FORMATS[n] for n in ("w8", "q4_1", "q4_0")]
-    vectors = {key(f): integer(f, 72, 32, replace(INTEGER, tiles=None)) for f in formats}
-    built = build(vectors)
-    for fmt in formats:
-        arguments, _, _ = Case(fmt, 72, K, 40, 32).arguments()
-        y = tensor(arguments[-1])
-        built[key(fmt)](*map(tensor, arguments[:-1]), y)
-        got = library.run(key(fmt), *arguments)
-        np.testing.assert_allclose(got, y.numpy(), rtol=1e-6, atol=2e-6)
-
-
 def test_few_tokens_use_no_tiles(emulated):
     counts = []
     for tokens in (8, 9, 33):
         before = emulated.emulator.products
         emulated.run("f", *rows_of(tokens))
         counts.append(emulated.emulator.products - before)
-    units, panels = K // 32, 5
-    assert counts == [0, units * panels, 3 * units * panels]
+    steps, panels = K // 32, 5
+    assert counts == [0, steps * panels, 3 * steps * panels]
 
 
 def test_misused_tiles_are_noticed(emulated, monkeypatch):
-    """What the other tests rely on: full tiles for nine rows of activations read past their end."""
-    monkeypatch.setattr(amx, "_configure", wrong_rows(amx._configure))
+    """What the other tests rely on: tiles of half the depth do not fit each other."""
+    configure = amx.configure
+    monkeypatch.setattr(amx, "configure", lambda depth: configure(depth // 2))
     wrong = Library({"f": integer(FORMATS["q4_0"], 72, 32)})
-    with pytest.raises(AssertionError, match=r"tileloadd.*guard"):
+    with pytest.raises(AssertionError):
         wrong.run("f", *rows_of(9))
 
 
-def wrong_rows(configure):
-    return lambda line, _, depth: configure(line, tvm.tirx.IntImm("int32", 16), depth)
+def test_a_product_takes_the_same_numbers_in_every_tiling(library):
+    """Chunks and row blocks change the order of sums, nothing else."""
+    arguments = Case(FORMATS["q4_0"], 72, K, 80, 32).arguments()[0]
+    whole = Library({"f": integer(FORMATS["q4_0"], 72, 32, PARAMETERS["amx"].integer)})
+    got, expected = library.run("q4_0", *arguments), whole.run("f", *arguments)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_level_compiles_to_instructions_on_tiles():
     target = CpuTarget("amx")
     functions = {
-        "tdpbssd": integer(FORMATS["q4_0"], 64, 32),
-        "tdpbsud": integer(FORMATS["q4_1"], 64, 32),
-        "tdpbf16ps": bfloat16(64, K),
+        "integer": integer(FORMATS["q4_0"], 64, 32),
+        "bfloat16": bfloat16(64, K),
     }
-    for instruction, func in functions.items():
+    for func in functions.values():
         module = tvm.IRModule({"f": func.with_attr("global_symbol", "f")})
         with tvm.transform.PassContext(config=target.pass_config):
             assembly = tvm.compile(module, target=target.tvm_target).mod.inspect_source("asm")
-        for name in ("ldtilecfg", "tileloadd", instruction, "tilestored", "tilerelease"):
+        loads, stores = ("tileloadd", "tileloaddt1"), ("tilestored", "tilerelease")
+        for name in ("ldtilecfg", *loads, "tdpbf16ps", *stores):
             assert re.search(rf"^\s+{name}\b", assembly, re.MULTILINE), name
 
 
@@ -212,6 +207,6 @@ def test_entry_points_for_a_few_tokens_hold_no_tile_code():
     n = tvm.tirx.Var("n", "int64")
     types = {name: relax.TensorType([1, n, k], dtype) for name, (dtype, k) in shapes.items()}
     types["weight"] = relax.TensorType([64, K], "float32")
-    site = Site(op=op, types=types, max_tokens=8, tokens=None, num_groups=1, page_size=16)
+    site = Site(op=op, types=types, max_tokens=24, tokens=None, num_groups=1, page_size=16)
     assert "tile" not in rule(site).func.script()
-    assert "tile" in rule(replace(site, max_tokens=9)).func.script()
+    assert "tile" in rule(replace(site, max_tokens=25)).func.script()

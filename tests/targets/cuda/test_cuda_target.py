@@ -115,7 +115,7 @@ def test_a_library_loads_where_there_is_no_device(library) -> None:
         module["norm"](x, x, x)
 
 
-@pytest.mark.parametrize("level", ["sm_70", "sm90", "sm_80,", "sm_80 sm_90", "compute_90"])
+@pytest.mark.parametrize("level", ["sm_12", "sm_70", "sm90", "sm_80,", "sm_80 sm_90", "compute_90"])
 def test_an_unknown_architecture_is_named_with_those_that_exist(level) -> None:
     with pytest.raises(UsageError, match="unknown CUDA architecture") as caught:
         CudaTarget(level)

@@ -18,11 +18,11 @@ from llmc.targets.gpu.kernels.grouped_linear import grouped_linear
 from llmc.targets.gpu.kernels.grouped_tiles import FloatTile, grouped_tiles
 from llmc.targets.gpu.kernels.kv_write import rope_kv_write
 from llmc.targets.gpu.kernels.linear import linear_few, linear_many
+from llmc.targets.gpu.kernels.matrix_tile import multiply_tile
 from llmc.targets.gpu.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from llmc.targets.gpu.kernels.top_k import top_k
 from llmc.targets.gpu.parameters import AttentionParameters
-from llmc.targets.metal.kernels.simdgroup import multiply_tile
-from llmc.targets.metal.parameters import SimdgroupParameters
+from llmc.targets.metal.parameters import TILE
 from llmc.targets.metal.target import PARAMETERS
 
 pytestmark = pytest.mark.skipif(
@@ -36,7 +36,6 @@ HALF = 6e-4
 M, EXPERTS, TOP = 70, 5, 2  # M: neither a multiple of a panel nor of a tile
 F32 = {"dtype": "float32", "vector_dtype": "float32"}
 FORMATS_OF_TILES = {"f32": 44, "bf16": 44, "f16": 44, "q4_1": 96, "w8": 50, "q6_k": 256}
-TILE = SimdgroupParameters()
 HEADS, KV_HEADS, D, PAGE = 6, 2, 64, 16
 LENGTHS = ((1, 1), (1, 70), (5, 5), (0, 0), (9, 30))
 # A part of a context and a tile are small here, so that a short context has several.

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from dataclasses import replace
 
 import mach_o
 import pytest
@@ -13,9 +14,9 @@ from llmc.formats import FORMATS
 from llmc.targets import registry
 from llmc.targets.base import Site
 from llmc.targets.gpu.kernels.linear import linear_few, linear_many
+from llmc.targets.gpu.kernels.matrix_tile import multiply_tile
 from llmc.targets.gpu.kernels.norm import rms_norm
-from llmc.targets.metal.kernels.simdgroup import multiply_tile
-from llmc.targets.metal.parameters import SimdgroupParameters
+from llmc.targets.metal.parameters import TILE
 from llmc.targets.metal.source import THREADGROUP_BYTES, check_source, threadgroup_bytes
 from llmc.targets.metal.target import PARAMETERS, MetalTarget
 
@@ -44,7 +45,7 @@ def library(tmp_path_factory):
     }
     for name in ("f16", "bf16", "q4_1"):
         functions[f"tile_{name}"] = linear_many(
-            FORMATS[name], 64, 128, params=SimdgroupParameters(), multiply=multiply_tile, **PLAIN
+            FORMATS[name], 64, 128, params=TILE, multiply=multiply_tile, **PLAIN
         )
     named = {name: f.with_attr("global_symbol", name) for name, f in functions.items()}
     built = tvm.compile(tvm.IRModule(named), target=target.tvm_target)
@@ -164,7 +165,7 @@ def chosen(op, max_tokens, shapes):
     return next(name for name, rule in MetalTarget().kernel_rules if rule(site) is not None)
 
 
-@pytest.mark.parametrize("level", ["apple7", "macos14", ""])
+@pytest.mark.parametrize("level", ["foo", "apple7", "macos14", ""])
 def test_there_are_no_levels(level) -> None:
     with pytest.raises(UsageError, match="unknown Metal level") as caught:
         MetalTarget(level)
@@ -191,6 +192,6 @@ def test_a_machine_that_is_no_mac_builds_and_says_where_it_runs(monkeypatch) -> 
 )
 def test_a_tile_that_does_not_divide_is_no_tile(wrong) -> None:
     right = {"rows": 64, "tokens": 32, "group_rows": 32, "group_tokens": 16, "depth": 32}
-    assert SimdgroupParameters(**right).threads == 128
+    assert replace(TILE, **right).threads == 128
     with pytest.raises(AssertionError):
-        SimdgroupParameters(**{**right, **wrong})
+        replace(TILE, **{**right, **wrong})

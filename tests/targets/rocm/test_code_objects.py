@@ -182,7 +182,7 @@ def test_rules_keep_exact_products_for_float32_and_few_tokens(rocm):
     assert rule(dialect.GroupedLinear(format="bf16"), 8, **experts) == "gpu.few_experts"
 
 
-@pytest.mark.parametrize("level", ["gfx906", "gfx942,", "sm_90", "gfx90a gfx942"])
+@pytest.mark.parametrize("level", ["gfx000", "gfx906", "gfx942,", "sm_90", "gfx90a gfx942"])
 def test_an_unknown_architecture_is_named_with_those_that_exist(rocm, level):
     with pytest.raises(UsageError, match="unknown ROCm architecture") as caught:
         RocmTarget(level)

