@@ -37,8 +37,13 @@ _BARRIER_BYTES = 128
 
 
 def takes(fmt: WeightFormat, m: int, *, gate: bool) -> bool:
-    """Whether there is such a product: float32 weights would be rounded, and halves are panels."""
-    return fmt.bits <= 16 and (not gate or m % (2 * PANEL) == 0)
+    """Whether there is such a product: float32 weights would be rounded, and halves are panels.
+
+    Not of nested scales, which need more shared memory or were never compared with NumPy, and not
+    of float8 codes, which spill registers.
+    """
+    plain = fmt.bits <= 16 and fmt.sub_scales is None and not fmt.float_codes
+    return plain and (not gate or m % (2 * PANEL) == 0)
 
 
 def linear_wide(
