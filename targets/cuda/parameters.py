@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Generic, TypeVar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,21 +82,22 @@ class WideTokens:
         return 384
 
 
-Step = FewTokens | ManyTokens | WideTokens
+Step = FewTokens | ManyTokens
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorCorePlan:
+class TensorCorePlan(Generic[S]):
     """Kernels by rising numbers of tokens: each with the most it serves, the last serves all."""
 
-    steps: tuple[tuple[int, Step], ...]
-    last: ManyTokens | WideTokens
+    steps: tuple[tuple[int, S], ...]
+    last: S
 
     def __post_init__(self) -> None:
         assert all(a[0] < b[0] for a, b in pairwise(self.steps)), self
 
     @property
-    def kernels(self) -> list[Step]:
+    def kernels(self) -> list[S]:
         """All of them, in order."""
         return [*(step for _, step in self.steps), self.last]
 
@@ -126,7 +128,7 @@ def gemv_plan(k: int) -> GemvPlan:
 
 
 # Shared memory stays below 99 KiB, which devices of compute capability 8.6 and 12.0 have.
-PLANS = {
+PLANS: dict[int, TensorCorePlan[Step]] = {
     16: TensorCorePlan(
         steps=(
             (8, FewTokens(tokens=8, ahead=4)),
@@ -155,7 +157,7 @@ PLANS = {
 """The plan by the bits of a weight."""
 
 
-def _wide(*stages: tuple[int, int, int]) -> TensorCorePlan:
+def _wide(*stages: tuple[int, int, int]) -> TensorCorePlan[WideTokens]:
     """Of (tokens of a block, chunks of a stage, stages)."""
     *short, last = (WideTokens(tokens=t, chunks=c, stages=s) for t, c, s in stages)
     # Of one kernel: clusters are of another size where there are more tiles.

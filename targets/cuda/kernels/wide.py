@@ -58,7 +58,7 @@ def linear_wide(
     dtype: str,
     vector_dtype: str,
     norm_dtype: str,
-    plan: TensorCorePlan,
+    plan: TensorCorePlan[WideTokens],
 ) -> PrimFunc:
     """y `[1, T, M]` (with `gate` `[1, T, M / 2]`) = weight · x `[1, T, K]`.
 
