@@ -13,13 +13,13 @@ from llmc.compiler import weight_plan
 from llmc.compiler.passes.canonicalize import canonicalize
 from llmc.compiler.passes.check_packing import check_packing
 from llmc.compiler.passes.dispatch import RULE, dispatch
+from llmc.compiler.passes.fuse_around import fuse_around
 from llmc.compiler.passes.fuse_epilogue import fuse_epilogue
 from llmc.compiler.passes.fuse_gated_activation import fuse_gated_activation
 from llmc.compiler.passes.fuse_norm import fuse_norm
 from llmc.compiler.passes.fuse_projections import fuse_projections
 from llmc.compiler.passes.fuse_rope import fuse_rope
 from llmc.compiler.passes.fuse_rope_kv_write import fuse_rope_kv_write
-from llmc.compiler.passes.fuse_token import fuse_token
 from llmc.compiler.passes.lower_attention import Page, lower_attention
 from llmc.compiler.passes.quantize import Chooser, quantize
 from llmc.compiler.passes.quantize_activations import quantize_activations, round_activations
@@ -112,7 +112,7 @@ def graph_phases(
                 relax.transform.EliminateCommonSubexpr(),
             ],
         ),
-        ("specialize", [split, lambda mod: fuse_token(mod, target.fuses_token)]),
+        ("specialize", [split, lambda mod: fuse_around(mod, target.fuses)]),
         ("dispatch", [lambda mod: dispatch(mod, target)]),
         ("fuse-rest", [_fuse_rest, lambda mod: _schedule(mod, target)]),
     ]

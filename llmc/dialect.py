@@ -119,11 +119,11 @@ class Linear(Operator):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusedLinear(Operator):
-    """Linear of one token with what stands before and behind it.
+    """Linear with what stands before and behind it.
 
-    x `[1, 1, K]` goes through RmsNorm where there is a `norm` `[K]` (`eps` and `offset` are its
-    own); with `gate`, a kind of GatedActivation, the sums go through that -> `[1, 1, M]`, or
-    `[1, 1, M / 2]`.
+    x `[1, T, K]` goes through RmsNorm where there is a `norm` `[K]` (`eps` and `offset` are its
+    own); with `gate`, a kind of GatedActivation, the sums go through that -> `[1, T, M]`, or
+    `[1, T, M / 2]`.
     """
 
     name: ClassVar[str] = "fused_linear"

@@ -130,8 +130,10 @@ class Target(Protocol):
     def activation_blocks(self, fmt: WeightFormat, features: int) -> ActivationBlocks | None:
         """For products with `fmt` weights of that many input features; None: in floats only."""
 
-    def fuses_token(self, fmt: WeightFormat, m: int, k: int) -> bool:
-        """Whether its rules take dialect.FusedLinear with a weight `[m, k]` of `fmt`."""
+    def fuses(self, fmt: WeightFormat, m: int, k: int, max_tokens: int) -> bool:
+        """Whether its rules take dialect.FusedLinear with a weight `[m, k]` of `fmt`, in the entry
+        point of so many tokens.
+        """
 
     def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
         """The arrays a matrix `[M, K]` or a stack `[X, M, K]` is packed into."""

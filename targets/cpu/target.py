@@ -156,7 +156,7 @@ class CpuTarget:
             return None
         return ActivationBlocks(block=block, unit=unit_of(fmt, block), factor=sum_factor(fmt))
 
-    def fuses_token(self, fmt: WeightFormat, m: int, k: int) -> bool:
+    def fuses(self, fmt: WeightFormat, m: int, k: int, max_tokens: int) -> bool:
         """No."""
         return False
 

@@ -25,7 +25,10 @@ _WAIT = (
     '  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");\n#endif\n'
 )
 # What calls await_inputs itself.
-_AWAITS = ("llmc::gemv<", "llmc::attend<", "llmc::merge_parts<")
+_AWAITS = (
+    *("llmc::gemv<", "llmc::attend<", "llmc::merge_parts<"),
+    *("llmc::arrange_wide<", "llmc::multiply_wide<"),
+)
 
 
 def overlap_launches(wanted: bool) -> None:

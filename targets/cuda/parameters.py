@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Generic, TypeVar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,21 +56,48 @@ class ManyTokens:
         return 32 * (self.rows // self.warp_rows) * (self.tokens // self.warp_tokens)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WideTokens:
+    """256 rows a block, copied in bulk (sm_90 and newer): see kernels/wide.cuh."""
+
+    tokens: int  # of a block, a multiple of 16
+    chunks: int  # of a row in a stage
+    stages: int  # in shared memory
+    blocks: int = 132  # at once: a cluster shares a tile where there are fewer
+    cluster: int = 4  # most blocks of a cluster
+
+    def __post_init__(self) -> None:
+        assert self.tokens in (16, 32, 64, 128), self
+        assert self.chunks % 4 == 0, self
+        assert 2 <= self.stages <= 8, self
+
+    @property
+    def rows(self) -> int:
+        """Output rows of a block."""
+        return 256
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: those that multiply, and four warps for one that copies."""
+        return 384
+
+
 Step = FewTokens | ManyTokens
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorCorePlan:
+class TensorCorePlan(Generic[S]):
     """Kernels by rising numbers of tokens: each with the most it serves, the last serves all."""
 
-    steps: tuple[tuple[int, Step], ...]
-    last: ManyTokens
+    steps: tuple[tuple[int, S], ...]
+    last: S
 
     def __post_init__(self) -> None:
         assert all(a[0] < b[0] for a, b in pairwise(self.steps)), self
 
     @property
-    def kernels(self) -> list[Step]:
+    def kernels(self) -> list[S]:
         """All of them, in order."""
         return [*(step for _, step in self.steps), self.last]
 
@@ -100,7 +128,7 @@ def gemv_plan(k: int) -> GemvPlan:
 
 
 # Shared memory stays below 99 KiB, which devices of compute capability 8.6 and 12.0 have.
-PLANS = {
+PLANS: dict[int, TensorCorePlan[Step]] = {
     16: TensorCorePlan(
         steps=(
             (8, FewTokens(tokens=8, ahead=4)),
@@ -127,6 +155,22 @@ PLANS = {
     ),
 }
 """The plan by the bits of a weight."""
+
+
+def _wide(*stages: tuple[int, int, int]) -> TensorCorePlan[WideTokens]:
+    """Of (tokens of a block, chunks of a stage, stages)."""
+    *short, last = (WideTokens(tokens=t, chunks=c, stages=s) for t, c, s in stages)
+    # Of one kernel: clusters are of another size where there are more tiles.
+    several = ((tokens, last) for tokens in (128, 256, 512))
+    return TensorCorePlan(steps=(*((step.tokens, step) for step in short), *several), last=last)
+
+
+WIDE_PLANS = {
+    16: _wide((16, 8, 6), (32, 8, 5), (64, 8, 5), (128, 8, 4)),
+    8: _wide((16, 4, 6), (32, 4, 6), (64, 4, 5), (128, 4, 4)),
+    4: _wide((16, 8, 4), (32, 8, 4), (64, 8, 3), (128, 4, 4)),
+}
+"""Plans for sm_90 alone, whose blocks may have 227 KiB; measured on an H200."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from llmc.formats import WeightFormat
 from llmc.targets.base import KernelRule, ScheduleRule
 from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.target import TRIPLES
-from llmc.targets.cuda.kernels import gemv
+from llmc.targets.cuda.kernels import gemv, wide
 from llmc.targets.cuda.launches import await_launches, overlap_launches
 from llmc.targets.cuda.parameters import SHARED_KIB
 from llmc.targets.cuda.rules import cuda_rules
@@ -73,6 +73,7 @@ class CudaTarget(GpuTarget):
             self.parameters,
             self.few_tokens,
             min(SHARED_KIB[architecture] for architecture in self.architectures) * 1024,
+            self._hopper,
         )
         self.schedule_rules: Sequence[tuple[str, ScheduleRule]] = schedule_rules(self.tvm_target)
         # TVM asks this function, which is one for the process, for the code of every module.
@@ -84,9 +85,15 @@ class CudaTarget(GpuTarget):
         )
         overlap_launches(ARCHITECTURES.index(architectures[0]) >= ARCHITECTURES.index("sm_90"))
 
-    def fuses_token(self, fmt: WeightFormat, m: int, k: int) -> bool:
-        """What kernels/gemv.py takes."""
-        return gemv.takes(fmt, m, k)
+    @property
+    def _hopper(self) -> bool:
+        return self.architectures == ("sm_90",)
+
+    def fuses(self, fmt: WeightFormat, m: int, k: int, max_tokens: int) -> bool:
+        """What kernels/gemv.py takes, and of many tokens wide.py."""
+        if max_tokens == 1:
+            return gemv.takes(fmt, m, k)
+        return self._hopper and max_tokens > self.few_tokens and wide.takes(fmt, m, gate=True)
 
     def link(self, executable: tvm.runtime.Executable, path: Path) -> list[str]:
         """Links the host code with the device's inside; the oldest architecture it runs on."""

@@ -39,7 +39,7 @@ class GpuTarget:
         """None: products are made in floats."""
         return None
 
-    def fuses_token(self, fmt: WeightFormat, m: int, k: int) -> bool:
+    def fuses(self, fmt: WeightFormat, m: int, k: int, max_tokens: int) -> bool:
         """No."""
         return False
 

@@ -51,7 +51,7 @@ def linear_tensor_cores(
     residual: bool,
     dtype: str,
     vector_dtype: str,
-    plan: TensorCorePlan,
+    plan: TensorCorePlan[Step],
 ) -> PrimFunc:
     """The product for any number of tokens; buffers as in targets/gpu/kernels/linear.py.
 
@@ -89,7 +89,7 @@ class _Call:
         residual: bool,
         dtype: str,
         vector_dtype: str,
-        plan: TensorCorePlan,
+        plan: TensorCorePlan[Step],
     ) -> None:
         self.plan = plan
         self.tokens = rows_of(None)

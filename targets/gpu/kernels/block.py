@@ -100,17 +100,24 @@ def sync() -> None:
 
 
 @contextmanager
-def launch(blocks: tuple[Extent, ...], threads: tuple[int, ...]) -> Iterator[tuple[Expr, ...]]:
-    """Blocks (x, y, z) of threads (x, y); yields their indices, all int64, blocks first."""
+def launch(
+    blocks: tuple[Extent, ...], threads: tuple[int, ...], *, cluster: int = 1
+) -> Iterator[tuple[Expr, ...]]:
+    """Blocks (x, y, z) of threads (x, y); yields their indices, all int64, blocks first.
+
+    `cluster` blocks that follow each other in x run at the same time and share memory (CUDA).
+    """
+    groups = [T.launch_thread("clusterCtaIdx.x", i64(cluster))] if cluster > 1 else []
     frames = [T.launch_thread(f"blockIdx.{a}", index(n)) for a, n in zip("xyz", blocks)]
     frames += [T.launch_thread(f"threadIdx.{a}", i64(n)) for a, n in zip("xy", threads)]
     opened: list[Expr] = []
+    every = [*groups, *frames]
     try:
-        for frame in frames:
+        for frame in every:
             opened.append(frame.__enter__())
-        yield tuple(opened)
+        yield tuple(opened[len(groups) :])
     finally:
-        for frame in reversed(frames[: len(opened)]):
+        for frame in reversed(every[: len(opened)]):
             frame.__exit__(None, None, None)
 
 

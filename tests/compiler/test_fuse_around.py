@@ -4,7 +4,7 @@ from tvm import relax
 
 from llmc import dialect
 from llmc.compiler.passes.dispatch import MAX_TOKENS
-from llmc.compiler.passes.fuse_token import fuse_token
+from llmc.compiler.passes.fuse_around import fuse_around
 from llmc.compiler.rewriter import relax_functions
 
 PARAMS = {"x": [1, 1, 8], "g": [8], "w": [32, 8], "b": [32], "r": [1, 1, 32]}
@@ -19,8 +19,8 @@ def bounded(mod, tokens):
     return out
 
 
-def fused(mod, tokens=1, takes=lambda fmt, m, k: True):
-    return fuse_token(bounded(mod, tokens), takes)
+def fused(mod, tokens=1, takes=lambda fmt, m, k, max_tokens: max_tokens == 1):
+    return fuse_around(bounded(mod, tokens), takes)
 
 
 def layer(emit, x, g, w, b, r, *, gate=None, residual=False):
@@ -68,12 +68,12 @@ def test_entry_points_of_more_tokens_and_products_that_the_target_lacks_stay():
     assert operators(fused(before, tokens=8)) == kept
     asked = []
 
-    def takes(fmt, m, k):
-        asked.append((fmt.name, m, k))
+    def takes(fmt, m, k, max_tokens):
+        asked.append((fmt.name, m, k, max_tokens))
         return False
 
     assert operators(fused(before, takes=takes)) == kept
-    assert set(asked) == {("w4-g32", 32, 8)}
+    assert set(asked) == {("w4-g32", 32, 8, 1)}
 
 
 def test_a_norm_that_is_read_twice_stays():
@@ -89,3 +89,9 @@ def test_a_norm_that_is_read_twice_stays():
 def test_the_numbers_of_tokens_may_be_symbolic_elsewhere(rows):
     before = graph(lambda emit, x, g: NORM.call(x, g), x=[1, rows, 8], g=[8])
     assert operators(fused(before, tokens=64)) == ["rms_norm"]
+
+
+def test_entry_points_of_many_tokens_are_fused_where_the_target_takes_them():
+    before = graph(lambda emit, **p: layer(emit, **p, gate="silu"), **PARAMS)
+    many = fused(before, tokens=64, takes=lambda fmt, m, k, max_tokens: max_tokens > 8)
+    assert operators(many) == ["fused_linear"]

@@ -1,10 +1,10 @@
-"""A product of one token takes in the norm before it and the gated activation behind it.
+"""A product takes in the norm before it and the gated activation behind it.
 
     linear(rms_norm(x, w), W)         -> fused_linear(x, w, W)
     gated_activation(linear(x, W))    -> fused_linear(x, W), gate
 
-In the entry point of one token alone, and where the target has such products: to normalize a row in
-every block of threads costs less there than a launch of its own.
+Where the target has such products for an entry point: to normalize a row again, or on the way to
+where it is multiplied, costs less than a launch and a pass over memory.
 """
 
 from __future__ import annotations
@@ -20,24 +20,23 @@ from llmc.compiler.passes.dispatch import MAX_TOKENS
 from llmc.compiler.rewriter import Expr, Scope, apply_rule, relax_functions
 from llmc.formats import FORMATS, WeightFormat
 
-Takes = Callable[[WeightFormat, int, int], bool]
+Takes = Callable[[WeightFormat, int, int, int], bool]
 
 
-def fuse_token(mod: tvm.IRModule, takes: Takes) -> tvm.IRModule:
-    """Fuses into the products whose format and `[M, K]` the target `takes`."""
+def fuse_around(mod: tvm.IRModule, takes: Takes) -> tvm.IRModule:
+    """Fuses into the products whose format, `[M, K]` and number of tokens the target `takes`."""
     out = mod.clone()
     for name, func in relax_functions(mod):
-        if int(func.attrs[MAX_TOKENS]) != 1:
-            continue
+        max_tokens = int(func.attrs[MAX_TOKENS])
         single = tvm.IRModule({name: func})
         for rule in (_norm, _gate):
-            single = apply_rule(single, _checked(rule, takes))
+            single = apply_rule(single, _checked(rule, takes, max_tokens))
         [(_, out[name])] = list(relax_functions(single))
     return out
 
 
 def _checked(
-    rule: Callable[[Expr, Scope], relax.Call | None], takes: Takes
+    rule: Callable[[Expr, Scope], relax.Call | None], takes: Takes, max_tokens: int
 ) -> Callable[[Expr, Scope], Expr | None]:
     def fuse(call: Expr, scope: Scope) -> Expr | None:
         made = rule(call, scope)
@@ -46,7 +45,7 @@ def _checked(
         found = dialect.FusedLinear.match(made)
         assert found is not None, "the rules return fused products"
         m, k = (int(e) for e in found[1]["weight"].ty.shape)
-        return made if takes(FORMATS[found[0].format or "f32"], m, k) else None
+        return made if takes(FORMATS[found[0].format or "f32"], m, k, max_tokens) else None
 
     return fuse
 
