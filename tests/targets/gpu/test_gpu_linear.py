@@ -31,7 +31,7 @@ SHAPED = {
 }
 TILES = {
     "wide": GemmParameters(rows=32, tokens=64, depth=16, thread_rows=2, thread_tokens=8),
-    "tall": GemmParameters(rows=128, tokens=16, depth=64, thread_rows=8, thread_tokens=2),
+    "tall": GemmParameters(rows=128, tokens=16, depth=32, thread_rows=8, thread_tokens=2),
 }
 
 
