@@ -39,8 +39,8 @@ _BARRIER_BYTES = 128
 def takes(fmt: WeightFormat, m: int, *, gate: bool) -> bool:
     """Whether there is such a product: float32 weights would be rounded, and halves are panels.
 
-    Not of nested scales, which need more shared memory or were never compared with NumPy, and not
-    of float8 codes, which spill registers.
+    Not of nested scales, which no device has compared with float64 yet, and not of float8 codes,
+    which spill registers.
     """
     plain = fmt.bits <= 16 and fmt.sub_scales is None and not fmt.float_codes
     return plain and (not gate or m % (2 * PANEL) == 0)
