@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from llmc.targets.cpu.kernels import bfloat16
@@ -398,6 +399,16 @@ class TileAttention:
                 T.buffer_store(self._k, value, [step, at(j * i64(plan.page_size) + column, lanes)])
 
             self._unpack(keys, i64(plan.head_dim), lanes, store)
+        # Scores are made of several vectors at once. What lies behind the last page is masked, but
+        # multiplied: old bits that read as denormal numbers would take ten times as long.
+        unpacked = count * i64(plan.page_size)
+        at_once = lanes * plan.vectors_at_once(self.tile, plan.block_tokens // lanes)
+        rest = T.ceildiv(unpacked, i64(at_once)) * i64(at_once) - unpacked
+        with T.serial(T.floordiv(rest, i64(lanes))) as c:
+            column = T.Bind(unpacked + c * i64(lanes))
+            with T.serial(i64(plan.head_dim // self.tile.unit)) as step:
+                zeros = spread(tirx.const(0, self._k.dtype), lanes)
+                T.buffer_store(self._k, zeros, [step, at(column, lanes)])
 
     def _unpack_values(self, first: Expr, count: Expr) -> None:
         plan = self.plan

@@ -10,12 +10,13 @@ import tvm
 from tvm.script import tirx as T
 
 from llmc.targets.cpu.kernels import math as kernels_math
+from llmc.targets.cpu.kernels.math import EXP2_LOWEST
 
 LANES = 16
 # name: (reference, lowest and highest argument, units in the last place)
 FUNCTIONS = {
     "exp": (np.exp, -87.0, 88.0, 2),
-    "exp2": (np.exp2, -126.0, 127.0, 3),
+    "exp2": (np.exp2, EXP2_LOWEST, 127.0, 3),
     "nearest": (np.round, -1e6, 1e6, 0),
     "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), -80.0, 80.0, 4),
     "tanh": (np.tanh, -12.0, 12.0, 8),
@@ -71,7 +72,7 @@ def test_ends_of_the_range_are_exact(kernels):
     x = np.zeros((1, LANES), np.float32)
     x[0, :4] = -np.inf, -88.5, 89.0, np.inf
     assert apply(kernels["exp"], x)[0, :5].tolist() == [0, 0, np.inf, np.inf, 1]
-    assert apply(kernels["exp2"], x)[0, 0] == 2.0**-126
+    assert apply(kernels["exp2"], x)[0, 0] == 2.0**EXP2_LOWEST
     assert apply(kernels["exp2"], x)[0, 4] == 1
     assert apply(kernels["sigmoid"], x)[0, :5].tolist() == [0, 0, 1, 1, 0.5]
     assert apply(kernels["tanh"], x)[0, 4] == 0
