@@ -1,4 +1,4 @@
-"""Memory-maps an artifact's weights and hands them to the device, to a host's without a copy."""
+"""Reads an artifact's weights and hands them to the device, to a host's without a copy."""
 
 from __future__ import annotations
 
@@ -14,15 +14,25 @@ from llmc.artifact import Manifest, WeightTensor
 from llmc.errors import ArtifactError
 
 
+_ALIGNMENT = 4096  # of a file in memory: its tensors are then aligned as they are in it
+
+
 def load_weights(
-    directory: Path, manifest: Manifest, tensor: Callable[[npt.NDArray[Any]], Any]
+    directory: Path,
+    manifest: Manifest,
+    tensor: Callable[[npt.NDArray[Any]], Any],
+    *,
+    resident: bool,
 ) -> list[Any]:
     """The weights in argument order, each made a tensor of the device's by `tensor`.
 
-    Raises ArtifactError where file and manifest disagree.
+    With `resident` that tensor is the array itself: files are read rather than mapped, into pages
+    of 2 MiB where the system has them, from which a processor reads a quarter faster. Raises
+    ArtifactError where file and manifest disagree.
     """
     files = {
-        name: _Mapped(directory / name) for name in dict.fromkeys(w.file for w in manifest.weights)
+        name: _File(directory / name, resident)
+        for name in dict.fromkeys(w.file for w in manifest.weights)
     }
     # Large tensors lie aligned in the file and are not copied; small odd-sized ones may be.
     return [tensor(files[w.file].view(w)) for w in manifest.weights]
@@ -50,20 +60,20 @@ def _random(weight: WeightTensor, generator: np.random.Generator) -> npt.NDArray
     return np.resize(values.astype(dtype), weight.shape)
 
 
-class _Mapped:
-    """One safetensors file; mode "c" (private) because DLPack refuses read-only memory."""
+class _File:
+    """One safetensors file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, resident: bool) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                if size > path.stat().st_size - 8:
-                    raise ArtifactError(f"{path}: header of {size} bytes exceeds the file")
-                self.header = json.loads(file.read(size))
-            self.data = np.memmap(path, np.uint8, "c", offset=8 + size)
+            data = _read(path) if resident else np.memmap(path, np.uint8, "r")
+            size = int.from_bytes(data[:8].tobytes(), "little")
+            if size > data.nbytes - 8:
+                raise ArtifactError(f"{path}: header of {size} bytes exceeds the file")
+            self.header = json.loads(data[8 : 8 + size].tobytes())
         except (OSError, ValueError) as exc:
             raise ArtifactError(f"{path}: not readable as weights: {exc}") from exc
+        self.data = data[8 + size :]
 
     def view(self, weight: WeightTensor) -> npt.NDArray[np.generic]:
         """The bytes of one tensor as the array the manifest describes."""
@@ -77,3 +87,19 @@ class _Mapped:
                 f"{self.path}: {weight.name} has {raw.nbytes} bytes, expected {weight.num_bytes}"
             )
         return raw.view(weight.dtype).reshape(weight.shape)
+
+
+def _read(path: Path) -> npt.NDArray[np.uint8]:
+    """The file's bytes; NumPy asks for large pages for arrays of their size."""
+    size = path.stat().st_size
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNMENT
+    data = memory[begin : begin + size]
+    with path.open("rb", buffering=0) as file:
+        done = 0
+        while done < size:
+            count = file.readinto(memoryview(data)[done:])
+            if not count:
+                raise OSError(f"ends after {done} of {size} bytes")
+            done += count
+    return data
