@@ -100,9 +100,7 @@ class Executor:
         self.weights = (
             random_tensors(manifest, self._tensor)
             if random_weights
-            else load_weights(
-                directory, manifest, self._tensor, resident=place.device.is_host
-            )
+            else load_weights(directory, manifest, self._tensor, resident=place.device.is_host)
         )
         self._state = [*caches, *self.weights]
 

@@ -75,6 +75,26 @@ class TileParameters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CodeTileParameters:
+    """How products of a few rows use matrix registers (kernels/code_tiles.py)."""
+
+    first: int  # products of at least so many tokens use them
+    last: int  # and of at most so many
+    panels: int = 8  # of a task
+    features: int = 576  # of a chunk, at most: its activations stay in the first-level cache
+    least: int = 4  # groups of a chunk: with fewer, tiles are waited for
+    # How many groups later (earlier) than it is multiplied a group is unpacked, stored, added up.
+    unpack_lead: int = 2
+    store_lag: int = 3
+    sum_lag: int = 5
+
+    def __post_init__(self) -> None:
+        # Four tiles hold sums, and four places in memory what is not added up yet.
+        assert 0 < self.store_lag < 4, self
+        assert 0 < self.sum_lag - self.store_lag < 4, self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IntegerParameters:
     """Products of quantized activations; `block` decides numbers, the rest speed."""
 
@@ -85,8 +105,10 @@ class IntegerParameters:
     min_chains: int = 4  # independent sums below which a tile splits each in two
     unit_words: int = 4  # stored words of one step of a one-token product
     prefetch_words: int = 128  # word vectors (64 bytes each) asked for ahead for one token
+    prefetch_cache: int = 1  # the level that they are brought to
     next_panels: int = 2  # panels ahead whose words a tile of several tokens asks for; 0: none
     tiles: TileParameters | None = None  # None: there are no matrix registers
+    code_tiles: CodeTileParameters | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +197,11 @@ PARAMETERS: dict[str, CpuParameters] = {
     "amx": replace(
         _BF16,
         integer=IntegerParameters(
-            dot=VPDPBUSD_512, table=PSHUFB_512, tiles=TileParameters(crossover=24)
+            dot=VPDPBUSD_512,
+            table=PSHUFB_512,
+            prefetch_cache=2,
+            tiles=TileParameters(crossover=24),
+            code_tiles=CodeTileParameters(first=11, last=32),
         ),
         bfloat16=Bfloat16Parameters(tiles=TileParameters(crossover=3)),
         # Dot products of bfloat16 pairs take such processors longer than those of floats.

@@ -112,7 +112,12 @@ def _linear(site: Site, params: LinearParameters) -> Kernel | None:
 def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | None:
     if not isinstance(site.op, dialect.IntegerLinear) or params is None:
         return None
-    params = replace(params, tiles=_tiles(site, params.tiles))
+    few = params.code_tiles
+    params = replace(
+        params,
+        tiles=_tiles(site, params.tiles),
+        code_tiles=few if few is not None and site.max_tokens >= few.first else None,
+    )
     m, k = site.extents("weight")
     rows = site.types["codes"].shape[1]
     func = integer_linear(

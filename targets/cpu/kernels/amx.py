@@ -64,10 +64,9 @@ def store(tile: int, address: Expr, stride: int) -> None:
     _emit("tilestored64", T.uint8(tile), address, i64(stride))
 
 
-def multiply(instruction: str, group: int, panel: int) -> None:
-    """Adds a group's activations times a panel's weights to their sums."""
-    tiles = (sum_tile(group, panel), activation_tile(group), weight_tile(panel))
-    _emit(instruction, *(T.uint8(tile) for tile in tiles))
+def multiply(instruction: str, sums: int, activations: int, weights: int) -> None:
+    """Adds the product of two tiles to a third."""
+    _emit(instruction, *(T.uint8(tile) for tile in (sums, activations, weights)))
 
 
 def _emit(instruction: str, *args: Expr) -> None:

@@ -192,7 +192,8 @@ class _Block:
                     if p == 0:
                         at = T.address_of(values)
                         amx.load_once(amx.activation_tile(g), at, 2 * self.task.depth)
-                    amx.multiply("tdpbf16ps", g, p)
+                    sums, x, w = amx.sum_tile(g, p), amx.activation_tile(g), amx.weight_tile(p)
+                    amx.multiply("tdpbf16ps", sums, x, w)
         for g, p in tiles:
             amx.store(amx.sum_tile(g, p), self._total(g, p), amx.TILE_BYTES)
 

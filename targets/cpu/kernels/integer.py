@@ -262,7 +262,8 @@ class _Tile:
             if self.params.prefetch_words and len(self.rows) == 1 and begins_line:
                 for panel in self.panels:
                     ahead = word + i64(self.params.prefetch_words)
-                    prefetch(weights.word_address(self.expert, panel, ahead))
+                    address = weights.word_address(self.expert, panel, ahead)
+                    prefetch(address, self.params.prefetch_cache)
             for panel in self._next_panels():
                 prefetch(weights.word_address(self.expert, panel, word))
             stored = [T.Bind(self.source.word(self.expert, p, word)) for p in self.panels]

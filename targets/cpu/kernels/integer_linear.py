@@ -11,11 +11,13 @@ from functools import partial
 from typing import Any
 
 import tvm
+from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.bfloat16_tiles import bfloat16_tiles
+from llmc.targets.cpu.kernels.code_tiles import code_tiles, takes
 from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
 from llmc.targets.cpu.kernels.panels import Rows, WeightPanels, argument, i64, size_var
 from llmc.targets.cpu.kernels.register_tiles import (
@@ -77,13 +79,26 @@ def integer_linear(
             def vectors() -> None:
                 for_each_tile(weights, tokens, count, k, params.tiling, tile, worth)
 
-            with params.dot.scope():
-                if params.tiles is None or tokens == 1:
+            def many() -> None:
+                if params.tiles is None:
                     vectors()
+                    return
+                with T.If(count > i64(params.tiles.crossover)):
+                    with T.Then():
+                        bfloat16_tiles(product, coded.bfloat16, count, params.tiles)
+                    with T.Else():
+                        vectors()
+
+            few = params.code_tiles
+            with params.dot.scope():
+                if tokens == 1:
+                    vectors()
+                elif few is None or not takes(fmt, k, few):
+                    many()
                 else:
-                    with T.If(count > i64(params.tiles.crossover)):
+                    with T.If(tirx.And(count >= i64(few.first), count <= i64(few.last))):
                         with T.Then():
-                            bfloat16_tiles(product, coded.bfloat16, count, params.tiles)
+                            code_tiles(product, coded, count, few)
                         with T.Else():
-                            vectors()
+                            many()
     return builder.get()

@@ -110,7 +110,8 @@ def exp2(x: tirx.Expr) -> tirx.Expr:
         return tirx.reinterpret(x.ty, tirx.reinterpret(int32, power) + bits)
 
     return _let(
-        tirx.max(x, _like(EXP2_LOWEST, x)), lambda y: _let(nearest(y), lambda whole: scaled(whole, y))
+        tirx.max(x, _like(EXP2_LOWEST, x)),
+        lambda y: _let(nearest(y), lambda whole: scaled(whole, y)),
     )
 
 

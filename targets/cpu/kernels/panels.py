@@ -109,15 +109,18 @@ def put(vectors: Expr, index: int, value: Expr) -> None:
     T.buffer_store(vectors, value, [i64(index), lanes(i64(0))])
 
 
-def prefetch(address: Expr) -> None:
-    """Asks for the cache line at `address`, which may lie past the buffer's end."""
+def prefetch(address: Expr, cache: int = 1) -> None:
+    """Asks for the cache line at `address`, which may lie past the buffer's end.
+
+    It comes into the caches from level `cache` on.
+    """
     T.evaluate(
         T.call_llvm_intrin(
             "void",
             "llvm.prefetch.p0",
             address,
             T.int32(0),  # for reading
-            T.int32(3),  # into every level of cache
+            T.int32(4 - cache),  # 3 is nearest
             T.int32(1),  # data
         )
     )

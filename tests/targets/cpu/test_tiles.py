@@ -29,7 +29,8 @@ from llmc.targets.cpu.kernels.bfloat16_linear import bfloat16_linear
 from llmc.targets.cpu.kernels.integer import activation_block
 from llmc.targets.cpu.kernels.integer_linear import integer_linear
 from llmc.targets.cpu.layout import pack
-from llmc.targets.cpu.parameters import PARAMETERS, TileParameters, Tiling
+from llmc.targets.cpu.kernels.code_tiles import takes
+from llmc.targets.cpu.parameters import PARAMETERS, CodeTileParameters, TileParameters, Tiling
 from llmc.targets.cpu.target import ISA_LEVELS, CpuTarget
 
 LEVEL = ISA_LEVELS["amx"]
@@ -37,7 +38,10 @@ BELOW = ISA_LEVELS["avx512bf16"]
 # Row blocks of 32 rows, columns of two panels and four chunks of features: several of each.
 TILES = TileParameters(crossover=8, rows=32, resident_bytes=0, panels=2, steps=7)
 VECTORS = Tiling(panels=1, token_tiles=(1,))  # which are tested elsewhere, and quickly compiled
-INTEGER = replace(PARAMETERS["amx"].integer, tiles=TILES, tiling=VECTORS)
+INTEGER = replace(PARAMETERS["amx"].integer, tiles=TILES, code_tiles=None, tiling=VECTORS)
+# Three chunks or more, tasks of two panels and of one; every number of rows.
+CODE_TILES = CodeTileParameters(first=1, last=40, panels=2, features=256)
+CODES = replace(INTEGER, code_tiles=CODE_TILES)
 BFLOAT16 = replace(PARAMETERS["amx"].bfloat16, tiles=TILES, tiling=VECTORS)
 
 K = 768
@@ -49,10 +53,13 @@ INTEGER_TOLERANCE = 4e-4
 """Of Σ|x·w|: both factors are rounded to 8 bits, by 2^-9 of each at most, in random directions; the
 most seen is 2e-4. One wrong code of 768 shows as 1e-3.
 """
+CODES_TOLERANCE = 4e-4
+"""Activations alone are rounded."""
 
 pytestmark = pytest.mark.skipif(
     not host_features().issuperset(BELOW.features), reason="this CPU has no AVX-512 BF16"
 )
+TAKEN = [fmt for fmt in AFFINE if takes(fmt, K, CODE_TILES)]
 
 
 def key(fmt):
@@ -70,6 +77,7 @@ def bfloat16(m, k, params=BFLOAT16):
 def functions():
     made = {key(f): integer(f, 72, activation_block(f, K, 32)) for f in AFFINE}
     made |= {n: integer(FORMATS[f], 40, block) for n, (f, block) in BLOCKS.items()}
+    made |= {f"codes_{key(f)}": integer(f, 72, activation_block(f, K, 32), CODES) for f in TAKEN}
     made |= {f"rows_{n}": integer(FORMATS["q4_0"], m, 32) for n, m in SHAPES.items()}
     return made | {f"bfloat16_{n}": bfloat16(m, K - 16) for n, m in SHAPES.items()}
 
@@ -124,6 +132,20 @@ def rows_of(tokens):
 @given(tokens=st.integers(0, 80))
 def test_integer_products_in_every_format(library, fmt, tokens):
     check_integer(library, key(fmt), fmt, 72, activation_block(fmt, K, 32), tokens)
+
+
+@pytest.mark.parametrize("fmt", TAKEN, ids=lambda f: f.name)
+@settings(max_examples=5, deadline=None)
+@given(tokens=st.integers(1, 40))
+def test_codes_in_every_format(library, fmt, tokens):
+    case = Case(fmt, 72, K, tokens, activation_block(fmt, K, 32))
+    case.check(lambda *arrays: library.run(f"codes_{key(fmt)}", *arrays), CODES_TOLERANCE)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 32, 33, 40])
+def test_codes_in_every_number_of_tiles(library, tokens):
+    case = Case(FORMATS["q4_1"], 72, K, tokens, 32)
+    case.check(lambda *arrays: library.run("codes_q4_1", *arrays), CODES_TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -207,6 +229,6 @@ def test_entry_points_for_a_few_tokens_hold_no_tile_code():
     n = tvm.tirx.Var("n", "int64")
     types = {name: relax.TensorType([1, n, k], dtype) for name, (dtype, k) in shapes.items()}
     types["weight"] = relax.TensorType([64, K], "float32")
-    site = Site(op=op, types=types, max_tokens=24, tokens=None, num_groups=1, page_size=16)
+    site = Site(op=op, types=types, max_tokens=10, tokens=None, num_groups=1, page_size=16)
     assert "tile" not in rule(site).func.script()
-    assert "tile" in rule(replace(site, max_tokens=25)).func.script()
+    assert "tile" in rule(replace(site, max_tokens=11)).func.script()
