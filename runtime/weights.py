@@ -13,7 +13,6 @@ import numpy.typing as npt
 from llmc.artifact import Manifest, WeightTensor
 from llmc.errors import ArtifactError
 
-
 _ALIGNMENT = 4096  # of a file in memory: its tensors are then aligned as they are in it
 
 
@@ -98,7 +97,7 @@ def _read(path: Path) -> npt.NDArray[np.uint8]:
     with path.open("rb", buffering=0) as file:
         done = 0
         while done < size:
-            count = file.readinto(memoryview(data)[done:])
+            count = file.readinto(data[done:].data)
             if not count:
                 raise OSError(f"ends after {done} of {size} bytes")
             done += count

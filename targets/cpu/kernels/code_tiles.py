@@ -124,7 +124,7 @@ def _tile_activations(
     blocks: Expr,
     depth: int,
 ) -> None:
-    """Rows in the order of the codes, and what a group of each adds up to; missing rows are zero."""
+    """Rows in the order of the codes, missing ones zero, and what a group of each adds up to."""
     fmt = weights.fmt
     width = codes_per_word(fmt)
     order = [f for _, pair in _fields(fmt) for f in pair]

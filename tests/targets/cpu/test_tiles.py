@@ -26,10 +26,10 @@ from llmc.formats import FORMATS
 from llmc.targets.base import Site
 from llmc.targets.cpu.kernels import amx
 from llmc.targets.cpu.kernels.bfloat16_linear import bfloat16_linear
+from llmc.targets.cpu.kernels.code_tiles import takes
 from llmc.targets.cpu.kernels.integer import activation_block
 from llmc.targets.cpu.kernels.integer_linear import integer_linear
 from llmc.targets.cpu.layout import pack
-from llmc.targets.cpu.kernels.code_tiles import takes
 from llmc.targets.cpu.parameters import PARAMETERS, CodeTileParameters, TileParameters, Tiling
 from llmc.targets.cpu.target import ISA_LEVELS, CpuTarget
 
