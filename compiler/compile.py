@@ -119,11 +119,15 @@ def compile_model(
         variants, builds = [], []
         for one in (device, *device.alternatives):
             dump = dump_ir if one is device else dump_ir and Path(dump_ir) / one.library_name
-            one_built = _build(model, traced, scheme, KV_DTYPES[kv_name], one, bounds, timer, dump)
-            with timer.phase("link"):
+            spec = f"{one.name}:{one.level}" if device.alternatives else target
+            part = f", {spec}" if device.alternatives else ""  # of the compile, in phases' names
+            one_built = _build(
+                model, traced, scheme, KV_DTYPES[kv_name], one, bounds, timer, part, dump
+            )
+            with timer.phase(f"link{part}"):
                 features = one.link(one_built.executable, folder / one.library_name)
             builds.append(one_built)
-            variants.append(_variant(one, target, features))
+            variants.append(_variant(one, spec, features))
         built = _combined(builds)
         notes: list[str] = []
         scratch = folder / "calibration"
@@ -178,6 +182,7 @@ def _build(
     target: Target,
     bounds: StepBounds,
     timer: Timer,
+    part: str,
     dump_ir: Path | str | None,
 ) -> _Built:
     dump = Dump(dump_ir)
@@ -185,7 +190,7 @@ def _build(
         mod = from_trace(traced)
     dump.write("trace", mod)
     with target.tvm_target:
-        with timer.phase("passes") as progress:
+        with timer.phase(f"passes{part}") as progress:
             # Other schemes choose without it, and finding out reads a layer's weights.
             stored = stored_formats(model.tensors) if scheme.keep else {}
             phases = graph_phases(
@@ -203,7 +208,7 @@ def _build(
             caches = caches_of(mod)
             mod = with_sampling(mod, target, vocab_size, bounds)
             kernels = _kernel_infos(mod)
-        with timer.phase("codegen"):
+        with timer.phase(f"codegen{part}"):
             with failing_as("plan"):
                 planned = lower_to_vm(mod)
                 workspace = {g.name_hint: planned_bytes(f) for g, f in relax_functions(planned)}

@@ -114,6 +114,7 @@ class Target(Protocol):
     lacking_formats: frozenset[str]  # names of weight formats that its kernels do not decode
     few_tokens: int  # largest T of the entry point for small batches
     pass_config: dict[str, object]
+    level: str  # names it among its alternatives; empty where it has none
     alternatives: Sequence[Target]  # for lesser devices: same weights and caches, own libraries
     kernel_rules: Sequence[tuple[str, KernelRule]]
     schedule_rules: Sequence[tuple[str, ScheduleRule]]

@@ -176,7 +176,7 @@ class _PhaseReporter:
         if self._progress is not None:
             self._show(event, label)
         if event.status == "done":
-            line = f"{event.name:<24} {format_seconds(event.seconds):>10}  {event.detail}"
+            line = f"{event.name:<28} {format_seconds(event.seconds):>10}  {event.detail}"
             self._console.print(line.rstrip(), markup=False)
 
     def _show(self, event: PhaseEvent, label: str) -> None:

@@ -97,6 +97,7 @@ class CpuTarget:
     layout = layout.LAYOUT
     page_size = 16
     few_tokens = 8
+    level = ""
     alternatives: Sequence[Target] = ()
 
     def __init__(self, level: str | None = None) -> None:

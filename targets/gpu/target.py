@@ -20,6 +20,7 @@ class GpuTarget:
     few_tokens = 8
     narrow_products: frozenset[str] = frozenset()
     lacking_formats: frozenset[str] = frozenset()
+    level = ""
     alternatives: Sequence[Target] = ()
     parameters: GpuParameters
 

@@ -258,12 +258,16 @@ def test_levels_state_the_subgroup_they_were_made_for(
 def test_an_artifact_for_several_levels_runs_the_first_that_the_device_has(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_llmc
 ) -> None:
-    code, _, _ = run_llmc(
+    code, _, said = run_llmc(
         *("compile", tiny_model, "--target", "vulkan:matrix,portable", "--quant", "f16"),
         *("-o", tmp_path / "a", "--max-batch-tokens", 64),
     )
     assert code == 0
+    levels = ["vulkan:matrix", "vulkan:portable"]
+    phases = [f"{phase}, {level}" for level in levels for phase in ("passes", "codegen", "link")]
+    assert [line[:28].rstrip() for line in said.splitlines() if "vulkan:" in line] == phases
     manifest = Manifest.load(tmp_path / "a")
+    assert [variant.target for variant in manifest.variants] == levels
     assert [variant.library for variant in manifest.variants] == ["model.so", "model-portable.so"]
     matrices = {"cooperativeMatrix16x16x16", "subgroupSize32"}
     present = Vulkan().features(0)

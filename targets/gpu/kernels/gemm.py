@@ -79,9 +79,13 @@ def multiply_tile(weights: Weights, work: TileWork, params: GemmParameters) -> N
     across = i64(params.rows // params.thread_rows)
     row_thread = T.Bind(T.floormod(work.thread, across))
     token_thread = T.Bind(T.floordiv(work.thread, across))
+
+    def place(row: Expr, start: Expr) -> Callable[[int, Expr], None]:
+        return lambda feature, value: put(tile_w, value, start + i64(feature), row)
+
     with T.serial(i64(ceildiv(weights.k, depth))) as step:
         first = T.Bind(step * i64(depth))
-        _load_weights(weights, work, tile_w, first, depth, params)
+        load_weights(weights, work, params, first, depth, place)
         _load_activations(weights, work, tile_x, first, depth, params)
         sync()
         # Threads whose tokens are all missing only help to load.
@@ -103,7 +107,7 @@ MultiplyTile = Callable[[Weights, TileWork, Any], None]
 """A function like `multiply_tile`, on parameters of its own that are a TileShape."""
 
 
-def _shares(total: int, threads: int, thread: Expr, body: Callable[[Expr], None]) -> None:
+def share(total: int, threads: int, thread: Expr, body: Callable[[Expr], None]) -> None:
     """body(0 … total - 1), shared among the block's threads."""
     with T.serial(i64(ceildiv(total, threads))) as i:
         item = T.Bind(i * i64(threads) + thread)
@@ -114,34 +118,38 @@ def _shares(total: int, threads: int, thread: Expr, body: Callable[[Expr], None]
             body(item)
 
 
-def _load_weights(
+def load_weights(
     weights: Weights,
     work: TileWork,
-    tile: Expr,
+    shape: TileShape,
     first: Expr,
     depth: int,
-    params: GemmParameters,
+    place: Callable[[Expr, Expr], Callable[[int, Expr], None]],
 ) -> None:
-    """Dequantizes `depth` features of the block's rows; zeros behind the matrix' last chunk."""
+    """Dequantizes `depth` features of the block's rows; zeros behind the matrix' last chunk.
+
+    place(row, feature) is asked for each chunk: its row in the tile and its first feature, counted
+    from `first`. It returns what puts a number of the chunk where it belongs.
+    """
     per_row = depth // weights.features
 
     def load(item: Expr) -> None:
-        row = T.Bind(T.floormod(item, i64(params.rows)))
-        part = T.Bind(T.floordiv(item, i64(params.rows)))
+        row = T.Bind(T.floormod(item, i64(shape.rows)))
+        part = T.Bind(T.floordiv(item, i64(shape.rows)))
         chunk = T.Bind(T.floordiv(first, i64(weights.features)) + part)
         panel = T.Bind(T.floordiv(work.first_row + row, i64(PANEL)))
         lane = T.Bind(T.floormod(row, i64(PANEL)))
-        column = T.Bind(part * i64(weights.features))
+        store = place(row, T.Bind(part * i64(weights.features)))
 
         def fill() -> None:
             loaded = weights.chunk(work.expert, panel, chunk, lane)
             for feature, value in enumerate(loaded.values()):
-                put(tile, value, column + i64(feature), row)
+                store(feature, value)
 
         conditions = []
         if weights.chunks % per_row:
             conditions.append(chunk < i64(weights.chunks))
-        if weights.panels * PANEL % params.rows:
+        if weights.panels * PANEL % shape.rows:
             conditions.append(panel < i64(weights.panels))
         if not conditions:
             fill()
@@ -152,9 +160,9 @@ def _load_weights(
                 fill()
             with T.Else():
                 for feature in range(weights.features):
-                    put(tile, f32(0), column + i64(feature), row)
+                    store(feature, f32(0))
 
-    _shares(per_row * params.rows, params.threads, work.thread, load)
+    share(per_row * shape.rows, shape.threads, work.thread, load)
 
 
 def _load_activations(
@@ -191,7 +199,7 @@ def _load_activations(
                         for lane in range(lanes):
                             put(tile, f32(0), column + i64(lane), token)
 
-    _shares(vectors * params.tokens, params.threads, work.thread, load)
+    share(vectors * params.tokens, params.threads, work.thread, load)
 
 
 def _multiply(

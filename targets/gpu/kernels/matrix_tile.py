@@ -19,7 +19,7 @@ from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
 from llmc.targets.gpu.kernels.block import f32, i64, put, registers, shared, sync, when
-from llmc.targets.gpu.kernels.gemm import TileWork
+from llmc.targets.gpu.kernels.gemm import TileWork, load_weights, share
 from llmc.targets.gpu.kernels.gemv import load_vector, vector_lanes
 from llmc.targets.gpu.kernels.weights import Weights
 from llmc.targets.gpu.layout import PANEL, ceildiv
@@ -130,7 +130,7 @@ class _Tile:
             self.unit.clear(self.sums, number)
         with T.serial(i64(ceildiv(self.weights.k, self.depth))) as step:
             first = T.Bind(step * i64(self.depth))
-            self._load_weights(first)
+            load_weights(self.weights, self.work, self.params, first, self.depth, self._place)
             self._load_activations(first)
             sync()
             with T.serial(i64(self.depth // self.side)) as slab:
@@ -160,64 +160,25 @@ class _Tile:
             return value
         return T.max(T.min(value, f32(_LARGEST_HALF)), f32(-_LARGEST_HALF))
 
-    def _shares(self, total: int, body: Callable[[Expr], None]) -> None:
-        """body(0 … total - 1), shared among the block's threads."""
-        threads = self.params.threads
-        with T.serial(i64(ceildiv(total, threads))) as i:
-            item = T.Bind(i * i64(threads) + self.work.thread)
-            if total % threads:
-                with when(item < i64(total)):
-                    body(item)
-            else:
-                body(item)
+    def _place(self, row: Expr, start: Expr) -> Callable[[int, Expr], None]:
+        """Puts numbers of a row's chunk that begins with the feature `start`.
 
-    def _load_weights(self, first: Expr) -> None:
-        """Dequantizes `depth` features of the block's rows; zeros behind the last chunk."""
-        weights, params = self.weights, self.params
-        per_row = self.depth // weights.features
+        Where chunks are shorter than a square's side, that is in the middle of a square, whose
+        features are `side` numbers apart.
+        """
+        side, rows = self.side, self.params.rows
+        base = T.Bind(
+            T.floordiv(start, i64(side)) * i64(side * rows)
+            + T.floormod(start, i64(side)) * i64(side)
+            + T.floordiv(row, i64(side)) * i64(self.square)
+            + T.floormod(row, i64(side))
+        )
 
-        def load(item: Expr) -> None:
-            row = T.Bind(T.floormod(item, i64(params.rows)))
-            part = T.Bind(T.floordiv(item, i64(params.rows)))
-            chunk = T.Bind(T.floordiv(first, i64(weights.features)) + part)
-            panel = T.Bind(T.floordiv(self.work.first_row + row, i64(PANEL)))
-            lane = T.Bind(T.floormod(row, i64(PANEL)))
-            # Of the chunk's first feature, in the middle of a square where chunks are shorter than
-            # its side: features of a square are `side` numbers apart.
-            start = T.Bind(part * i64(weights.features))
-            base = T.Bind(
-                T.floordiv(start, i64(self.side)) * i64(self.side * params.rows)
-                + T.floormod(start, i64(self.side)) * i64(self.side)
-                + T.floordiv(row, i64(self.side)) * i64(self.square)
-                + T.floormod(row, i64(self.side))
-            )
+        def store(feature: int, value: Expr) -> None:
+            slab, within = divmod(feature, side)
+            put(self.tile_w, value, base + i64(slab * side * rows + within * side))
 
-            def at(feature: int) -> Expr:
-                slab, within = divmod(feature, self.side)
-                return base + i64(slab * self.side * params.rows + within * self.side)
-
-            def fill() -> None:
-                loaded = weights.chunk(self.work.expert, panel, chunk, lane)
-                for feature, value in enumerate(loaded.values()):
-                    put(self.tile_w, value, at(feature))
-
-            conditions = []
-            if weights.chunks % per_row:
-                conditions.append(chunk < i64(weights.chunks))
-            if weights.panels * PANEL % params.rows:
-                conditions.append(panel < i64(weights.panels))
-            if not conditions:
-                fill()
-                return
-            inside = conditions[0] if len(conditions) == 1 else T.And(*conditions)
-            with T.If(inside):
-                with T.Then():
-                    fill()
-                with T.Else():
-                    for feature in range(weights.features):
-                        put(self.tile_w, f32(0), at(feature))
-
-        self._shares(per_row * params.rows, load)
+        return store
 
     def _load_activations(self, first: Expr) -> None:
         """`depth` features of the tile's tokens, zeros behind the last feature."""
@@ -250,7 +211,7 @@ class _Tile:
                 with T.Else():
                     zero()
 
-        self._shares(vectors * params.tokens, load)
+        share(vectors * params.tokens, params.threads, self.work.thread, load)
 
     def _store(self) -> None:
         """Puts the sums where threads can read them, `[tokens, rows]`, and stores them."""
@@ -272,4 +233,4 @@ class _Tile:
             with when(T.And(output < i64(self.weights.m), token < self.work.count)):
                 self.work.store(token, output, T.Bind(results[token, row]))
 
-        self._shares(params.rows * params.tokens, store)
+        share(params.rows * params.tokens, params.threads, self.work.thread, store)

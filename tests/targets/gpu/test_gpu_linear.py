@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from gpu_device import build, empty, normal, run
+from gpu_experts import routed_rows
 from gpu_formats import ALL, features_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -139,18 +140,9 @@ def test_float16_activations_are_summed_in_float32(kernels, form):
 @pytest.mark.parametrize("shared_input", [True, False])
 @pytest.mark.parametrize("name", ["f32", "q4_0"])
 def test_rows_go_through_the_experts_chosen_for_them(kernels, name, shared_input, form):
-    fmt, rng = FORMATS[name], np.random.default_rng(6)
-    pairs = [random_matrix(rng, fmt, M, 96) for _ in range(EXPERTS)]
-    weights = layout.pack(fmt, [matrix for matrix, _ in pairs], stacked=True)
-    bias = normal(EXPERTS, M)
+    kernel = kernels[f"{form}_{name}_{shared_input}"]
+    sizes = {"num_experts": EXPERTS, "top_k": TOP, "shared_input": shared_input}
     for tokens in (1, 13, 60):
-        # Expert 3 is never chosen, and a token may choose one twice.
-        ids = rng.choice([0, 1, 2, 4], (tokens, TOP)).astype(np.int32)
-        x = normal(tokens if shared_input else tokens * TOP, 96)
-        rows = np.repeat(x, TOP, axis=0) if shared_input else x
-        expected = np.stack(
-            [pairs[e][1] @ row + bias[e] for row, e in zip(rows, ids.reshape(-1), strict=True)]
-        )
-        arrays = (x, ids, *weights, bias, empty(tokens * TOP, M))
-        (y,) = run(kernels[f"{form}_{name}_{shared_input}"], *arrays, outputs=[-1])
-        close(y, expected)
+        case = routed_rows(FORMATS[name], M, 96, tokens=tokens, **sizes)
+        (y,) = run(kernel, *case.arrays, empty(tokens * TOP, M), outputs=[-1])
+        close(y, case.products + case.biases)

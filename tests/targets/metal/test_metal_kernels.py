@@ -5,6 +5,7 @@ from dataclasses import replace
 import metal_shim
 import numpy as np
 import pytest
+from gpu_experts import routed_rows
 from gpu_pages import matrices, packed, page_shapes, unpack
 from matrices import random_matrix
 from paged_reference import attention, make_batch
@@ -197,20 +198,11 @@ def test_float16_activations_and_what_is_beyond_their_range(kernels):
 
 @pytest.mark.parametrize(("kernel", "tolerance"), [("few_experts", TOLERANCE), ("experts", 2e-3)])
 def test_rows_go_through_the_experts_chosen_for_them(kernels, kernel, tolerance):
-    fmt, rng = FORMATS["q4_0"], np.random.default_rng(6)
-    pairs = [random_matrix(rng, fmt, M, 96) for _ in range(EXPERTS)]
-    weights = layout.pack(fmt, [matrix for matrix, _ in pairs], stacked=True)
-    bias = normal(EXPERTS, M)
-    # Expert 3 is never chosen, and a token may choose one twice.
-    ids = rng.choice([0, 1, 2, 4], (13, TOP)).astype(np.int32)
-    x = normal(13, 96)
-    rows = np.repeat(x, TOP, axis=0)
-    expected = np.stack(
-        [pairs[e][1] @ row + bias[e] for row, e in zip(rows, ids.reshape(-1), strict=True)]
-    )
-    arrays = (x, ids, *weights, bias, empty(13 * TOP, M))
+    sizes = {"num_experts": EXPERTS, "top_k": TOP, "shared_input": True}
+    case = routed_rows(FORMATS["q4_0"], M, 96, tokens=13, **sizes)
+    arrays = (*case.arrays, empty(13 * TOP, M))
     (y,) = metal_shim.run(kernels[kernel], *arrays, outputs=[-1])
-    close(y, expected, tolerance)
+    close(y, case.products + case.biases, tolerance)
 
 
 def rms(x, weight):

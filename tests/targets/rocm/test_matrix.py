@@ -7,6 +7,7 @@ into shared memory where the instruction's description says, and sums its output
 import numpy as np
 import pytest
 from gpu_device import build, empty, normal, run
+from gpu_experts import routed_rows
 from matrices import random_matrix
 from tvm.script.ir_builder import tirx as T
 
@@ -154,17 +155,9 @@ def test_float16_activations(emulated, name):
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_rows_go_through_the_experts_chosen_for_them(emulated, name):
     shared_input = name == "mfma"
-    fmt, rng = FORMATS["q4_0"], np.random.default_rng(6)
-    pairs = [random_matrix(rng, fmt, M, 96) for _ in range(EXPERTS)]
-    weights = layout.pack(fmt, [matrix for matrix, _ in pairs], stacked=True)
-    bias = normal(EXPERTS, M)
+    sizes = {"num_experts": EXPERTS, "top_k": TOP, "shared_input": shared_input}
     for tokens in (1, 13, 60):
-        # Expert 3 is never chosen, and a token may choose one twice.
-        ids = rng.choice([0, 1, 2, 4], (tokens, TOP)).astype(np.int32)
-        x = normal(tokens if shared_input else tokens * TOP, 96)
-        rows = np.repeat(x, TOP, axis=0) if shared_input else x
-        chosen = [(pairs[e][1] @ row, bias[e]) for row, e in zip(rows, ids.ravel(), strict=True)]
-        products, biases = (np.stack(part) for part in zip(*chosen, strict=True))
-        arrays = (x, ids, *weights, bias, empty(tokens * TOP, M))
-        (y,) = run(emulated[f"{name}_experts"], *arrays, outputs=[-1])
-        assert relative_error(y - biases, products) < TOLERANCE["float16"]
+        case = routed_rows(FORMATS["q4_0"], M, 96, tokens=tokens, **sizes)
+        (y,) = run(emulated[f"{name}_experts"], *case.arrays, empty(tokens * TOP, M), outputs=[-1])
+        error = relative_error(y - case.biases, case.products)
+        assert error < TOLERANCE["float16"]
