@@ -82,7 +82,8 @@ class CodeTileParameters:
     last: int  # and of at most so many
     panels: int = 8  # of a task
     features: int = 576  # of a chunk, at most: its activations stay in the first-level cache
-    least: int = 4  # groups of a chunk: with fewer, tiles are waited for
+    least_groups: int = 4  # of a chunk: with fewer, tiles are waited for
+    least_weights: int = 1 << 21  # of a matrix: smaller ones make too few tasks
     # How many groups later (earlier) than it is multiplied a group is unpacked, stored, added up.
     unpack_lead: int = 2
     store_lag: int = 3

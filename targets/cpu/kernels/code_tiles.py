@@ -47,12 +47,18 @@ _SUM_TILES = 4
 _STORED = 4  # groups whose sums wait in memory
 
 
-def takes(fmt: WeightFormat, k: int, params: CodeTileParameters) -> bool:
-    """Whether products with the format's rows of `k` features can be made here."""
+def takes(fmt: WeightFormat, m: int, k: int, params: CodeTileParameters) -> bool:
+    """Whether products with a matrix `[m, k]` of the format are made here."""
+    if m * k < params.least_weights:
+        return False
     if fmt.is_float or fmt.codebook is not None or fmt.code_bits > 6 or not fmt.group:
         return False
     depth = min(fmt.group, amx.TILE_BYTES // 2)
-    return fmt.group % depth == 0 and depth % PANEL == 0 and _chunk(fmt, k, params) >= params.least
+    return (
+        fmt.group % depth == 0
+        and depth % PANEL == 0
+        and _chunk(fmt, k, params) >= params.least_groups
+    )
 
 
 def code_tiles(product: Product, x: CodedRows, count: Expr, params: CodeTileParameters) -> None:

@@ -40,7 +40,7 @@ TILES = TileParameters(crossover=8, rows=32, resident_bytes=0, panels=2, steps=7
 VECTORS = Tiling(panels=1, token_tiles=(1,))  # which are tested elsewhere, and quickly compiled
 INTEGER = replace(PARAMETERS["amx"].integer, tiles=TILES, code_tiles=None, tiling=VECTORS)
 # Three chunks or more, tasks of two panels and of one; every number of rows.
-CODE_TILES = CodeTileParameters(first=1, last=40, panels=2, features=256)
+CODE_TILES = CodeTileParameters(first=1, last=40, panels=2, features=256, least_weights=0)
 CODES = replace(INTEGER, code_tiles=CODE_TILES)
 BFLOAT16 = replace(PARAMETERS["amx"].bfloat16, tiles=TILES, tiling=VECTORS)
 
@@ -59,7 +59,7 @@ CODES_TOLERANCE = 4e-4
 pytestmark = pytest.mark.skipif(
     not host_features().issuperset(BELOW.features), reason="this CPU has no AVX-512 BF16"
 )
-TAKEN = [fmt for fmt in AFFINE if takes(fmt, K, CODE_TILES)]
+TAKEN = [fmt for fmt in AFFINE if takes(fmt, 72, K, CODE_TILES)]
 
 
 def key(fmt):
@@ -228,7 +228,7 @@ def test_entry_points_for_a_few_tokens_hold_no_tile_code():
     shapes = {"codes": ("int8", K), "scales": ("float32", K // 32), "sums": ("int32", K // 32)}
     n = tvm.tirx.Var("n", "int64")
     types = {name: relax.TensorType([1, n, k], dtype) for name, (dtype, k) in shapes.items()}
-    types["weight"] = relax.TensorType([64, K], "float32")
+    types["weight"] = relax.TensorType([4096, K], "float32")
     site = Site(op=op, types=types, max_tokens=10, tokens=None, num_groups=1, page_size=16)
     assert "tile" not in rule(site).func.script()
     assert "tile" in rule(replace(site, max_tokens=11)).func.script()
