@@ -156,20 +156,22 @@ def _fit(
         if mins is not None:
             mins[rows] = minimum.reshape(-1, groups)
 
-    _for_blocks((m, k), fit_rows)
+    for_blocks((m, k), fit_rows)
     return Grid(format=fmt, scales=scales, mins=mins)
 
 
-def _for_blocks(shape: tuple[int, ...], body: Callable[[slice], None]) -> None:
-    """`body` on blocks of rows, by as many threads as there are cores."""
+def for_blocks(shape: tuple[int, int], body: Callable[[slice], None], multiple: int = 1) -> None:
+    """`body` on blocks of rows, by as many threads as there are cores.
+
+    Blocks start at multiples of so many rows.
+    """
     m, k = shape
-    step = max(1, _BLOCK_WEIGHTS // k)
-    blocks = [slice(start, min(m, start + step)) for start in range(0, m, step)]
-    if len(blocks) == 1:
-        body(blocks[0])
+    if m * k <= 2 * _BLOCK_WEIGHTS:
+        body(slice(0, m))
         return
+    step = max(1, _BLOCK_WEIGHTS // k // multiple) * multiple
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(body, blocks))
+        list(pool.map(body, (slice(start, min(m, start + step)) for start in range(0, m, step))))
 
 
 def _float32(values: Array) -> Float32:
