@@ -223,23 +223,26 @@ def _squared_errors(
 
 def _candidates(values: Float32, fmt: WeightFormat) -> tuple[Float32, Float32]:
     """(scales, mins) `[N, C]` to choose from for groups `[N, n]`."""
-    low, high = values.min(axis=1)[:, None], values.max(axis=1)[:, None]
-    _check_finite(low, high)
+    low, high = _extremes(values, fmt)
     if fmt.has_min:
         span = high - low
-        scales = _rounded(span / np.array(_SPAN_DIVISORS, np.float32), fmt)
+        scales = _rounded(np.divide(span, np.array(_SPAN_DIVISORS, np.float32)), fmt)
         clipped = (span - scales * np.float32(code_range(fmt)[1]))[:, :, None]
         mins = _rounded(low[:, :, None] + clipped * np.array(_CLIPPED_BELOW, np.float32), fmt)
         return np.repeat(scales, len(_CLIPPED_BELOW), axis=1), mins.reshape(len(values), -1)
-    extreme = np.where(high > -low, high, low)
+    extreme: Float32 = np.where(high > -low, high, low)
     divisors = _FLOAT_DIVISORS if fmt.float_codes else _DIVISORS[fmt.bits]
-    scales = _rounded(-extreme / np.array(divisors, np.float32), fmt)
+    scales = _rounded(np.divide(-extreme, np.array(divisors, np.float32)), fmt)
     return scales, np.zeros_like(scales)
 
 
-def _check_finite(*extremes: Float32) -> None:
-    if not all(np.isfinite(e).all() for e in extremes):
+def _extremes(values: Float32, fmt: WeightFormat) -> tuple[Float32, Float32]:
+    """(least, largest) `[N, 1]` of groups `[N, n]`."""
+    found = np.empty((3, len(values)), np.float32)
+    _run("extremes", fmt, values, _evenly(values), found)
+    if found[2].any():
         raise CompileError("a weight is not finite", hint="the checkpoint is damaged")
+    return -found[1][:, None], found[0][:, None]
 
 
 def _least_squares(
