@@ -39,6 +39,7 @@ from llmc.compiler.weight_plan import WeightSpec
 from llmc.compiler.weights import (
     WEIGHTS_FILE,
     Argument,
+    Grids,
     arguments,
     dequantized,
     describe,
@@ -138,11 +139,11 @@ def compile_model(
                 model, notes = replace(model, tensors=found.tensors), found.notes
         if weights:
             with timer.phase("weights") as progress:
-                write_weights(
+                grids = write_weights(
                     folder / WEIGHTS_FILE, built.arguments, model.tensors, device, progress
                 )
             with timer.phase("reference"):
-                _write_reference(folder, model, built.arguments, scheme)
+                _write_reference(folder, model, built.arguments, scheme, grids)
         shutil.rmtree(scratch, ignore_errors=True)
         with timer.phase("package"):
             _write_tokenizer(folder, model)
@@ -410,12 +411,12 @@ def _specs(wanted: list[Argument]) -> dict[str, WeightSpec]:
 
 
 def _write_reference(
-    folder: Path, model: ModelSource, wanted: list[Argument], scheme: Scheme
+    folder: Path, model: ModelSource, wanted: list[Argument], scheme: Scheme, grids: Grids
 ) -> None:
     specs = _specs(wanted)
 
     def as_compiled(name: str) -> Float32 | Rows:
-        return dequantized(name, specs[name], model.tensors)
+        return dequantized(name, specs[name], model.tensors, grids)
 
     def as_stored(name: str) -> Float32 | Rows:
         values = model.tensors[name].read()

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,29 @@ class Grid:
     format: WeightFormat
     scales: Float32
     mins: Float32 | None
+
+    @classmethod
+    def empty(cls, fmt: WeightFormat, m: int, k: int) -> Grid:
+        """One to be filled, for a matrix `[m, k]`: in a file, since those of a large model together
+        are more than memory should hold. CompileError where the format's groups do not divide k.
+        """
+
+        def array() -> Float32:
+            with TemporaryFile(prefix="llmc-grid-") as file:
+                return np.memmap(file, np.float32, "w+", shape=(m, _num_groups(fmt, k)))
+
+        return cls(format=fmt, scales=array(), mins=array() if fmt.has_min else None)
+
+    def copy_from(self, matrix: QuantizedMatrix) -> None:
+        """Takes what a matrix was rounded to."""
+        self.scales[:] = matrix.scales
+        if self.mins is not None and matrix.mins is not None:
+            self.mins[:] = matrix.mins
+
+    def take_rows(self, rows: slice) -> Grid:
+        """That of some rows."""
+        mins = None if self.mins is None else self.mins[rows]
+        return replace(self, scales=self.scales[rows], mins=mins)
 
     def matrix(self, codes: Float32) -> QuantizedMatrix:
         """The stored form of codes `[M, K]` as `nearest` gives them."""
@@ -100,15 +124,19 @@ def quantize(
     return replace(whole, codes=codes)
 
 
-def quantized_values(values: Array, fmt: WeightFormat) -> Float32:
-    """What `quantize(values, fmt).dequantize()` gives, in less memory and time."""
-    out = np.empty(values.shape, np.float32)
+def quantized_values(values: Array, grid: Grid) -> Float32:
+    """The nearest values on the grid to those of a matrix `[M, K]`."""
+    m, k = values.shape
+    out = np.empty((m, k), np.float32)
 
-    def store(rows: slice, groups: Float32, scales: Float32, mins: Float32) -> None:
+    def fill(rows: slice) -> None:
+        groups = _float32(values[rows]).reshape(-1, k // grid.scales.shape[1])
+        scales = _float32(grid.scales[rows].ravel())
+        mins = np.zeros_like(scales) if grid.mins is None else _float32(grid.mins[rows].ravel())
         into = out[rows].reshape(groups.shape)
-        _run("values", fmt, groups, _evenly(groups), scales, mins, into)
+        _run("values", grid.format, groups, _evenly(groups), scales, mins, into)
 
-    _fit(values, fmt, None, store)
+    for_blocks((m, k), fill)
     return out
 
 
@@ -135,12 +163,7 @@ def _fit(
             hint="choose a scheme of w8 or w4 weights, such as w8a16 or w4a16-g128",
         )
     m, k = values.shape
-    try:
-        groups = fmt.num_groups(k)
-    except ValueError as exc:
-        raise CompileError(
-            str(exc), hint="choose a smaller group, or w8, whose scale covers a whole row"
-        ) from exc
+    groups = _num_groups(fmt, k)
     if importance is None:
         weights = np.ones((1, k // groups), np.float32)
     else:
@@ -158,6 +181,15 @@ def _fit(
 
     for_blocks((m, k), fit_rows)
     return Grid(format=fmt, scales=scales, mins=mins)
+
+
+def _num_groups(fmt: WeightFormat, k: int) -> int:
+    try:
+        return fmt.num_groups(k)
+    except ValueError as exc:
+        raise CompileError(
+            str(exc), hint="choose a smaller group, or w8, whose scale covers a whole row"
+        ) from exc
 
 
 def for_blocks(shape: tuple[int, int], body: Callable[[slice], None], multiple: int = 1) -> None:

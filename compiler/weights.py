@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tvm import relax
 
 from llmc.artifact import WeightTensor
-from llmc.compiler.quantizer import for_blocks, quantize, quantized_values
+from llmc.compiler.quantizer import Grid, fit_grid, for_blocks, quantize, quantized_values
 from llmc.compiler.streamed_model import Rows
 from llmc.compiler.weight_plan import Weights, WeightSpec
 from llmc.errors import ImportModelError
@@ -27,6 +27,9 @@ from llmc.targets.base import Array, Matrix, Target
 
 WEIGHTS_FILE = "weights-00001.safetensors"
 ALIGNMENT = 64
+
+Grids = dict[str, list[Grid]]
+"""What the matrices of a source (one, or one an expert) were rounded to, by the source's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +84,12 @@ def write_weights(
     tensors: Mapping[str, SourceTensor],
     target: Target,
     on_progress: Callable[[float], None],
-) -> None:
-    """Writes all arguments into one safetensors file.
+) -> Grids:
+    """Writes all arguments into one safetensors file; what was rounded to.
 
     Some rows of one weight are in memory at a time. Large arrays start at multiples of 64 bytes.
     """
+    grids: Grids = {}
     # Odd sizes last, so that they move nothing behind them off its alignment.
     order = sorted(wanted, key=lambda a: a.num_bytes % ALIGNMENT != 0)
     header: dict[str, object] = {}
@@ -118,9 +122,10 @@ def write_weights(
                 for argument in parts:
                     write(argument, _plain(argument, tensors))
             else:
-                _pack(parts, tensors, target, write)
+                grids |= _pack(parts, tensors, target, write)
             done += sum(argument.num_bytes for argument in parts)
             on_progress(done / max(end, 1))
+    return grids
 
 
 _SAFETENSORS_DTYPES = {
@@ -152,8 +157,8 @@ def _plain(argument: Argument, tensors: Mapping[str, SourceTensor]) -> Array:
 
 def _pack(
     parts: list[Argument], tensors: Mapping[str, SourceTensor], target: Target, write: _Write
-) -> None:
-    """Writes arrays of one packed weight.
+) -> Grids:
+    """Writes arrays of one packed weight; the grids of those of its sources that were rounded.
 
     Some panels at a time are rounded, packed and written while they are in a core's cache: to go
     through memory that is new each time would take longer than all that is computed.
@@ -162,11 +167,16 @@ def _pack(
     fmt = FORMATS[spec.format]
     matrices = stored_matrices(spec, tensors)
     panels = -(-matrices[0].shape[0] // target.panel)
+    grids = [m.empty_grid(fmt) for m in matrices]
 
     for index, matrix in enumerate(matrices):
 
         def write_rows(rows: slice, index: int = index, matrix: StoredMatrix = matrix) -> None:
-            arrays = target.pack(fmt, _rounded(matrix.rows(rows), fmt))
+            stored, grid = matrix.rows(rows), grids[index]
+            if grid is not None and not isinstance(stored, QuantizedMatrix):
+                stored = quantize(stored, fmt)
+                grid.take_rows(rows).copy_from(stored)
+            arrays = target.pack(fmt, stored)
             before = index * panels + rows.start // target.panel
             for argument in parts:
                 assert argument.spec.part is not None
@@ -177,6 +187,12 @@ def _pack(
                 write(argument, array, before * panel_bytes)
 
         for_blocks(matrix.shape, write_rows, multiple=target.panel)
+    found: Grids = {}
+    for matrix, grid in zip(matrices, grids, strict=True):
+        if grid is not None:
+            for name, rows in zip(spec.sources, matrix.slices(), strict=True):
+                found.setdefault(name, []).append(grid.take_rows(rows))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,15 +210,11 @@ class StoredMatrix:
     def rows(self, wanted: slice) -> Matrix:
         """Rows `[start, stop)`, as they are stored."""
         found: list[Matrix] = []
-        begin = 0
-        for part in self.parts:
-            m, _ = _shape(part)
-            inside = slice(max(wanted.start - begin, 0), max(min(wanted.stop - begin, m), 0))
-            if inside.start < inside.stop:
-                found.append(
-                    part.take_rows(inside) if isinstance(part, QuantizedMatrix) else part[inside]
-                )
-            begin += m
+        for part, place in zip(self.parts, self.slices(), strict=True):
+            begin, end = max(wanted.start, place.start), min(wanted.stop, place.stop)
+            if begin < end:
+                inside = slice(begin - place.start, end - place.start)
+                found.append(_take_rows(part, inside))
         if len(found) == 1:
             return found[0]
         codes = [part for part in found if isinstance(part, QuantizedMatrix)]
@@ -210,15 +222,25 @@ class StoredMatrix:
             return concatenate(codes)
         return np.concatenate([np.asarray(part, np.float32) for part in found])
 
+    def empty_grid(self, fmt: WeightFormat) -> Grid | None:
+        """Where what its rows are rounded to is put; None where nothing is rounded."""
+        if fmt.is_float or isinstance(self.parts[0], QuantizedMatrix):
+            return None
+        return Grid.empty(fmt, *self.shape)
+
+    def slices(self) -> list[slice]:
+        """Where the rows of each part are."""
+        ends = np.cumsum([0, *(_shape(part)[0] for part in self.parts)]).tolist()
+        return [slice(begin, end) for begin, end in pairwise(ends)]
+
+
+def _take_rows(matrix: Matrix, rows: slice) -> Matrix:
+    return matrix.take_rows(rows) if isinstance(matrix, QuantizedMatrix) else matrix[rows]
+
 
 def _shape(matrix: Matrix) -> tuple[int, int]:
     m, k = matrix.codes.shape if isinstance(matrix, QuantizedMatrix) else matrix.shape
     return m, k
-
-
-def _rounded(matrix: Matrix, fmt: WeightFormat) -> Matrix:
-    """A matrix as `Target.pack` takes it."""
-    return matrix if fmt.is_float or isinstance(matrix, QuantizedMatrix) else quantize(matrix, fmt)
 
 
 def stored_matrices(spec: WeightSpec, tensors: Mapping[str, SourceTensor]) -> list[StoredMatrix]:
@@ -226,15 +248,20 @@ def stored_matrices(spec: WeightSpec, tensors: Mapping[str, SourceTensor]) -> li
     the sources have those of the format.
     """
     sources = [_source(tensors, name) for name in spec.sources]
-    parts = [_stored_parts(source, spec) for source in sources]
+    kept = [s.read_quantized() if _has_codes(s, spec) else None for s in sources]
+    parts = [
+        _matrices(source, None if None in kept else codes, spec)
+        for source, codes in zip(sources, kept, strict=True)
+    ]
     return [StoredMatrix(list(of_expert)) for of_expert in zip(*parts, strict=True)]
 
 
-def _stored_parts(source: SourceTensor, spec: WeightSpec) -> list[Matrix]:
-    """One tensor's matrices."""
-    num_experts = source.shape[0] if len(source.shape) == 3 else 1
-    codes = source.read_quantized() if _has_codes(source, spec) else None
+def _matrices(
+    source: SourceTensor, codes: QuantizedMatrix | None, spec: WeightSpec
+) -> list[Matrix]:
+    """One tensor's matrices, of its codes or its values."""
     if codes is not None:
+        num_experts = source.shape[0] if len(source.shape) == 3 else 1
         m = len(codes.codes) // num_experts
         return [codes.take_rows(slice(x * m, x * m + m)) for x in range(num_experts)]
     values = source.read()
@@ -272,31 +299,34 @@ def _has_codes(source: SourceTensor, spec: WeightSpec) -> bool:
 
 
 def dequantized(
-    name: str, spec: WeightSpec, tensors: Mapping[str, SourceTensor]
+    name: str, spec: WeightSpec, tensors: Mapping[str, SourceTensor], grids: Grids | None = None
 ) -> npt.NDArray[np.float32] | Rows:
-    """One source tensor's values as the kernels see them, in the model's own shape."""
+    """One source tensor's values as the kernels see them, in the model's own shape.
+
+    With the grids of `write_weights` none is searched for again.
+    """
     source = _source(tensors, name)
     if spec.part is None:
         return source.read().astype(np.float32)
     fmt = FORMATS[spec.format]
     matrices = stored_matrices(replace(spec, sources=[name]), tensors)
+    found = (grids or {}).get(name)
+
+    def values(index: int, rows: slice) -> npt.NDArray[np.float32]:
+        matrix = matrices[index].rows(rows)
+        if isinstance(matrix, QuantizedMatrix):
+            return matrix.dequantize()
+        if fmt.is_float:
+            return matrix.astype(fmt.float_dtype).astype(np.float32, copy=False)
+        grid = fit_grid(matrix, fmt) if found is None else found[index].take_rows(rows)
+        return quantized_values(matrix, grid)
 
     def read(index: int, rows: slice) -> npt.NDArray[np.float32]:
-        matrix = matrices[index]
         if not spec.transposed:
-            return _values(matrix.rows(rows), fmt)
-        return _values(matrix.rows(slice(0, matrix.shape[0])), fmt).T[rows]
+            return values(index, rows)
+        return values(index, slice(0, matrices[index].shape[0])).T[rows]
 
     return Rows(shape=source.shape, read=read)
-
-
-def _values(matrix: Matrix, fmt: WeightFormat) -> npt.NDArray[np.float32]:
-    """What the kernels see of codes, or of what has yet to be rounded."""
-    if isinstance(matrix, QuantizedMatrix):
-        return matrix.dequantize()
-    if fmt.is_float:
-        return matrix.astype(fmt.float_dtype).astype(np.float32, copy=False)
-    return quantized_values(matrix, fmt)
 
 
 def _source(tensors: Mapping[str, SourceTensor], name: str) -> SourceTensor:

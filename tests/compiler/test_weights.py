@@ -108,6 +108,40 @@ def test_stored_codes_are_kept_bit_by_bit():
             np.testing.assert_array_equal(getattr(found, name), both[rows])
 
 
+def test_all_sources_are_rounded_where_one_has_no_codes(tmp_path):
+    (a, va), vb = q4_1(3), dense(2, 64)
+    given = tensors(a=source("a", va, "q4_1", a), b=source("b", vb, "q4_1", None))
+    [matrix] = all_rows(packed(["a", "b"], "q4_1"), given)
+    np.testing.assert_array_equal(matrix, np.concatenate([va, vb]))
+
+
+@pytest.mark.parametrize("fmt", ["w4-g32", "w4-g64-asym", "w8"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_was_written_is_what_the_reference_sees_without_another_search(
+    tmp_path, monkeypatch, fmt, transposed
+):
+    monkeypatch.setattr("llmc.compiler.quantizer._BLOCK_WEIGHTS", 24 * 64)
+    target = open_target("cpu")
+    values = {"q": dense(70, 64), "k": dense(33, 64), "x": dense(3, 50, 64)}
+    shown = {n: v.swapaxes(-1, -2).copy() if transposed else v for n, v in values.items()}
+    joined, experts = packed(["q", "k"], fmt, transposed=transposed), packed(["x"], fmt)
+    experts = replace(experts, transposed=transposed)
+    wanted = [
+        *arguments_of(target, "qk", joined, (103, 64)),
+        *arguments_of(target, "x", experts, (3, 50, 64)),
+    ]
+    given = tensors(**shown)
+    grids = write_weights(tmp_path / "w", wanted, given, target, lambda f: None)
+    monkeypatch.setattr("llmc.compiler.weights.fit_grid", None)
+    for name, spec in (("q", joined), ("k", joined), ("x", experts)):
+        found = dequantized(name, spec, given, grids).whole()
+        matrices = values[name] if name == "x" else values[name][None]
+        exact = np.stack([quantize(m, FORMATS[fmt]).dequantize() for m in matrices])
+        exact = exact if name == "x" else exact[0]
+        exact = exact.swapaxes(-1, -2) if transposed else exact
+        np.testing.assert_allclose(found, exact, rtol=1e-6, atol=1e-7)
+
+
 def test_the_stored_codes_of_experts_are_split_by_expert():
     codes, values = q4_1(6)
     given = tensors(up=source("up", values.reshape(3, 2, 64), "q4_1", codes))
