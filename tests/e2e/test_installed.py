@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from llmc.targets.cuda.toolkit import find_tool
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+QUANT = ("--quant", "w4a16-g32")
 _NO_NETWORK = r"(?i)connection|name resolution|timed out|no matching distribution"
 
 
@@ -89,10 +91,12 @@ def test_cuda_libraries_hold_machine_code(run_installed, model, tmp_path) -> Non
     if cuobjdump is None:
         pytest.skip("needs cuobjdump")
     out = tmp_path / "artifact"
-    run_installed("llmc", "compile", model, "--target", "cuda:sm_80,sm_90", "-o", out)
+    run_installed("llmc", "compile", model, "--target", "cuda:sm_80,sm_90", *QUANT, "-o", out)
     data = (out / "model.so").read_bytes()
     assert b"__global__" not in data
-    (tmp_path / "kernels").write_bytes(data[data.index(bytes.fromhex("50ed55ba")) :])
+    begin = data.index(bytes.fromhex("50ed55ba"))  # of a fat binary's header
+    header, rest = struct.unpack("<HQ", data[begin + 6 : begin + 16])
+    (tmp_path / "kernels").write_bytes(data[begin : begin + header + rest])
     listed = subprocess.run(
         [cuobjdump, "--list-elf", "--list-ptx", tmp_path / "kernels"],
         capture_output=True,
@@ -109,7 +113,7 @@ def test_cuda_libraries_hold_machine_code(run_installed, model, tmp_path) -> Non
 )
 def test_the_other_targets_link(run_installed, model, tmp_path, target, library, begins) -> None:
     out = tmp_path / "artifact"
-    run_installed("llmc", "compile", model, "--target", target, "-o", out)
+    run_installed("llmc", "compile", model, "--target", target, *QUANT, "-o", out)
     assert (out / library).read_bytes().startswith(bytes.fromhex(begins))
     kernels = json.loads(run_installed("llmc", "inspect", out, "--json"))["kernels"]
     assert {kernel["rule"].partition(".")[0] for kernel in kernels} >= {target.partition(":")[0]}
