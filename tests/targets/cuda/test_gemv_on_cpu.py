@@ -1,11 +1,6 @@
-"""Products of one token as g++ compiles them, on a CPU: fibers for threads, dot products of four
-bytes (dp4a) replaced by their definition; the rest is the source that nvcc gets.
-"""
+"""Products of one token on a CPU, as cuda_shim.py says."""
 
 import ctypes
-import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,23 +8,16 @@ import numpy as np
 import pytest
 
 from llmc.targets.cuda.kernels import gemv
-from llmc.targets.cuda.kernels.source import source
 from llmc.targets.cuda.kernels.tensor_cores import cuda_format
 from llmc.targets.cuda.parameters import gemv_plan
 from llmc.targets.gpu import layout
 
 sys.path.append(str(Path(__file__).parent.parent / "cpu"))
+from cuda_shim import build, needs_gcc
 from gemv_cases import FUSED, TOLERANCE, M, features_of
 from matrices import random_matrix
 
-HERE = Path(__file__).parent
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="apt-get install g++")
-_DEFINED = """
-  for (int i = 0; i < 4; ++i) {{
-    const u32 code = codes >> 8 * i & 255, byte = x >> 8 * i & 255;
-    sum += (kSigned ? (int)(signed char)code : (int)code) * (int)({kind})byte;
-  }}
-"""
+pytestmark = needs_gcc
 
 
 def definition(fmt, gate, plan):
@@ -64,29 +52,14 @@ class Arguments(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    text = source("tensor_cores") + source("gemv")
-    text, count = re.subn(
-        r"(int dot_(upper|lower)\(.*?\{\n).*?(  return sum;)",
-        lambda m: m[1] + _DEFINED.format(kind="signed char" if m[2] == "upper" else "u32") + m[3],
-        text,
-        flags=re.DOTALL,
-    )
-    assert count == 2
     pointers = "".join(f"  void* {name};\n" for name in POINTERS)
     numbers = "".join(f"  int {name};\n" for name in NUMBERS)
     held = "static const Arguments* arguments;\nstatic void* shared;\nstatic int tile, tiles;\n"
     products = [
         definition(fmt, gate, gemv_plan(features_of(fmt))) for fmt in FUSED for gate in (0, 1)
     ]
-    folder = tmp_path_factory.mktemp("shim")
-    (folder / "gemv.cc").write_text(
-        f"{text}\nstruct Arguments {{\n{pointers}{numbers}}};\n{held}{''.join(products)}"
-    )
-    options = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-fPIC", "-shared", "-w"]
-    command = ["g++", *options, f"-I{HERE / 'shim'}", "gemv.cc", "-o", "gemv.so"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[:3000]
-    return ctypes.CDLL(str(folder / "gemv.so"))
+    code = f"struct Arguments {{\n{pointers}{numbers}}};\n{held}{''.join(products)}"
+    return build(["tensor_cores", "gemv"], code, tmp_path_factory.mktemp("shim"))
 
 
 @pytest.mark.parametrize("gate", [False, True])

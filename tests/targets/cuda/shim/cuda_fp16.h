@@ -70,6 +70,8 @@ T __ldcs(const T* at) {
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline int __float2int_rn(float x) { return (int)std::nearbyint(x); }
+inline int max(int a, int b) { return a < b ? b : a; }
+inline int min(int a, int b) { return b < a ? b : a; }
 inline size_t __cvta_generic_to_shared(const void* at) { return (size_t)at; }
 
 namespace shim {
@@ -83,7 +85,7 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   Wait wait = Wait::kNone;
-  unsigned shown = 0;  // to its warp
+  unsigned shown[6] = {};  // to its warp
 };
 
 inline std::vector<Fiber> fibers;
@@ -150,10 +152,30 @@ inline void __syncwarp() { shim::wait(shim::Wait::kWarp); }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   static_assert(sizeof(T) == 4);
-  std::memcpy(&shim::fibers[shim::current].shown, &value, 4);
+  std::memcpy(shim::fibers[shim::current].shown, &value, 4);
   __syncwarp();
-  std::memcpy(&value, &shim::fibers[shim::current ^ mask].shown, 4);
+  std::memcpy(&value, shim::fibers[shim::current ^ mask].shown, 4);
   __syncwarp();  // nobody shows another value before all have seen this one
   return value;
+}
+
+// mma.sync m16n8k16, as PTX describes what each thread of a warp holds: thread 4g + t of rows g and
+// g + 8 (of column g, of B) the pairs of features 2t and 2t + 8, of sums columns 2t and 2t + 1.
+template <typename Unpack>
+void multiply_tile(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Unpack unpack) {
+  unsigned* shown = shim::fibers[shim::current].shown;
+  std::memcpy(shown, a, 16);
+  std::memcpy(shown + 4, b, 8);
+  __syncwarp();
+  const int lane = shim::current % 32, g = lane / 4, t = lane % 4;
+  const shim::Fiber* warp = shim::fibers.data() + shim::current - lane;
+  for (int e = 0; e < 4; ++e)
+    for (int feature = 0; feature < 8; ++feature) {
+      const int pair = feature / 4;
+      const float2 x = unpack(warp[4 * g + feature % 4].shown[2 * pair + e / 2]);
+      const float2 y = unpack(warp[4 * (2 * t + e % 2) + feature % 4].shown[4 + pair]);
+      d[e] += x.x * y.x + x.y * y.y;
+    }
+  __syncwarp();
 }
 #endif
