@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from llmc.compiler.gptq import Activations, gptq
 from llmc.compiler.quantizer import quantize
 from llmc.compiler.schemes import Scheme
-from llmc.compiler.streamed_model import Stack, StreamedModel
+from llmc.compiler.streamed_model import Rows, StreamedModel
 from llmc.compiler.weight_plan import WeightSpec
 from llmc.compiler.weights import dequantized
 from llmc.errors import UsageError
@@ -133,7 +133,7 @@ def calibrate(
     }
     num_matrices = sum(weight.num_matrices for weight in weights.values())
 
-    def values(name: str) -> Float32 | Stack:
+    def values(name: str) -> Float32 | Rows:
         if name in weights:
             return weights[name].values()
         return dequantized(name, specs[name], source.tensors)

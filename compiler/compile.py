@@ -34,11 +34,12 @@ from llmc.compiler.pipeline import (
 from llmc.compiler.reference import make_reference
 from llmc.compiler.rewriter import bindings, relax_functions
 from llmc.compiler.schemes import KV_DTYPES, Scheme, scheme_of
-from llmc.compiler.streamed_model import Float32, Stack
+from llmc.compiler.streamed_model import Float32, Rows
 from llmc.compiler.weight_plan import WeightSpec
 from llmc.compiler.weights import (
     WEIGHTS_FILE,
     Argument,
+    Grids,
     arguments,
     dequantized,
     describe,
@@ -138,11 +139,11 @@ def compile_model(
                 model, notes = replace(model, tensors=found.tensors), found.notes
         if weights:
             with timer.phase("weights") as progress:
-                write_weights(
+                grids = write_weights(
                     folder / WEIGHTS_FILE, built.arguments, model.tensors, device, progress
                 )
             with timer.phase("reference"):
-                _write_reference(folder, model, built.arguments, scheme)
+                _write_reference(folder, model, built.arguments, scheme, grids)
         shutil.rmtree(scratch, ignore_errors=True)
         with timer.phase("package"):
             _write_tokenizer(folder, model)
@@ -410,18 +411,19 @@ def _specs(wanted: list[Argument]) -> dict[str, WeightSpec]:
 
 
 def _write_reference(
-    folder: Path, model: ModelSource, wanted: list[Argument], scheme: Scheme
+    folder: Path, model: ModelSource, wanted: list[Argument], scheme: Scheme, grids: Grids
 ) -> None:
     specs = _specs(wanted)
 
-    def as_compiled(name: str) -> Float32 | Stack:
-        return dequantized(name, specs[name], model.tensors)
+    def as_compiled(name: str) -> Float32 | Rows:
+        return dequantized(name, specs[name], model.tensors, grids)
 
-    def as_stored(name: str) -> Float32 | Stack:
+    def as_stored(name: str) -> Float32 | Rows:
         values = model.tensors[name].read()
-        if values.ndim < 3:
+        if values.ndim == 1:
             return values.astype(np.float32)
-        return Stack(shape=values.shape, read=lambda index: values[index].astype(np.float32))
+        matrices = values if values.ndim == 3 else values[None]
+        return Rows(shape=values.shape, read=lambda x, rows: matrices[x, rows].astype(np.float32))
 
     exact = scheme.keep or scheme.matrices == "f32"
     vocab_size = int(model.config.vocab_size)

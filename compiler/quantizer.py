@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,29 @@ class Grid:
     format: WeightFormat
     scales: Float32
     mins: Float32 | None
+
+    @classmethod
+    def empty(cls, fmt: WeightFormat, m: int, k: int) -> Grid:
+        """One to be filled, for a matrix `[m, k]`: in a file, since those of a large model together
+        are more than memory should hold. CompileError where the format's groups do not divide k.
+        """
+
+        def array() -> Float32:
+            with TemporaryFile(prefix="llmc-grid-") as file:
+                return np.memmap(file, np.float32, "w+", shape=(m, _num_groups(fmt, k)))
+
+        return cls(format=fmt, scales=array(), mins=array() if fmt.has_min else None)
+
+    def copy_from(self, matrix: QuantizedMatrix) -> None:
+        """Takes what a matrix was rounded to."""
+        self.scales[:] = matrix.scales
+        if self.mins is not None and matrix.mins is not None:
+            self.mins[:] = matrix.mins
+
+    def take_rows(self, rows: slice) -> Grid:
+        """That of some rows."""
+        mins = None if self.mins is None else self.mins[rows]
+        return replace(self, scales=self.scales[rows], mins=mins)
 
     def matrix(self, codes: Float32) -> QuantizedMatrix:
         """The stored form of codes `[M, K]` as `nearest` gives them."""
@@ -100,15 +124,19 @@ def quantize(
     return replace(whole, codes=codes)
 
 
-def quantized_values(values: Array, fmt: WeightFormat) -> Float32:
-    """What `quantize(values, fmt).dequantize()` gives, in less memory and time."""
-    out = np.empty(values.shape, np.float32)
+def quantized_values(values: Array, grid: Grid) -> Float32:
+    """The nearest values on the grid to those of a matrix `[M, K]`."""
+    m, k = values.shape
+    out = np.empty((m, k), np.float32)
 
-    def store(rows: slice, groups: Float32, scales: Float32, mins: Float32) -> None:
+    def fill(rows: slice) -> None:
+        groups = _float32(values[rows]).reshape(-1, k // grid.scales.shape[1])
+        scales = _float32(grid.scales[rows].ravel())
+        mins = np.zeros_like(scales) if grid.mins is None else _float32(grid.mins[rows].ravel())
         into = out[rows].reshape(groups.shape)
-        _run("values", fmt, groups, _evenly(groups), scales, mins, into)
+        _run("values", grid.format, groups, _evenly(groups), scales, mins, into)
 
-    _fit(values, fmt, None, store)
+    for_blocks((m, k), fill)
     return out
 
 
@@ -135,12 +163,7 @@ def _fit(
             hint="choose a scheme of w8 or w4 weights, such as w8a16 or w4a16-g128",
         )
     m, k = values.shape
-    try:
-        groups = fmt.num_groups(k)
-    except ValueError as exc:
-        raise CompileError(
-            str(exc), hint="choose a smaller group, or w8, whose scale covers a whole row"
-        ) from exc
+    groups = _num_groups(fmt, k)
     if importance is None:
         weights = np.ones((1, k // groups), np.float32)
     else:
@@ -156,20 +179,31 @@ def _fit(
         if mins is not None:
             mins[rows] = minimum.reshape(-1, groups)
 
-    _for_blocks((m, k), fit_rows)
+    for_blocks((m, k), fit_rows)
     return Grid(format=fmt, scales=scales, mins=mins)
 
 
-def _for_blocks(shape: tuple[int, ...], body: Callable[[slice], None]) -> None:
-    """`body` on blocks of rows, by as many threads as there are cores."""
+def _num_groups(fmt: WeightFormat, k: int) -> int:
+    try:
+        return fmt.num_groups(k)
+    except ValueError as exc:
+        raise CompileError(
+            str(exc), hint="choose a smaller group, or w8, whose scale covers a whole row"
+        ) from exc
+
+
+def for_blocks(shape: tuple[int, int], body: Callable[[slice], None], multiple: int = 1) -> None:
+    """`body` on blocks of rows, by as many threads as there are cores.
+
+    Blocks start at multiples of so many rows.
+    """
     m, k = shape
-    step = max(1, _BLOCK_WEIGHTS // k)
-    blocks = [slice(start, min(m, start + step)) for start in range(0, m, step)]
-    if len(blocks) == 1:
-        body(blocks[0])
+    if m * k <= 2 * _BLOCK_WEIGHTS:
+        body(slice(0, m))
         return
+    step = max(1, _BLOCK_WEIGHTS // k // multiple) * multiple
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(body, blocks))
+        list(pool.map(body, (slice(start, min(m, start + step)) for start in range(0, m, step))))
 
 
 def _float32(values: Array) -> Float32:
@@ -221,23 +255,26 @@ def _squared_errors(
 
 def _candidates(values: Float32, fmt: WeightFormat) -> tuple[Float32, Float32]:
     """(scales, mins) `[N, C]` to choose from for groups `[N, n]`."""
-    low, high = values.min(axis=1)[:, None], values.max(axis=1)[:, None]
-    _check_finite(low, high)
+    low, high = _extremes(values, fmt)
     if fmt.has_min:
         span = high - low
-        scales = _rounded(span / np.array(_SPAN_DIVISORS, np.float32), fmt)
+        scales = _rounded(np.divide(span, np.array(_SPAN_DIVISORS, np.float32)), fmt)
         clipped = (span - scales * np.float32(code_range(fmt)[1]))[:, :, None]
         mins = _rounded(low[:, :, None] + clipped * np.array(_CLIPPED_BELOW, np.float32), fmt)
         return np.repeat(scales, len(_CLIPPED_BELOW), axis=1), mins.reshape(len(values), -1)
-    extreme = np.where(high > -low, high, low)
+    extreme: Float32 = np.where(high > -low, high, low)
     divisors = _FLOAT_DIVISORS if fmt.float_codes else _DIVISORS[fmt.bits]
-    scales = _rounded(-extreme / np.array(divisors, np.float32), fmt)
+    scales = _rounded(np.divide(-extreme, np.array(divisors, np.float32)), fmt)
     return scales, np.zeros_like(scales)
 
 
-def _check_finite(*extremes: Float32) -> None:
-    if not all(np.isfinite(e).all() for e in extremes):
+def _extremes(values: Float32, fmt: WeightFormat) -> tuple[Float32, Float32]:
+    """(least, largest) `[N, 1]` of groups `[N, n]`."""
+    found = np.empty((3, len(values)), np.float32)
+    _run("extremes", fmt, values, _evenly(values), found)
+    if found[2].any():
         raise CompileError("a weight is not finite", hint="the checkpoint is damaged")
+    return -found[1][:, None], found[0][:, None]
 
 
 def _least_squares(

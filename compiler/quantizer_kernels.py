@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import tvm
@@ -18,7 +18,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from llmc.errors import UsageError
-from llmc.targets.cpu.kernels.math import lane_sum
+from llmc.targets.cpu.kernels.math import lane_max, lane_sum
 from llmc.targets.registry import open_target
 
 Expr = Any
@@ -51,12 +51,14 @@ class Codes:
 def kernels(codes: Codes) -> Any:  # noqa: ANN401 - a module of TVM's
     """Functions by name: arguments are values and importance, then what each says.
 
+    extremes  out `[3, N]`: largest value, largest of all negated, how many are no finite numbers
     errors    scales, mins, out `[N, C]`: squared errors of C candidates
     moments   scales, mins `[N]`, out `[4, N]`: sums of code², value · code, code and value, weighed
     nearest   scales, mins `[N]`, out `[N, n]` of codes.dtype: codes as they are stored
     values    scales, mins `[N]`, out `[N, n]`: what these stand for
     """
     made = {
+        "extremes": _extremes(),
         "errors": _errors(codes),
         "moments": _moments(codes),
         "nearest": _each(
@@ -121,6 +123,37 @@ class _Grid:
         return code * _like(self._held[0], code) + _like(self._held[2], code)
 
 
+@dataclass(frozen=True, slots=True)
+class _Fold:
+    """How many numbers become one."""
+
+    start: Expr
+    combine: Callable[[Expr, Expr], Expr]
+    lanes: Callable[[Expr], Expr]
+
+
+_SUM = _Fold(T.float32(0), lambda a, b: a + b, lane_sum)
+_LARGEST = _Fold(tirx.min_value("float32"), tirx.max, lane_max)
+
+
+def _extremes() -> tirx.PrimFunc:
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("extremes")
+        groups = _Groups()
+        out = groups.array("out", tirx.IntImm("int64", 3), groups.rows)
+        with T.serial(groups.rows) as row:
+            largest = tirx.max_value("float32")
+
+            def terms(value: Expr, _: Expr) -> list[Expr]:
+                finite = tirx.abs(value) <= _like(largest, value)
+                return [value, -value, tirx.Select(finite, _like(0.0, value), _like(1.0, value))]
+
+            folded = _folded(groups, row, [_LARGEST, _LARGEST, _SUM], terms)
+            for index, number in enumerate(folded):
+                T.buffer_store(out, number, [index, row])
+    return builder.get()
+
+
 def _errors(codes: Codes) -> tirx.PrimFunc:
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("errors")
@@ -136,7 +169,7 @@ def _errors(codes: Codes) -> tirx.PrimFunc:
                 off = grid.value(grid.code(value)) - value
                 return [off * off * weight]
 
-            [total] = _weighed(groups, row, 1, squared)
+            [total] = _folded(groups, row, [_SUM], squared)
             T.buffer_store(out, total, [row, candidate])
     return builder.get()
 
@@ -155,7 +188,7 @@ def _moments(codes: Codes) -> tirx.PrimFunc:
                 weighed = code * weight
                 return [code * weighed, value * weighed, weighed, value * weight]
 
-            for index, total in enumerate(_weighed(groups, row, 4, terms)):
+            for index, total in enumerate(_folded(groups, row, [_SUM] * 4, terms)):
                 T.buffer_store(out, total, [index, row])
     return builder.get()
 
@@ -177,35 +210,37 @@ def _each(codes: Codes, dtype: str, result: Callable[[_Grid, Expr], Expr]) -> ti
     return builder.get()
 
 
-def _weighed(
-    groups: _Groups, row: Expr, count: int, terms: Callable[[Expr, Expr], list[Expr]]
+def _folded(
+    groups: _Groups, row: Expr, folds: list[_Fold], terms: Callable[[Expr, Expr], list[Expr]]
 ) -> list[Expr]:
-    """Sums over a group of the `count` terms of a value and its weight."""
+    """What each fold makes of a group's terms; these come of a value and its weight."""
     step = _CHAINS * _LANES
     period = _registers(1, "int64")
     T.buffer_store(period, row % groups.periods, [0])
-    sums = _registers(count * step)
-    places = [T.ramp(start, 1, _LANES) for start in range(0, count * step, _LANES)]
-    for place in places:
-        T.buffer_store(sums, T.broadcast(T.float32(0), _LANES), [place])
+    held = _registers(len(folds) * step)
+    places = [
+        [T.ramp((index * _CHAINS + chain) * _LANES, 1, _LANES) for chain in range(_CHAINS)]
+        for index in range(len(folds))
+    ]
+    for fold, chains in zip(folds, places, strict=True):
+        for place in chains:
+            T.buffer_store(held, T.broadcast(fold.start, _LANES), [place])
 
     def add(at: Expr, chain: int, lanes: int) -> None:
         weight = groups.importance[period[0], at]
         for index, term in enumerate(terms(groups.values[row, at], weight)):
-            start = index * step + chain * _LANES
-            place = start if lanes == 1 else T.ramp(start, 1, lanes)
-            T.buffer_store(sums, sums[place] + term, [place])
+            place = places[index][chain] if lanes > 1 else index * step
+            T.buffer_store(held, folds[index].combine(held[place], term), [place])
 
     with T.serial(groups.size // step) as block:
         for chain in range(_CHAINS):
             add(T.ramp(block * step + chain * _LANES, 1, _LANES), chain, _LANES)
     with T.serial(groups.size % step) as rest:
         add(groups.size // step * step + rest, 0, 1)
-    totals = []
-    for index in range(count):
-        chains = [sums[place] for place in places[index * _CHAINS : (index + 1) * _CHAINS]]
-        totals.append(lane_sum(sum(chains[1:], chains[0])))
-    return totals
+    return [
+        fold.lanes(reduce(fold.combine, [held[place] for place in chains]))
+        for fold, chains in zip(folds, places, strict=True)
+    ]
 
 
 def _registers(count: int, dtype: str = "float32") -> Expr:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +16,38 @@ from llmc.models.source import ModelSource
 Float32 = npt.NDArray[np.float32]
 
 
+_BLOCK_VALUES = 1 << 22
+"""Values of a parameter that are read at a time: memory that is used again costs no page faults."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stack:
-    """A parameter `[X, …]` whose X matrices can be read one by one: all at once are gigabytes."""
+class Rows:
+    """A parameter `[M, K]` or `[X, M, K]` whose rows are read when they are asked for: all at once
+    may be gigabytes.
+    """
 
     shape: tuple[int, ...]
-    read: Callable[[int], Float32]
+    read: Callable[[int, slice], Float32]  # of which matrix (0 of [M, K]), which rows
+
+    def matrix(self, index: int) -> Rows:
+        """One of X matrices."""
+        return Rows(shape=self.shape[1:], read=lambda _, rows: self.read(index, rows))
 
     def whole(self) -> Float32:
         """All of them."""
-        return np.stack([self.read(index) for index in range(self.shape[0])])
+        everything = slice(0, self.shape[-2])
+        if len(self.shape) == 2:
+            return self.read(0, everything)
+        return np.stack([self.read(index, everything) for index in range(self.shape[0])])
+
+    def blocks(self) -> Iterator[slice]:
+        """The rows of a matrix, some at a time."""
+        m, k = self.shape
+        step = max(1, _BLOCK_VALUES // k)
+        return (slice(start, min(m, start + step)) for start in range(0, m, step))
 
 
-Values = Callable[[str], Float32 | Stack]
+Values = Callable[[str], Float32 | Rows]
 
 
 class StreamedModel:
@@ -64,8 +83,8 @@ class StreamedModel:
         def load(module: torch.nn.Module, _: Sequence[object]) -> None:
             for leaf, name in owned.items():
                 value = self._values(name)
-                if isinstance(value, Stack):
-                    parameter = _StackedTensor(value)
+                if isinstance(value, Rows):
+                    parameter = _RowsTensor(value)
                 else:
                     parameter = torch.nn.Parameter(_tensor(value), requires_grad=False)
                 module._parameters[leaf] = parameter
@@ -86,17 +105,19 @@ def _tensor(array: Float32) -> torch.Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-class _StackedTensor(torch.Tensor):  # type: ignore[misc] # torch is untyped
-    """A stack that reads the matrix which an index asks for, and all of them for anything else."""
+class _RowsTensor(torch.Tensor):  # type: ignore[misc] # torch is untyped
+    """A parameter that reads what products, look-ups and indices ask for, and all of it for
+    anything else.
+    """
 
-    stack: Stack
+    rows: Rows
 
     @staticmethod
-    def __new__(cls: type[_StackedTensor], stack: Stack) -> _StackedTensor:
-        tensor: _StackedTensor = torch.Tensor._make_subclass(
-            cls, torch.empty(stack.shape, device="meta")
+    def __new__(cls: type[_RowsTensor], rows: Rows) -> _RowsTensor:
+        tensor: _RowsTensor = torch.Tensor._make_subclass(
+            cls, torch.empty(rows.shape, device="meta")
         )
-        tensor.stack = stack
+        tensor.rows = rows
         return tensor
 
     @classmethod
@@ -107,16 +128,52 @@ class _StackedTensor(torch.Tensor):  # type: ignore[misc] # torch is untyped
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever func returns
+        kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func.__name__ == "__get__":  # of an attribute, such as the shape
-                return func(*args, **(kwargs or {}))
-            if func is torch.Tensor.__getitem__ and _is_index(args[1]):
-                return _tensor(args[0].stack.read(int(args[1])))
-            return func(*map(_whole, args), **{n: _whole(a) for n, a in (kwargs or {}).items()})
+            if func.__name__ == "__get__" or func in _OF_SHAPE:
+                return func(*args, **kwargs)
+            if func is torch.Tensor.__getitem__ and args[0].dim() == 3 and _is_index(args[1]):
+                return _RowsTensor(args[0].rows.matrix(int(args[1])))
+            if func is torch.nn.functional.linear and _reads_matrix(args):
+                return _linear(*args, **kwargs)
+            if func is torch.nn.functional.embedding and _reads_matrix(args):
+                return _embedding(*args, **kwargs)
+            return func(*map(_whole, args), **{n: _whole(a) for n, a in kwargs.items()})
+
+
+_OF_SHAPE = (torch.Tensor.dim, torch.Tensor.size, torch.Tensor.numel)
+
+
+def _linear(x: torch.Tensor, weight: _RowsTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x · weightᵀ + bias`, some outputs at a time."""
+    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
+    for rows in weight.rows.blocks():
+        out[..., rows] = torch.nn.functional.linear(x, _tensor(weight.rows.read(0, rows)))
+    return out if bias is None else out + _whole(bias)
+
+
+def _embedding(
+    ids: torch.Tensor,
+    weight: _RowsTensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    **others: Any,  # noqa: ANN401 - that training alone asks for
+) -> torch.Tensor:
+    """The rows of token ids, each read once; the padding's matters to training alone."""
+    if max_norm is not None:
+        return torch.nn.functional.embedding(ids, _whole(weight), None, max_norm, **others)
+    wanted, places = torch.unique(ids, return_inverse=True)
+    rows = [weight.rows.read(0, slice(i, i + 1)) for i in wanted.tolist()]
+    return _tensor(np.concatenate(rows))[places]
 
 
 def _whole(argument: object) -> object:
-    return _tensor(argument.stack.whole()) if isinstance(argument, _StackedTensor) else argument
+    return _tensor(argument.rows.whole()) if isinstance(argument, _RowsTensor) else argument
+
+
+def _reads_matrix(args: Sequence[object]) -> bool:
+    """Whether a function's second argument is rows of a matrix."""
+    return len(args) > 1 and isinstance(args[1], _RowsTensor) and args[1].dim() == 2
 
 
 def _is_index(index: object) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
+from threading import Lock
+from typing import Protocol
 
 import ml_dtypes  # noqa: F401 - makes "bfloat16" a NumPy dtype
 import numpy as np
@@ -15,8 +17,8 @@ import numpy.typing as npt
 from tvm import relax
 
 from llmc.artifact import WeightTensor
-from llmc.compiler.quantizer import quantize, quantized_values
-from llmc.compiler.streamed_model import Stack
+from llmc.compiler.quantizer import Grid, fit_grid, for_blocks, quantize, quantized_values
+from llmc.compiler.streamed_model import Rows
 from llmc.compiler.weight_plan import Weights, WeightSpec
 from llmc.errors import ImportModelError
 from llmc.formats import FORMATS, QuantizedMatrix, WeightFormat, concatenate
@@ -25,6 +27,9 @@ from llmc.targets.base import Array, Matrix, Target
 
 WEIGHTS_FILE = "weights-00001.safetensors"
 ALIGNMENT = 64
+
+Grids = dict[str, list[Grid]]
+"""What the matrices of a source (one, or one an expert) were rounded to, by the source's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,37 +84,48 @@ def write_weights(
     tensors: Mapping[str, SourceTensor],
     target: Target,
     on_progress: Callable[[float], None],
-) -> None:
-    """Writes all arguments into one safetensors file.
+) -> Grids:
+    """Writes all arguments into one safetensors file; what was rounded to.
 
-    At most one packed weight is in memory at a time. Large arrays start at multiples of 64 bytes.
+    Some rows of one weight are in memory at a time. Large arrays start at multiples of 64 bytes.
     """
+    grids: Grids = {}
     # Odd sizes last, so that they move nothing behind them off its alignment.
     order = sorted(wanted, key=lambda a: a.num_bytes % ALIGNMENT != 0)
     header: dict[str, object] = {}
-    begin = 0
+    places: dict[str, int] = {}
+    end = 0
     for argument in order:
-        end = begin + argument.num_bytes
+        places[argument.name] = end
+        end += argument.num_bytes
         header[argument.name] = {
             "dtype": _SAFETENSORS_DTYPES[argument.dtype],
             "shape": list(argument.shape),
-            "data_offsets": [begin, end],
+            "data_offsets": [places[argument.name], end],
         }
-        begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        data_begin = file.tell()
+        file.write(len(text).to_bytes(8, "little") + text)
+        begin = file.tell()
+        lock = Lock()
+
+        def write(argument: Argument, array: Array, bytes_before: int = 0) -> None:
+            with lock:
+                file.seek(begin + places[argument.name] + bytes_before)
+                file.write(np.ascontiguousarray(array).data)
+
         done = 0
-        for argument, array in _packed(order, tensors, target):
-            entry = header[argument.name]
-            assert isinstance(entry, dict)
-            file.seek(data_begin + entry["data_offsets"][0])
-            file.write(np.ascontiguousarray(array).data)
-            done += argument.num_bytes
-            on_progress(done / max(begin, 1))
+        for _, weight in groupby(order, key=lambda a: (a.spec.sources, a.spec.part is None)):
+            parts = list(weight)
+            if parts[0].spec.part is None:
+                for argument in parts:
+                    write(argument, _plain(argument, tensors))
+            else:
+                grids |= _pack(parts, tensors, target, write)
+            done += sum(argument.num_bytes for argument in parts)
+            on_progress(done / max(end, 1))
+    return grids
 
 
 _SAFETENSORS_DTYPES = {
@@ -122,27 +138,10 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-def _packed(
-    order: list[Argument], tensors: Mapping[str, SourceTensor], target: Target
-) -> Iterator[tuple[Argument, Array]]:
-    """Every argument with its array; the parts of one weight share one packing."""
+class _Write(Protocol):
+    """Writes an array, or some of its contiguous parts."""
 
-    def weight(argument: Argument) -> tuple[list[str], bool]:
-        return argument.spec.sources, argument.spec.part is None
-
-    for _, group in groupby(order, key=weight):
-        parts = list(group)
-        spec = parts[0].spec
-        if spec.part is None:
-            for argument in parts:
-                yield argument, _plain(argument, tensors)
-            continue
-        arrays = pack(spec, tensors, target)
-        for argument in parts:
-            assert argument.spec.part is not None
-            array = arrays[argument.spec.part]
-            assert array.shape == argument.shape, (argument.name, array.shape, argument.shape)
-            yield argument, array
+    def __call__(self, argument: Argument, array: Array, bytes_before: int = 0) -> None: ...
 
 
 def _plain(argument: Argument, tensors: Mapping[str, SourceTensor]) -> Array:
@@ -156,41 +155,119 @@ def _plain(argument: Argument, tensors: Mapping[str, SourceTensor]) -> Array:
     return joined
 
 
-def pack(spec: WeightSpec, tensors: Mapping[str, SourceTensor], target: Target) -> list[Array]:
-    """The packed arrays of one weight."""
-    matrices, stacked = matrices_of(spec, tensors)
-    return target.pack(FORMATS[spec.format], matrices, stacked=stacked)
+def _pack(
+    parts: list[Argument], tensors: Mapping[str, SourceTensor], target: Target, write: _Write
+) -> Grids:
+    """Writes arrays of one packed weight; the grids of those of its sources that were rounded.
 
-
-def matrices_of(spec: WeightSpec, tensors: Mapping[str, SourceTensor]) -> tuple[list[Matrix], bool]:
-    """(matrices, stacked): the sources' rows in the spec's format; one an expert if stacked."""
+    Some panels at a time are rounded, packed and written while they are in a core's cache: to go
+    through memory that is new each time would take longer than all that is computed.
+    """
+    spec = parts[0].spec
     fmt = FORMATS[spec.format]
-    matrices, stacked = _as_stored(spec, tensors)
-    if fmt.is_float:
-        return matrices, stacked
-    return [m if isinstance(m, QuantizedMatrix) else quantize(m, fmt) for m in matrices], stacked
+    matrices = stored_matrices(spec, tensors)
+    panels = -(-matrices[0].shape[0] // target.panel)
+    grids = [m.empty_grid(fmt) for m in matrices]
+
+    for index, matrix in enumerate(matrices):
+
+        def write_rows(rows: slice, index: int = index, matrix: StoredMatrix = matrix) -> None:
+            stored, grid = matrix.rows(rows), grids[index]
+            if grid is not None and not isinstance(stored, QuantizedMatrix):
+                stored = quantize(stored, fmt)
+                grid.take_rows(rows).copy_from(stored)
+            arrays = target.pack(fmt, stored)
+            before = index * panels + rows.start // target.panel
+            for argument in parts:
+                assert argument.spec.part is not None
+                panel_bytes, rest = divmod(argument.num_bytes, panels * len(matrices))
+                array = arrays[argument.spec.part]
+                assert array.dtype == np.dtype(argument.dtype), argument
+                assert (array.nbytes, rest) == (panel_bytes * len(array), 0), argument
+                write(argument, array, before * panel_bytes)
+
+        for_blocks(matrix.shape, write_rows, multiple=target.panel)
+    found: Grids = {}
+    for matrix, grid in zip(matrices, grids, strict=True):
+        if grid is not None:
+            for name, rows in zip(spec.sources, matrix.slices(), strict=True):
+                found.setdefault(name, []).append(grid.take_rows(rows))
+    return found
 
 
-def _as_stored(spec: WeightSpec, tensors: Mapping[str, SourceTensor]) -> tuple[list[Matrix], bool]:
-    """The same before anything is rounded: codes where the sources have those of the format."""
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """Matrices of the checkpoint, one below the other, of which some rows are taken at a time."""
+
+    parts: list[Matrix]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of all of them, columns."""
+        shapes = [_shape(part) for part in self.parts]
+        return sum(m for m, _ in shapes), shapes[0][1]
+
+    def rows(self, wanted: slice) -> Matrix:
+        """Rows `[start, stop)`, as they are stored."""
+        found: list[Matrix] = []
+        for part, place in zip(self.parts, self.slices(), strict=True):
+            begin, end = max(wanted.start, place.start), min(wanted.stop, place.stop)
+            if begin < end:
+                inside = slice(begin - place.start, end - place.start)
+                found.append(_take_rows(part, inside))
+        if len(found) == 1:
+            return found[0]
+        codes = [part for part in found if isinstance(part, QuantizedMatrix)]
+        if codes:
+            return concatenate(codes)
+        return np.concatenate([np.asarray(part, np.float32) for part in found])
+
+    def empty_grid(self, fmt: WeightFormat) -> Grid | None:
+        """Where what its rows are rounded to is put; None where nothing is rounded."""
+        if fmt.is_float or isinstance(self.parts[0], QuantizedMatrix):
+            return None
+        return Grid.empty(fmt, *self.shape)
+
+    def slices(self) -> list[slice]:
+        """Where the rows of each part are."""
+        ends = np.cumsum([0, *(_shape(part)[0] for part in self.parts)]).tolist()
+        return [slice(begin, end) for begin, end in pairwise(ends)]
+
+
+def _take_rows(matrix: Matrix, rows: slice) -> Matrix:
+    return matrix.take_rows(rows) if isinstance(matrix, QuantizedMatrix) else matrix[rows]
+
+
+def _shape(matrix: Matrix) -> tuple[int, int]:
+    m, k = matrix.codes.shape if isinstance(matrix, QuantizedMatrix) else matrix.shape
+    return m, k
+
+
+def stored_matrices(spec: WeightSpec, tensors: Mapping[str, SourceTensor]) -> list[StoredMatrix]:
+    """A weight's matrix `[M, K]`, or one for each expert, before anything is rounded: codes where
+    the sources have those of the format.
+    """
     sources = [_source(tensors, name) for name in spec.sources]
-    stacked = len(sources[0].shape) == 3
-    if not FORMATS[spec.format].is_float and all(_has_codes(s, spec) for s in sources):
-        kept = [s.read_quantized() for s in sources]
-        exact = [k for k in kept if k is not None]
-        if len(exact) == len(kept):
-            whole = concatenate(exact)
-            if not stacked:
-                return [whole], False
-            rows = np.arange(len(whole.codes)).reshape(sources[0].shape[0], -1)
-            return [whole.take_rows(r) for r in rows], True
-    arrays = [s.read() for s in sources]
-    if len({array.dtype for array in arrays}) > 1:
-        arrays = [array.astype(np.float32) for array in arrays]
+    kept = [s.read_quantized() if _has_codes(s, spec) else None for s in sources]
+    parts = [
+        _matrices(source, None if None in kept else codes, spec)
+        for source, codes in zip(sources, kept, strict=True)
+    ]
+    return [StoredMatrix(list(of_expert)) for of_expert in zip(*parts, strict=True)]
+
+
+def _matrices(
+    source: SourceTensor, codes: QuantizedMatrix | None, spec: WeightSpec
+) -> list[Matrix]:
+    """One tensor's matrices, of its codes or its values."""
+    if codes is not None:
+        num_experts = source.shape[0] if len(source.shape) == 3 else 1
+        m = len(codes.codes) // num_experts
+        return [codes.take_rows(slice(x * m, x * m + m)) for x in range(num_experts)]
+    values = source.read()
     if spec.transposed:
-        arrays = [np.swapaxes(array, -1, -2) for array in arrays]
-    joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    return list(joined) if stacked else [joined], stacked
+        values = np.swapaxes(values, -1, -2)
+    return list(values) if len(source.shape) == 3 else [values]
 
 
 def stored_formats(tensors: Mapping[str, SourceTensor]) -> dict[str, str]:
@@ -217,33 +294,39 @@ def stored_formats(tensors: Mapping[str, SourceTensor]) -> dict[str, str]:
 
 def _has_codes(source: SourceTensor, spec: WeightSpec) -> bool:
     """Whether the source holds what the spec asks for, nothing to be rounded."""
-    return source.stored == spec.format and source.codes_transposed == spec.transposed
+    stored = source.stored == spec.format and not FORMATS[spec.format].is_float
+    return stored and source.codes_transposed == spec.transposed
 
 
 def dequantized(
-    name: str, spec: WeightSpec, tensors: Mapping[str, SourceTensor]
-) -> npt.NDArray[np.float32] | Stack:
-    """One source tensor's values as the kernels see them, in the model's own shape."""
+    name: str, spec: WeightSpec, tensors: Mapping[str, SourceTensor], grids: Grids | None = None
+) -> npt.NDArray[np.float32] | Rows:
+    """One source tensor's values as the kernels see them, in the model's own shape.
+
+    With the grids of `write_weights` none is searched for again.
+    """
     source = _source(tensors, name)
     if spec.part is None:
         return source.read().astype(np.float32)
     fmt = FORMATS[spec.format]
-    matrices, stacked = _as_stored(replace(spec, sources=[name]), tensors)
+    matrices = stored_matrices(replace(spec, sources=[name]), tensors)
+    found = (grids or {}).get(name)
 
-    def values(index: int) -> npt.NDArray[np.float32]:
-        matrix = _values(matrices[index], fmt)
-        return matrix.T if spec.transposed else matrix
+    def values(index: int, rows: slice) -> npt.NDArray[np.float32]:
+        matrix = matrices[index].rows(rows)
+        if isinstance(matrix, QuantizedMatrix):
+            return matrix.dequantize()
+        if fmt.is_float:
+            return matrix.astype(fmt.float_dtype).astype(np.float32, copy=False)
+        grid = fit_grid(matrix, fmt) if found is None else found[index].take_rows(rows)
+        return quantized_values(matrix, grid)
 
-    return Stack(shape=source.shape, read=values) if stacked else values(0)
+    def read(index: int, rows: slice) -> npt.NDArray[np.float32]:
+        if not spec.transposed:
+            return values(index, rows)
+        return values(index, slice(0, matrices[index].shape[0])).T[rows]
 
-
-def _values(matrix: Matrix, fmt: WeightFormat) -> npt.NDArray[np.float32]:
-    """What the kernels see of codes, or of what has yet to be rounded."""
-    if isinstance(matrix, QuantizedMatrix):
-        return matrix.dequantize()
-    if fmt.is_float:
-        return matrix.astype(fmt.float_dtype).astype(np.float32, copy=False)
-    return quantized_values(matrix, fmt)
+    return Rows(shape=source.shape, read=read)
 
 
 def _source(tensors: Mapping[str, SourceTensor], name: str) -> SourceTensor:

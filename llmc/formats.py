@@ -171,7 +171,7 @@ class NestedScales:
         parts = self.subs.astype(np.float32).reshape(m, self.supers.shape[1], -1)
         return (self.supers.astype(np.float32)[:, :, None] * parts).reshape(m, groups)
 
-    def take_rows(self, rows: npt.NDArray[np.intp]) -> NestedScales:
+    def take_rows(self, rows: npt.NDArray[np.intp] | slice) -> NestedScales:
         """Those of some rows, in this order."""
         return NestedScales(supers=self.supers[rows], subs=self.subs[rows])
 
@@ -222,7 +222,7 @@ class QuantizedMatrix:
             values += self.mins.astype(np.float32)[:, :, None]
         return values.reshape(m, k)
 
-    def take_rows(self, rows: npt.NDArray[np.intp]) -> QuantizedMatrix:
+    def take_rows(self, rows: npt.NDArray[np.intp] | slice) -> QuantizedMatrix:
         """The same matrix with its rows in another order (or fewer of them)."""
         nested_scales, nested_mins = self.nested_scales, self.nested_mins
         return QuantizedMatrix(

@@ -109,6 +109,7 @@ class Target(Protocol):
     tvm_target: tvm.target.Target
     library_name: str
     layout: str
+    panel: int  # rows of a weight that are packed together, and alone
     page_size: int
     narrow_products: frozenset[str]  # of int8 and bfloat16: what it multiplies faster than float32
     lacking_formats: frozenset[str]  # names of weight formats that its kernels do not decode
@@ -139,8 +140,8 @@ class Target(Protocol):
     def packed_parts(self, fmt: WeightFormat, shape: Sequence[int]) -> list[PackedPart]:
         """The arrays a matrix `[M, K]` or a stack `[X, M, K]` is packed into."""
 
-    def pack(self, fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool) -> list[Array]:
-        """Packs one matrix, or a stack of them, in the order of `packed_parts`."""
+    def pack(self, fmt: WeightFormat, matrix: Matrix) -> list[Array]:
+        """The arrays of a matrix in the order of `packed_parts`, panels along their first axes."""
 
     def link(self, executable: tvm.runtime.Executable, path: Path) -> list[str]:
         """Writes the library that the runtime loads; returns the features that its code needs."""

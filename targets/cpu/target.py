@@ -24,6 +24,7 @@ from llmc.targets.base import (
 from llmc.targets.cpu import layout
 from llmc.targets.cpu.kernels.integer import activation_block, sum_factor, unit_of
 from llmc.targets.cpu.kernels.kv_pages import key_matrix, kv_type, value_matrix
+from llmc.targets.cpu.layout import PANEL
 from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.parameters import parameters_for
 from llmc.targets.cpu.rules import kernel_rules
@@ -95,6 +96,7 @@ class CpuTarget:
     name = "cpu"
     device_kind = "cpu"
     layout = layout.LAYOUT
+    panel = PANEL
     page_size = 16
     few_tokens = 8
     level = ""
@@ -166,9 +168,9 @@ class CpuTarget:
         *experts, m, k = shape
         return layout.packed_parts(fmt, m, k, num_experts=experts[0] if experts else None)
 
-    def pack(self, fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool) -> list[Array]:
-        """Packs one matrix, or a stack of experts."""
-        return layout.pack(fmt, matrices, stacked=stacked)
+    def pack(self, fmt: WeightFormat, matrix: Matrix) -> list[Array]:
+        """In the same order."""
+        return layout.pack(fmt, [matrix])
 
     def link(self, executable: tvm.runtime.Executable, path: Path) -> list[str]:
         """Links the object code with the thread pool; raises CompileError."""

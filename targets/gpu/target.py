@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from llmc.formats import WeightFormat
 from llmc.targets.base import ActivationBlocks, Array, Matrix, PackedPart, Sampling, Target
 from llmc.targets.gpu import layout
+from llmc.targets.gpu.layout import PANEL
 from llmc.targets.gpu.parameters import GpuParameters
 from llmc.targets.gpu.rules import key_page, value_page
 from llmc.targets.gpu.sampling import sampling
@@ -16,6 +17,7 @@ class GpuTarget:
     """The part of llmc.targets.base.Target that the shared kernels decide."""
 
     layout = layout.LAYOUT
+    panel = PANEL
     page_size = 16
     few_tokens = 8
     narrow_products: frozenset[str] = frozenset()
@@ -49,6 +51,6 @@ class GpuTarget:
         *experts, m, k = shape
         return layout.packed_parts(fmt, m, k, num_experts=experts[0] if experts else None)
 
-    def pack(self, fmt: WeightFormat, matrices: Sequence[Matrix], *, stacked: bool) -> list[Array]:
-        """Packs one matrix, or a stack of experts."""
-        return layout.pack(fmt, matrices, stacked=stacked)
+    def pack(self, fmt: WeightFormat, matrix: Matrix) -> list[Array]:
+        """In the same order."""
+        return layout.pack(fmt, [matrix])

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmc.compiler import calibration
 from llmc.compiler.calibration import calibrate, windows_of
 from llmc.compiler.quantizer import quantize
-from llmc.compiler.streamed_model import Stack, StreamedModel
+from llmc.compiler.streamed_model import Rows, StreamedModel
 from llmc.compiler.weight_plan import WeightSpec
 from llmc.compiler.weights import dequantized
 from llmc.errors import UsageError
@@ -148,7 +148,7 @@ def test_every_product_gets_codes_in_the_formats_own_terms(kind, tmp_path):
         np.testing.assert_array_equal(tensor.read(), source.tensors[name].read())
         # Codes differ from the nearest ones, but by a few steps at most: it is the same matrix.
         found = dequantized(name, specs[name], tensors)
-        error = (found.whole() if isinstance(found, Stack) else found) - tensor.read()
+        error = (found.whole() if isinstance(found, Rows) else found) - tensor.read()
         assert 0 < np.square(error).mean() < 0.05 * np.square(tensor.read()).mean()
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from llmc.compiler.quantizer import quantize
+from llmc.compiler.quantizer import _extremes, quantize
 from llmc.errors import CompileError, UnsupportedError
 from llmc.formats import FORMATS, WeightFormat
 
@@ -180,14 +180,23 @@ def test_what_cannot_be_quantized_is_refused_with_its_reason():
         quantize(weights(), FORMATS["bf16"])
     with pytest.raises(CompileError, match="group 128 does not divide 192"):
         quantize(weights(k=192), FORMATS["w4-g128"])
-    bad = weights()
-    bad[0, 7] = np.nan
-    with pytest.raises(CompileError, match="not finite"):
-        quantize(bad, FORMATS["w8"])
-    with pytest.raises(CompileError, match="not finite"):
-        quantize(bad, FORMATS["w4-g32-asym"])
+    for column, number in ((7, np.nan), (40, np.inf), (255, -np.inf)):
+        bad = weights()
+        bad[1, column] = number
+        with pytest.raises(CompileError, match="not finite"):
+            quantize(bad, FORMATS["w8"])
+        with pytest.raises(CompileError, match="not finite"):
+            quantize(bad, FORMATS["w4-g32-asym"])
     with pytest.raises(CompileError, match="does not fit float16"):
         quantize(weights() * np.float32(1e9), FORMATS["w4-g32"])
+
+
+@pytest.mark.parametrize("n", [1, 7, 16, 40, 100])
+def test_extremes_are_found_wherever_they_lie_in_groups_of_any_size(n):
+    values = np.random.default_rng(n).permuted(np.tile(np.arange(n) - n / 3, (50, 1)), axis=1)
+    low, high = _extremes(values.astype(np.float32), FORMATS["w8"])
+    np.testing.assert_array_equal(low[:, 0], values.min(axis=1).astype(np.float32))
+    np.testing.assert_array_equal(high[:, 0], values.max(axis=1).astype(np.float32))
 
 
 def test_weights_that_must_not_be_written_are_quantized_too():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmc.compiler.streamed_model import Stack, StreamedModel
+from llmc.compiler.streamed_model import Rows, StreamedModel, _RowsTensor
 from llmc.models.source import ModelSource
 
 SIZES = {
@@ -40,16 +40,16 @@ def test_experts_are_read_one_by_one_and_only_those_that_tokens_chose(kind: str)
     )
     read: list[tuple[str, int]] = []
 
-    def values(name: str) -> np.ndarray | Stack:
+    def values(name: str) -> np.ndarray | Rows:
         array = arrays[name]
         if array.ndim < 3:
             return array
 
-        def matrix(index: int) -> np.ndarray:
+        def matrix(index: int, rows: slice) -> np.ndarray:
             read.append((name, index))
-            return array[index]
+            return array[index, rows]
 
-        return Stack(shape=array.shape, read=matrix)
+        return Rows(shape=array.shape, read=matrix)
 
     ids = np.array([[5, 9, 5]])
     found = StreamedModel(source, values).logits(ids)
@@ -64,13 +64,52 @@ def test_experts_are_read_one_by_one_and_only_those_that_tokens_chose(kind: str)
     assert all(2 <= sum(name == s for name, _ in read) <= 4 for s in stacks)
 
 
-def test_what_is_no_index_gets_all_matrices() -> None:
-    from llmc.compiler.streamed_model import _StackedTensor
+def rows_of(array: np.ndarray, read: list[tuple[int, slice]] | None = None) -> Rows:
+    """An array's rows, and which of them were read."""
+    matrices = array if array.ndim == 3 else array[None]
 
+    def rows(index: int, wanted: slice) -> np.ndarray:
+        if read is not None:
+            read.append((index, wanted))
+        return matrices[index, wanted]
+
+    return Rows(shape=array.shape, read=rows)
+
+
+def test_what_is_no_index_gets_all_matrices() -> None:
     array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    tensor = _StackedTensor(Stack(shape=array.shape, read=lambda index: array[index]))
+    tensor = _RowsTensor(rows_of(array))
     assert tensor.shape == (2, 3, 4)
     x = torch.ones(2, 1, 3)
     torch.testing.assert_close(torch.bmm(x, tensor), x @ torch.from_numpy(array))
-    torch.testing.assert_close(tensor[1], torch.from_numpy(array[1]))
+    torch.testing.assert_close(tensor[1].clone(), torch.from_numpy(array[1]))
     torch.testing.assert_close(tensor[:, 0], torch.from_numpy(array[:, 0]))
+
+
+def test_a_product_reads_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmc.compiler.streamed_model._BLOCK_VALUES", 40)
+    rng = np.random.default_rng(0)
+    array = rng.normal(size=(2, 11, 16)).astype(np.float32)
+    read: list[tuple[int, slice]] = []
+    weight = _RowsTensor(rows_of(array, read))[1]
+    x, bias = torch.randn(3, 5, 16), torch.randn(11)
+    for given in (None, bias):
+        read.clear()
+        found = torch.nn.functional.linear(x, weight, given)
+        expected = torch.nn.functional.linear(x, torch.from_numpy(array[1]), given)
+        torch.testing.assert_close(found, expected)
+        assert read == [(1, slice(i, min(11, i + 2))) for i in range(0, 11, 2)]
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_look_up_reads_the_rows_of_its_tokens_once(max_norm: float | None) -> None:
+    array = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    read: list[tuple[int, slice]] = []
+    weight = _RowsTensor(rows_of(array, read))
+    ids = torch.tensor([[7, 0, 7], [2, 2, 8]])
+    found = torch.nn.functional.embedding(ids, weight, 0, max_norm)
+    expected = torch.nn.functional.embedding(ids, torch.from_numpy(array.copy()), 0, max_norm)
+    torch.testing.assert_close(found, expected)
+    if max_norm is None:
+        assert [rows.start for _, rows in read] == [0, 2, 7, 8]
+        assert all(rows.stop == rows.start + 1 for _, rows in read)

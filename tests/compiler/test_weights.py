@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -11,8 +12,8 @@ from llmc.compiler.weights import (
     Argument,
     dequantized,
     describe,
-    matrices_of,
     stored_formats,
+    stored_matrices,
     write_weights,
 )
 from llmc.errors import ImportModelError
@@ -58,26 +59,40 @@ def packed(sources, fmt, part=0, transposed=False):
     )
 
 
+def all_rows(spec, given):
+    """The whole of every matrix."""
+    return [m.rows(slice(0, m.shape[0])) for m in stored_matrices(spec, given)]
+
+
 def test_sources_are_joined_row_by_row():
     q, k = dense(4, 8), dense(2, 8)
     spec = WeightSpec(sources=["q", "k"], format="f32")
-    [matrix], stacked = matrices_of(spec, tensors(q=q, k=k))
-    np.testing.assert_array_equal(matrix, np.concatenate([q, k]))
-    assert not stacked
+    [matrix] = stored_matrices(spec, tensors(q=q, k=k))
+    whole = np.concatenate([q, k])
+    assert matrix.shape == whole.shape
+    for start, stop in [(0, 6), (0, 2), (1, 4), (3, 5), (4, 6), (5, 6)]:
+        np.testing.assert_array_equal(matrix.rows(slice(start, stop)), whole[start:stop])
+
+
+def test_sources_of_several_types_are_joined_in_float32():
+    q, k = dense(4, 8).astype(ml_dtypes.bfloat16), dense(2, 8).astype(np.float16)
+    [matrix] = all_rows(WeightSpec(sources=["q", "k"], format="f32"), tensors(q=q, k=k))
+    np.testing.assert_array_equal(
+        matrix, np.concatenate([q.astype(np.float32), k.astype(np.float32)])
+    )
 
 
 def test_transposed_sources_are_turned_before_they_are_joined():
     q, k = dense(8, 4), dense(8, 2)
     spec = WeightSpec(sources=["q", "k"], format="f32", transposed=True)
-    [matrix], _ = matrices_of(spec, tensors(q=q, k=k))
+    [matrix] = all_rows(spec, tensors(q=q, k=k))
     np.testing.assert_array_equal(matrix, np.concatenate([q.T, k.T]))
 
 
 def test_experts_stay_apart_and_are_turned_one_by_one():
     up = dense(3, 8, 4)
     spec = WeightSpec(sources=["up"], format="f32", transposed=True)
-    matrices, stacked = matrices_of(spec, tensors(up=up))
-    assert stacked
+    matrices = all_rows(spec, tensors(up=up))
     np.testing.assert_array_equal(np.stack(matrices), up.transpose(0, 2, 1))
 
 
@@ -85,26 +100,93 @@ def test_stored_codes_are_kept_bit_by_bit():
     """The file's own numbers reach the kernels: nothing is quantized twice."""
     (a, va), (b, vb) = q4_1(3), q4_1(2)
     given = tensors(a=source("a", va, "q4_1", a), b=source("b", vb, "q4_1", b))
-    [matrix], _ = matrices_of(packed(["a", "b"], "q4_1"), given)
-    np.testing.assert_array_equal(matrix.codes, np.concatenate([a.codes, b.codes]))
-    np.testing.assert_array_equal(matrix.scales, np.concatenate([a.scales, b.scales]))
-    np.testing.assert_array_equal(matrix.mins, np.concatenate([a.mins, b.mins]))
+    [matrix] = stored_matrices(packed(["a", "b"], "q4_1"), given)
+    for rows in (slice(0, 5), slice(1, 2), slice(2, 4)):
+        found = matrix.rows(rows)
+        for name in ("codes", "scales", "mins"):
+            both = np.concatenate([getattr(a, name), getattr(b, name)])
+            np.testing.assert_array_equal(getattr(found, name), both[rows])
+
+
+def test_all_sources_are_rounded_where_one_has_no_codes(tmp_path):
+    (a, va), vb = q4_1(3), dense(2, 64)
+    given = tensors(a=source("a", va, "q4_1", a), b=source("b", vb, "q4_1", None))
+    [matrix] = all_rows(packed(["a", "b"], "q4_1"), given)
+    np.testing.assert_array_equal(matrix, np.concatenate([va, vb]))
+
+
+@pytest.mark.parametrize("fmt", ["w4-g32", "w4-g64-asym", "w8"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_was_written_is_what_the_reference_sees_without_another_search(
+    tmp_path, monkeypatch, fmt, transposed
+):
+    monkeypatch.setattr("llmc.compiler.quantizer._BLOCK_WEIGHTS", 24 * 64)
+    target = open_target("cpu")
+    values = {"q": dense(70, 64), "k": dense(33, 64), "x": dense(3, 50, 64)}
+    shown = {n: v.swapaxes(-1, -2).copy() if transposed else v for n, v in values.items()}
+    joined, experts = packed(["q", "k"], fmt, transposed=transposed), packed(["x"], fmt)
+    experts = replace(experts, transposed=transposed)
+    wanted = [
+        *arguments_of(target, "qk", joined, (103, 64)),
+        *arguments_of(target, "x", experts, (3, 50, 64)),
+    ]
+    given = tensors(**shown)
+    grids = write_weights(tmp_path / "w", wanted, given, target, lambda f: None)
+    monkeypatch.setattr("llmc.compiler.weights.fit_grid", None)
+    for name, spec in (("q", joined), ("k", joined), ("x", experts)):
+        found = dequantized(name, spec, given, grids).whole()
+        matrices = values[name] if name == "x" else values[name][None]
+        exact = np.stack([quantize(m, FORMATS[fmt]).dequantize() for m in matrices])
+        exact = exact if name == "x" else exact[0]
+        exact = exact.swapaxes(-1, -2) if transposed else exact
+        np.testing.assert_allclose(found, exact, rtol=1e-6, atol=1e-7)
 
 
 def test_the_stored_codes_of_experts_are_split_by_expert():
     codes, values = q4_1(6)
     given = tensors(up=source("up", values.reshape(3, 2, 64), "q4_1", codes))
-    matrices, stacked = matrices_of(packed(["up"], "q4_1"), given)
-    assert stacked
+    matrices = all_rows(packed(["up"], "q4_1"), given)
     assert len(matrices) == 3
     np.testing.assert_array_equal(matrices[1].codes, codes.codes[2:4])
 
 
-def test_codes_of_another_format_are_quantized_from_their_values():
+def test_codes_of_another_format_are_quantized_from_their_values(tmp_path):
     codes, values = q4_1(4)
+    target = open_target("cpu")
+    wanted = arguments_of(target, "a", packed(["a"], "w8"), values.shape)
     given = tensors(a=source("a", values, "q4_1", codes))
-    [matrix], _ = matrices_of(packed(["a"], "w8"), given)
-    np.testing.assert_array_equal(matrix.codes, quantize(values, FORMATS["w8"]).codes)
+    write_weights(tmp_path / "w", wanted, given, target, lambda f: None)
+    expected = target.pack(FORMATS["w8"], quantize(values, FORMATS["w8"]))
+    np.testing.assert_array_equal(load_file(tmp_path / "w")["a.codes"], expected[0])
+
+
+@pytest.mark.parametrize("target", ["cpu", "vulkan"])
+@pytest.mark.parametrize("fmt", ["w4-g64-asym", "f16"])
+def test_weights_that_are_written_some_panels_at_a_time_are_those_packed_as_a_whole(
+    tmp_path, monkeypatch, target, fmt
+):
+    """Blocks of one panel, the last of them not full, over the borders of sources and experts."""
+    monkeypatch.setattr("llmc.compiler.quantizer._BLOCK_WEIGHTS", 40 * 64)
+    device = open_target(target)
+    q, k, experts = dense(150, 64), dense(75, 64), dense(3, 200, 64)
+    wanted = [
+        *arguments_of(device, "qk", packed(["q", "k"], fmt), (225, 64)),
+        *arguments_of(device, "x", packed(["x"], fmt), experts.shape),
+    ]
+    write_weights(tmp_path / "w", wanted, tensors(q=q, k=k, x=experts), device, lambda f: None)
+    stored = load_file(tmp_path / "w")
+
+    def whole(values):
+        form = FORMATS[fmt]
+        return device.pack(form, values if form.is_float else quantize(values, form))
+
+    for part, argument in enumerate(wanted[: len(wanted) // 2]):
+        suffix = argument.name.removeprefix("qk.")
+        np.testing.assert_array_equal(
+            stored[argument.name], whole(np.concatenate([q, k]))[part], strict=True
+        )
+        each = np.stack([whole(expert)[part] for expert in experts])
+        np.testing.assert_array_equal(stored[f"x.{suffix}"], each, strict=True)
 
 
 def test_blocks_that_cannot_be_kept_are_known_from_one_layer():
@@ -140,8 +222,10 @@ def test_what_the_kernels_see_is_in_the_models_shape_and_within_a_rounding(fmt, 
     values = dense(6, 64)
     shown = values.T.copy() if transposed else values
     spec = packed(["a"], fmt, transposed=transposed)
-    found = dequantized("a", spec, tensors(a=shown))
-    assert found.shape == shown.shape
+    rows = dequantized("a", spec, tensors(a=shown))
+    found = rows.whole()
+    assert found.shape == rows.shape == shown.shape
+    np.testing.assert_array_equal(rows.read(0, slice(2, 5)), found[2:5])
     assert np.abs(found - shown).max() <= step * np.abs(values).max()
     assert np.abs(found - shown).max() > 0
 
@@ -179,7 +263,7 @@ def test_the_file_holds_every_array_aligned_and_described(tmp_path):
     stored = load_file(path)
     np.testing.assert_array_equal(stored["norm"], norm)
     np.testing.assert_array_equal(stored["bias"], bias)
-    expected = target.pack(FORMATS["w4-g32"], [quantize(a, FORMATS["w4-g32"])], stacked=False)
+    expected = target.pack(FORMATS["w4-g32"], quantize(a, FORMATS["w4-g32"]))
     np.testing.assert_array_equal(stored["a.codes"], expected[0])
     np.testing.assert_array_equal(stored["a.scales"], expected[1])
     assert [e.name for e in entries] == [w.name for w in wanted]

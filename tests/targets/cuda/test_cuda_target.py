@@ -134,6 +134,15 @@ def test_a_missing_compiler_is_named_with_the_command_that_brings_it(monkeypatch
     assert "pip install" in cuda.hint
 
 
+def test_a_missing_runtime_library_is_named_with_the_command_that_brings_it(monkeypatch) -> None:
+    monkeypatch.setattr(toolkit.tvm_ffi, "get_global_func", lambda *_, **__: None)
+    monkeypatch.setattr(toolkit, "has_driver", lambda: True)
+    monkeypatch.setattr(toolkit, "find_cudart", lambda: None)
+    with pytest.raises(CompileError, match=r"needs libcudart\.so\.13, which was not") as caught:
+        toolkit.load_cuda_runtime.__wrapped__()
+    assert 'pip install "llmc[cuda]"' in (caught.value.hint or "")
+
+
 @needs_nvcc
 def test_what_nvcc_refuses_is_said_in_its_words() -> None:
     with pytest.raises(CompileError, match=r"(?s)nvcc failed: .*nonsense"):

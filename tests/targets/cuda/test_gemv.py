@@ -18,28 +18,19 @@ from llmc.targets.gpu import layout
 
 sys.path.append(str(Path(__file__).parent.parent / "cpu"))
 from cuda_code import machine_code, sass_by_kernel
-from matrices import DISTINCT, random_matrix
+from gemv_cases import FUSED, TOLERANCE, M, features_of
+from matrices import random_matrix
 
 needs_nvcc = pytest.mark.skipif(
     toolkit.find_tool("cuobjdump") is None or find_cudart() is None,
     reason=toolkit.NVCC_HINT,
 )
-M = 96
-FUSED = [f for f in DISTINCT if gemv.takes(f, M, 96)]
-# x keeps 2^-16 of the largest of the features that share a scale, some 2^-15 of the norm; floats
-# are multiplied as they are.
-TOLERANCE = {False: 1e-4, True: 2e-6}
 
 
 def product(fmt, m, k, **options):
     plain = {"norm": None, "gate": None, "bias": False, "residual": False}
     dtypes = dict.fromkeys(("dtype", "vector_dtype", "norm_dtype"), "float32")
     return gemv.gemv(fmt, m, k, **{**plain, **dtypes, "plan": gemv_plan(k), **options})
-
-
-def features_of(fmt):
-    """Input features that end within a superblock."""
-    return max(96, 3 * fmt.group)
 
 
 @needs_nvcc

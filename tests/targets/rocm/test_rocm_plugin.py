@@ -146,6 +146,21 @@ def test_damaged_code_is_refused_before_a_driver_sees_it(calls, library, tmp_pat
         assert not any(line.startswith("load") for line in log)
 
 
+UNSEEN = """
+from llmc.device_plugin import load_plugin
+load_plugin("rocm")
+module = ffi.load_module(sys.argv[1])
+print(module.implements_function("scale", query_imports=True), [m.kind for m in module.imports])
+"""
+
+
+def test_a_library_loads_and_names_its_kernels_where_there_is_no_hip(calls, library):
+    """Loading executes nothing on a device: the code objects wait for one."""
+    said, log = calls(UNSEEN, library, LD_LIBRARY_PATH="/none")
+    assert said == "True ['llmc_rocm']\n"
+    assert log == []
+
+
 COPIES = (
     PREPARED
     + """
