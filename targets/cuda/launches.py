@@ -1,10 +1,10 @@
 """Launches that begin before the one in front has ended (programmatic dependent launch, sm_90).
 
 A kernel of a decode step runs for microseconds, as long as it takes to launch the next. Launched
-ahead, the next one has its blocks in place, and first weights on their way, by the time its input
-is there. Every kernel says when that is: it waits for what the launch before wrote, then allows the
-launch behind. Code of ours does so where it wants to (`await_inputs` in tensor_cores.cuh); the
-others begin with it.
+ahead, the next ones have their blocks in place, and first weights on their way, by the time their
+input is there. Every kernel allows the launch behind and then waits for the one before: that has
+ended, and so all before it, which it waited for itself. Code of ours does so where it wants to
+(`await_inputs` in fragments.cuh); the others begin with it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _DYNAMIC = "tirx.use_dyn_shared_memory"
 _BUILD = "target.build.cuda"
 _KERNEL = re.compile(r'(extern "C" __global__[^{]*\{)')
 _WAIT = (
-    '\n#if __CUDA_ARCH__ >= 900\n  asm volatile("griddepcontrol.wait;" ::: "memory");\n'
-    '  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");\n#endif\n'
+    '\n#if __CUDA_ARCH__ >= 900\n  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");\n'
+    '  asm volatile("griddepcontrol.wait;" ::: "memory");\n#endif\n'
 )
 # What calls await_inputs itself.
 _AWAITS = (
-    *("llmc::gemv<", "llmc::attend<", "llmc::merge_parts<"),
+    *("llmc::gemv<", "llmc::stream<", "llmc::attend<", "llmc::merge_parts<"),
     *("llmc::arrange_wide<", "llmc::multiply_wide<"),
 )
 

@@ -26,7 +26,7 @@ def test_kernels_wait_at_their_start_unless_their_own_code_does():
     first, second = await_launches(code).split("b_kernel")
     assert first.count("griddepcontrol.wait") == 1
     assert first.index("griddepcontrol.wait") < first.index("x[0] = 1")
-    assert first.index("griddepcontrol.wait") < first.index("launch_dependents")
+    assert first.index("launch_dependents") < first.index("griddepcontrol.wait")
     assert "griddepcontrol" not in second
 
 
