@@ -54,6 +54,7 @@ class Profiler:
     def __init__(self, executor: Executor, manifest: Manifest) -> None:
         self._executor = executor
         self.chooses = executor.chooses
+        self.begin = None  # a step's time is its own
         self._entries = [(e.max_tokens, e.name) for e in manifest.entry_points]
         self._rules = {k.name: k.rule for k in manifest.kernels}
         self._costs = CostModel(

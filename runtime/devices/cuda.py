@@ -62,7 +62,7 @@ class Cuda:
         ffi = tvm_runtime.tvm_ffi()
         device = ffi.device("cuda", index)
         set_stream = ffi.get_global_func("runtime.Device_SetStream")
-        return CudaGraphs(_load_cudart(), lambda stream: set_stream(device, stream))
+        return CudaGraphs(_load_cudart(), lambda stream: set_stream(device, stream), device)
 
     def explain(self, error: Exception) -> LlmcError | None:
         """Errors of CUDA's runtime and driver say CUDA and the error's name."""
