@@ -21,6 +21,7 @@ template <class F, int kStageChunks, int kStages, int kGate>
 struct Stream {
   typedef typename F::Scale Scale;
   static const int kWarps = 8, kMultiplying = kWarps * 32, kThreads = kMultiplying + 32;
+  static const int kEach = kStageChunks / kWarps;  // chunks of a stage for each warp
   typedef Gemv<F, kWarps + 1, 1> Product;
   // Blocks of a cluster begin where a scale does, and a superblock.
   static const int kUnit = F::kGroup > F::kBlock ? F::kGroup / F::kChunk : 4;
@@ -64,38 +65,49 @@ struct Stream {
     const int scales = min((chunks * F::kChunk + kGroup - 1) / kGroup, w.groups - group);
     const int bytes = scales * 32 * (int)sizeof(Scale);
     arrive_expecting(full, chunks * 512 + (F::kScaled ? bytes * (F::kMin ? 2 : 1) : 0));
-    copy_bulk(stage, static_cast<const uint4*>(w.codes) + (panel * w.chunks + begin) * 32,
+    copy_once(stage, static_cast<const uint4*>(w.codes) + (panel * w.chunks + begin) * 32,
               chunks * 512, full);
     if (!F::kScaled) return;
     const size_t at = (panel * w.groups + group) * 32;
-    copy_bulk(stage + kCodeBytes, static_cast<const Scale*>(w.scales) + at, bytes, full);
+    copy_once(stage + kCodeBytes, static_cast<const Scale*>(w.scales) + at, bytes, full);
     if (F::kMin)
-      copy_bulk(stage + kCodeBytes + kScaleBytes, static_cast<const Scale*>(w.mins) + at, bytes,
+      copy_once(stage + kCodeBytes + kScaleBytes, static_cast<const Scale*>(w.mins) + at, bytes,
                 full);
   }
 
   // This thread's row of a stage; x begins with the block's first chunk, `offset` chunks before.
   static __device__ __forceinline__ float multiply(const char* stage, const char* x, int chunks,
                                                    int offset, int blocks) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp = threadIdx.x / 32;
+    float sums[kEach] = {};
+    // A whole stage has no conditions: the compiler may ask for all of it before it multiplies.
+    if (chunks >= kStageChunks) {
+#pragma unroll
+      for (int u = 0; u < kEach; ++u) sums[u] = multiply_chunk(stage, x, u * kWarps + warp, offset, blocks);
+    } else {
+      for (int chunk = warp; chunk < chunks; chunk += kWarps)
+        sums[0] += multiply_chunk(stage, x, chunk, offset, blocks);
+    }
     float sum = 0.f;
 #pragma unroll
-    for (int u = 0; u < kStageChunks / kWarps; ++u) {
-      const int chunk = u * kWarps + warp;
-      if (chunk >= chunks) break;
-      const uint4 raw = reinterpret_cast<const uint4*>(stage)[chunk * 32 + lane];
-      Scale scale[F::kChunkScales], min[F::kChunkScales];
-#pragma unroll
-      for (int part = 0; F::kScaled && part < F::kChunkScales; ++part) {
-        const int group = F::kChunkScales > 1 ? chunk * F::kChunkScales + part
-                                              : chunk * F::kChunk / kGroup;
-        const Scale* scales = reinterpret_cast<const Scale*>(stage + kCodeBytes) + group * 32 + lane;
-        scale[part] = scales[0];
-        if (F::kMin) min[part] = scales[kStageScales * 32];
-      }
-      sum += Product::product(raw, scale, min, x, offset + chunk, blocks);
-    }
+    for (int u = 0; u < kEach; ++u) sum += sums[u];
     return sum;
+  }
+
+  static __device__ __forceinline__ float multiply_chunk(const char* stage, const char* x, int chunk,
+                                                         int offset, int blocks) {
+    const int lane = threadIdx.x % 32;
+    const uint4 raw = reinterpret_cast<const uint4*>(stage)[chunk * 32 + lane];
+    Scale scale[F::kChunkScales], min[F::kChunkScales];
+#pragma unroll
+    for (int part = 0; F::kScaled && part < F::kChunkScales; ++part) {
+      const int group = F::kChunkScales > 1 ? chunk * F::kChunkScales + part
+                                            : chunk * F::kChunk / kGroup;
+      const Scale* scales = reinterpret_cast<const Scale*>(stage + kCodeBytes) + group * 32 + lane;
+      scale[part] = scales[0];
+      if (F::kMin) min[part] = scales[kStageScales * 32];
+    }
+    return Product::product(raw, scale, min, x, offset + chunk, blocks);
   }
 
   // All panels' sums of this block's features, totals[panel][32].

@@ -12,7 +12,7 @@ from llmc.cuda_toolkit import find_cudart
 from llmc.formats import FORMATS
 from llmc.targets.cuda import toolkit
 from llmc.targets.cuda.kernels import gemv
-from llmc.targets.cuda.parameters import gemv_plan
+from llmc.targets.cuda.parameters import StreamPlan, gemv_plan
 from llmc.targets.cuda.target import CudaTarget
 from llmc.targets.gpu import layout
 
@@ -24,11 +24,19 @@ needs_nvcc = pytest.mark.skipif(
     toolkit.find_tool("cuobjdump") is None or find_cudart() is None,
     reason=toolkit.NVCC_HINT,
 )
-M = 96
+M = 192
 FUSED = [f for f in DISTINCT if gemv.takes(f, M, 96)]
 # x keeps 2^-16 of the largest of the features that share a scale, some 2^-15 of the norm; floats
 # are multiplied as they are.
 TOLERANCE = {False: 1e-4, True: 2e-6}
+
+
+# Blocks of a cluster on one panel, of its own each, and where most have none.
+STREAMS = [
+    StreamPlan(cluster=4, blocks=8, stages=2),
+    StreamPlan(cluster=2, blocks=12, stages=5),
+    StreamPlan(cluster=1, blocks=132, stages=3),
+]
 
 
 def product(fmt, m, k, **options):
@@ -38,8 +46,8 @@ def product(fmt, m, k, **options):
 
 
 def features_of(fmt):
-    """Input features that end within a superblock."""
-    return max(96, 3 * fmt.group)
+    """Input features that end within a superblock where scales allow it; more than a stage has."""
+    return 1280 if fmt.sub_scales is not None else 11 * max(96, 3 * fmt.group)
 
 
 @needs_nvcc
@@ -60,22 +68,28 @@ def test_what_it_does_not_take_is_left_to_others():
         assert not gemv.takes(FORMATS[name], m, k), (name, m, k)
 
 
-@pytest.fixture(scope="module")
-def kernels():
+def kernels_of(plan, architecture):
+    """A product of every format, plain and with a gate, by name."""
+    CudaTarget(architecture)
     options = {"norm": (1e-5, 1.0), "bias": True}
     named = {}
     for fmt in FUSED:
         name, k = fmt.name.replace("-", "_"), features_of(fmt)
-        named[name] = product(fmt, M, k, residual=True, **options)
-        named[f"{name}_gate"] = product(fmt, M, k, gate="silu", **options)
-    named = {n: f.with_attr("global_symbol", n) for n, f in named.items()}
-    return tvm.compile(tvm.IRModule(named), target=CudaTarget("sm_80,sm_90").tvm_target)
+        chosen = {"plan": plan or gemv_plan(k), **options}
+        named[name] = product(fmt, M, k, residual=True, **chosen)
+        named[f"{name}_gate"] = product(fmt, M, k, gate="silu", **chosen)
+    return {n: f.with_attr("global_symbol", n) for n, f in named.items()}
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("gate", [False, True])
-@pytest.mark.parametrize("fmt", FUSED, ids=lambda f: f.name)
-def test_norm_product_and_what_follows_match_float64(kernels, fmt, gate):
+@pytest.fixture(scope="module", params=[None, *STREAMS], ids=["gemv", "4", "2", "1"])
+def kernels(request):
+    architecture = "sm_80,sm_90" if request.param is None else "sm_90"
+    functions = kernels_of(request.param, architecture)
+    return tvm.compile(tvm.IRModule(functions), target=CudaTarget(architecture).tvm_target)
+
+
+def example(fmt, gate):
+    """(the kernel's arrays without the output, the output in float64)."""
     rng, k = np.random.default_rng(3), features_of(fmt)
     matrix, exact = random_matrix(rng, fmt, M, k)
     x, g = 5 * rng.standard_normal((1, 1, k)), rng.standard_normal(k)
@@ -88,7 +102,14 @@ def test_norm_product_and_what_follows_match_float64(kernels, fmt, gate):
         expected = half / (1 + np.exp(-half)) * expected[M // 2 :]
     else:
         expected, arrays = expected + residual.ravel(), [*arrays, residual]
-    arrays = [a.astype(np.float32) if a.dtype == np.float64 else a for a in arrays]
+    return [a.astype(np.float32) if a.dtype == np.float64 else a for a in arrays], expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("fmt", FUSED, ids=lambda f: f.name)
+def test_norm_product_and_what_follows_match_float64(kernels, fmt, gate):
+    arrays, expected = example(fmt, gate)
     y = tvm.runtime.tensor(np.full((1, 1, len(expected)), np.nan, np.float32), tvm.cuda(0))
     name = fmt.name.replace("-", "_") + ("_gate" if gate else "")
     kernels[name](*(tvm.runtime.tensor(a, tvm.cuda(0)) for a in arrays), y)
