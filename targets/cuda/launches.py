@@ -1,10 +1,11 @@
 """Launches that begin before the one in front has ended (programmatic dependent launch, sm_90).
 
 A kernel of a decode step runs for microseconds, as long as it takes to launch the next. Launched
-ahead, the next ones have their blocks in place, and first weights on their way, by the time their
-input is there. Every kernel allows the launch behind and then waits for the one before: that has
-ended, and so all before it, which it waited for itself. Code of ours does so where it wants to
-(`await_inputs` in fragments.cuh); the others begin with it.
+ahead, the next one has its blocks in place, and first weights on their way, by the time its input
+is there. Every kernel says when that is: it waits for what the launch before wrote, then allows the
+launch behind. Code of ours does so where it wants to (`await_inputs` in fragments.cuh); the others
+begin with it. To allow before waiting, so that several launches have begun, computed wrong numbers
+in prompts of whole models (H200), and decoded no faster.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ _DYNAMIC = "tirx.use_dyn_shared_memory"
 _BUILD = "target.build.cuda"
 _KERNEL = re.compile(r'(extern "C" __global__[^{]*\{)')
 _WAIT = (
-    '\n#if __CUDA_ARCH__ >= 900\n  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");\n'
-    '  asm volatile("griddepcontrol.wait;" ::: "memory");\n#endif\n'
+    '\n#if __CUDA_ARCH__ >= 900\n  asm volatile("griddepcontrol.wait;" ::: "memory");\n'
+    '  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");\n#endif\n'
 )
 # What calls await_inputs itself.
 _AWAITS = (
@@ -52,12 +53,8 @@ def overlap_launches(wanted: bool) -> None:
 
 
 def await_launches(code: str) -> str:
-    """CUDA C++ of kernels, each of which waits for the launch before it.
-
-    Without `__restrict__`: of what that shows to be read only, the compiler makes loads that need
-    not see what other kernels wrote since this one was launched, which is before they ran.
-    """
-    pieces = _KERNEL.split(code.replace("__restrict__", ""))
+    """CUDA C++ of kernels, each of which waits for the launch before it."""
+    pieces = _KERNEL.split(code)
     for at in range(1, len(pieces), 2):
         if not any(name in pieces[at + 1] for name in _AWAITS):
             pieces[at] += _WAIT

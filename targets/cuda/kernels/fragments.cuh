@@ -32,12 +32,12 @@ __device__ __forceinline__ float power_of_two(float x) {
   return y;
 }
 
-// Lets the launch behind start, then waits for what the one before wrote (see launches.py). What
+// Waits for what the launch before wrote, then lets the one behind start (see launches.py). What
 // stands before it must not read that, nor write.
 __device__ __forceinline__ void await_inputs() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

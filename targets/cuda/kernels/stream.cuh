@@ -3,9 +3,9 @@
 // A decode step is a chain of launches of a few microseconds, each of which waits for the one before.
 // While one waits, prepares its activations or adds up its sums, its weights have to be on their way
 // all the same. So a block here has one warp that copies a panel's next chunks in bulk into a ring of
-// stages, from the moment that it is launched: which is before its input is there, since no kernel
-// waits before it allows the next launch. It takes less than half a multiprocessor's shared memory,
-// so that the next product's blocks find room beside it.
+// stages, from the moment that it is launched, which is before its input is there (launches.py). It
+// takes less than half a multiprocessor's shared memory, so that the next product's blocks find room
+// beside it.
 //
 // The other eight warps share a stage's chunks. A thread has one of the panel's 32 rows, so that a
 // warp reads 512 bytes in order and its activations are the same for all. Blocks of a cluster share
