@@ -118,14 +118,15 @@ class _Tensor(ctypes.Structure):
     )
 
 
-_DELETE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _KINDS = {"i": 0, "f": 2}
 _described: dict[int, object] = {}  # what descriptions of living tensors are made of, by address
 
 
-@_DELETE
 def _forget(address: int) -> None:
     del _described[address]
+
+
+_FORGET = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_forget)
 
 
 class _Described:
@@ -163,7 +164,7 @@ def tensor_at(address: int, shape: tuple[int, ...], dtype: str, device: Any) -> 
         ctypes.addressof(strides),
         0,
         None,
-        ctypes.cast(_forget, ctypes.c_void_p),
+        ctypes.cast(_FORGET, ctypes.c_void_p),
     )
     _described[ctypes.addressof(description)] = description, extents, strides
     return tvm_ffi().from_dlpack(_Described(description))

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmc.errors import LlmcError
 from llmc.runtime.devices.cuda_transfers import CudaTransfers
+from llmc.runtime.devices.device import Transfers
 
 _MAX_GRAPHS = 64  # the least recently used goes
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
@@ -36,7 +37,7 @@ class CudaGraphs:
         self._check("cudaStreamCreateWithFlags", ctypes.byref(self._stream), _NON_BLOCKING)
         self._graphs: OrderedDict[Hashable, tuple[ctypes.c_void_p, Any]] = OrderedDict()
         self._called: set[Hashable] = set()
-        self.transfers = CudaTransfers(self._check, device)
+        self.transfers: Transfers = CudaTransfers(self._check, device)
 
     def run(self, key: Hashable, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - call's
         """What `call` returns: called the first time, recorded the second, launched from then on.

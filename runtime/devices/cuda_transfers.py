@@ -1,7 +1,7 @@
 """Copies between host and device that the host does not wait for.
 
-A step's inputs are a dozen short arrays, its output a few tokens: copied one by one, and waited for,
-they keep a GPU idle for longer than a small model's layer takes.
+A step's inputs are a dozen short arrays, its output a few tokens: copied one by one, and waited
+for, they keep a GPU idle for longer than a small model's layer takes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class CudaTransfers:
         for start, array in zip(starts, arrays, strict=False):
             host[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
         self._copy(self._memory.data_ptr(), host.ctypes.data, starts[-1], _TO_DEVICE)
-        return [self._tensor(s, a.shape, str(a.dtype)) for s, a in zip(starts, arrays, strict=False)]
+        return [
+            self._tensor(s, a.shape, str(a.dtype)) for s, a in zip(starts, arrays, strict=False)
+        ]
 
     def within(self, to: int, source: int, num_bytes: int) -> None:
         """Copies from one address of the device to another."""
@@ -108,7 +110,7 @@ class _Slots:
         self._check("cudaHostAlloc", ctypes.byref(memory), size, 0)
         assert memory.value is not None
         raw = (ctypes.c_uint8 * (_SLOTS * self.capacity)).from_address(memory.value)
-        self._pieces = np.frombuffer(raw, np.uint8).reshape(_SLOTS, -1)
+        self._pieces = np.ctypeslib.as_array(raw).reshape(_SLOTS, -1)
         return True
 
     def take(self) -> npt.NDArray[np.uint8]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -71,7 +72,9 @@ class AheadExecutor(ChoosingExecutor):
         self._waiting: list[list[StepOutput]] = []
         self.num_ahead = 0
 
-    def begin(self, inputs: StepInputs, draws: Draws, chosen: np.ndarray | None = None):  # noqa: ANN201
+    def begin(
+        self, inputs: StepInputs, draws: Draws, chosen: np.ndarray | None = None
+    ) -> Callable[[], StepOutput]:
         assert len(self._waiting) <= 1, "two steps are under way"
         if chosen is not None:
             self.num_ahead += 1
@@ -277,9 +280,7 @@ def test_whoever_comes_or_goes_while_a_step_is_under_way_disturbs_nobody(ahead):
     assert ahead._begun is not None
     ahead.cancel("a")
     ahead.submit("c", [9] * 40, GREEDY)
-    np.testing.assert_array_equal(
-        ahead.logits([5, 6, 7]), make_engine(MANIFEST).logits([5, 6, 7])
-    )
+    np.testing.assert_array_equal(ahead.logits([5, 6, 7]), make_engine(MANIFEST).logits([5, 6, 7]))
     while ahead.has_work():
         step()
     assert found["a"] == reference_greedy(MANIFEST, [1, 2], 4)
