@@ -12,7 +12,7 @@ from llmc.cuda_toolkit import find_cudart
 from llmc.formats import FORMATS
 from llmc.targets.cuda import toolkit
 from llmc.targets.cuda.kernels import gemv
-from llmc.targets.cuda.parameters import StreamPlan, gemv_plan
+from llmc.targets.cuda.parameters import STREAM_BYTES, StreamPlan, gemv_plan
 from llmc.targets.cuda.target import CudaTarget
 from llmc.targets.gpu import layout
 
@@ -60,6 +60,29 @@ def test_weights_are_read_16_bytes_at_a_time_and_nothing_is_spilled(architecture
         assert names[name] in text, name
         assert re.search(r"LDG\.E\S*\.128", text), name
         assert not re.search(r"\b(STL|LDL)\b", text), f"{name} spills"
+
+
+@needs_nvcc
+def test_on_hopper_alone_weights_are_copied_in_bulk_and_nothing_is_spilled(tmp_path):
+    functions = {}
+    for name in ("bf16", "w4-g128"):
+        plan = gemv.plan_for(FORMATS[name], 4096, 4096, gate=False, hopper=True)
+        options = {"norm": (1e-5, 0.0), "plan": plan}
+        functions[name.replace("-", "_")] = product(FORMATS[name], 4096, 4096, **options)
+    listing = sass_by_kernel(machine_code(functions, "sm_90"), tmp_path)
+    for name in functions:
+        assert "UBLKCP" in listing[f"{name}_kernel"], name
+        assert not re.search(r"\b(STL|LDL)\b", listing[f"{name}_kernel"]), f"{name} spills"
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "cluster"), [(3072, 2048, 4), (2048, 2048, 2), (16384, 2048, 1), (4096, 14336, 4)]
+)
+def test_blocks_share_panels_where_else_some_had_none(m, k, cluster):
+    plan = gemv.plan_for(FORMATS["bf16"], m, k, gate=False, hopper=True)
+    assert plan.cluster == cluster
+    assert gemv.stream_bytes(FORMATS["bf16"], m, k, plan, gate=False) <= STREAM_BYTES
+    assert gemv.plan_for(FORMATS["bf16"], m, k, gate=False, hopper=False) == gemv_plan(k)
 
 
 def test_what_it_does_not_take_is_left_to_others():
