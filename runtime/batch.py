@@ -29,7 +29,7 @@ def build_batch(chunks: Seq[Chunk], blocks: BlockManager) -> StepInputs:
     if logits_rows.size == 0:  # parts of prompts only; a step has at least one row, here unread
         logits_rows = np.zeros(1, np.int32)
     return StepInputs(
-        input_ids=np.concatenate([c.sequence.token_ids[c.start : c.end] for c in chunks]),
+        input_ids=np.concatenate([c.token_ids for c in chunks]),
         positions=positions,
         q_starts=q_starts,
         kv_lens=kv_lens,

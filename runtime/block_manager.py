@@ -8,6 +8,7 @@ stays 0.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -106,6 +107,16 @@ class BlockManager:
         for g, (group, pool) in enumerate(zip(self.groups, self.pools, strict=True)):
             room = min(room, (self._end[g][row] + pool.num_free) * group.page_size - start)
         return room
+
+    def can_extend(self, ends: Mapping[int, int]) -> bool:
+        """Whether there are pages for all tokens of each row before its end, row -> end."""
+        if any(end > self.max_length for end in ends.values()):
+            return False
+        for g, (group, pool) in enumerate(zip(self.groups, self.pools, strict=True)):
+            wanted = (pages_for(e, group.page_size) - self._end[g][r] for r, e in ends.items())
+            if sum(max(0, pages) for pages in wanted) > pool.num_free:
+                return False
+        return True
 
     def extend(self, row: int, end: int) -> None:
         """Takes the pages for all tokens before position `end`; `room` has said that they exist."""

@@ -1,6 +1,7 @@
 """The engine: requests in, deltas out, one executor step at a time.
 
-`step` is a chain of verbs: schedule, build the batch, run it, collect what came out. An engine
+`step` is a chain of verbs: schedule, build the batch, run it, collect what came out. Where the
+device can, the next batch begins before the last one's tokens are here. An engine
 belongs to one thread; a server drives `submit`, `cancel` and `step` from its engine thread.
 """
 
@@ -9,8 +10,10 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,19 @@ from llmc.runtime.sampling_params import SamplingParams
 from llmc.runtime.scheduler import Chunk, Scheduler
 from llmc.runtime.scoring import score_text
 from llmc.runtime.sequence import Sequence
-from llmc.runtime.step import Draws, Float32, Int32, StepExecutor, StepInputs, StepOutput
+from llmc.runtime.step import Draws, Float32, Int32, StepExecutor, StepOutput
 from llmc.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that has begun; `draws` where the device chooses tokens."""
+
+    chunks: list[Chunk]
+    draws: Draws | None
+    wait: Callable[[], StepOutput]
 
 
 class Engine:
@@ -149,6 +161,7 @@ class Engine:
         self._requests: dict[str, list[Generation]] = {}  # choices that still run
         self._pending: list[Delta] = []  # for the next step to give out
         self._inboxes: dict[str, deque[Delta]] = {}  # of `generate` and `stream`
+        self._begun: _Step | None = None  # behind the step that was given out last
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -211,28 +224,29 @@ class Engine:
         executor ends all running ones, and the engine goes on with those that wait.
         """
         deltas, self._pending = self._pending, []
-        chunks = self._scheduler.schedule()
-        if not chunks:
-            return deltas
-        inputs = build_batch(chunks, self._blocks)
-        self._num_steps += 1
         try:
-            output = self._run(inputs, chunks)
+            step = self._begun_step() or self._begin_step()
+            if step is None:
+                return deltas
+            self._begun = self._begin_behind(step)
+            output = step.wait()
         except Exception:
-            logger.exception("the executor failed; %d sequences end", len(chunks))
-            for sequence in list(self._scheduler.running):
-                deltas.append(self._fail(self._generations[sequence]))
-            return deltas
+            running = list(self._scheduler.running)
+            logger.exception("the executor failed; %d sequences end", len(running))
+            self._begun = None
+            return deltas + [self._fail(self._generations[s]) for s in running]
         row = rest = 0
-        for chunk in chunks:
+        for chunk in step.chunks:
             count = chunk.num_logits_rows
             token_id = int(output.token_ids[row]) if count else -1
             row += count
             count = 0 if token_id >= 0 else count
-            delta = self._collect(chunk, output.logits[rest : rest + count], token_id)
+            rows = output.logits[rest : rest + count]
             rest += count
-            if delta is not None:
-                deltas.append(delta)
+            if chunk.sequence in self._generations:  # else it ended while the step was under way
+                delta = self._collect(chunk, rows, token_id)
+                if delta is not None:
+                    deltas.append(delta)
         return deltas
 
     # Convenience over requests
@@ -408,20 +422,66 @@ class Engine:
             self._generations[generation.sequence] = generation
             self._scheduler.add(generation.sequence)
 
-    def _run(self, inputs: StepInputs, chunks: list[Chunk]) -> StepOutput:
-        """Runs a step; the device chooses the tokens that it can."""
-        if self._executor.chooses:
-            draws = self._draws(chunks)
-            if draws is not None:
-                return self._executor.step_and_choose(inputs, draws)
-        logits = self._executor.step(inputs)
-        return StepOutput(token_ids=np.full(len(logits), -1, np.int32), logits=logits)
+    def _begun_step(self) -> _Step | None:
+        """The step that began behind the last one, if it is still of use."""
+        step, self._begun = self._begun, None
+        if step is None:
+            return None
+        for chunk in step.chunks:
+            chunk.sequence.num_ahead_tokens = 0
+        if any(c.sequence in self._generations for c in step.chunks):
+            return step
+        step.wait()
+        return None
+
+    def _begin_step(self) -> _Step | None:
+        """Schedules a step and begins it; None where there is nothing to do."""
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return None
+        inputs = build_batch(chunks, self._blocks)
+        self._num_steps += 1
+        draws = self._draws(chunks) if self._executor.chooses else None
+        if draws is None:
+            logits = self._executor.step(inputs)
+            output = StepOutput(token_ids=np.full(len(logits), -1, np.int32), logits=logits)
+            return _Step(chunks, None, lambda: output)
+        if self._executor.begin is not None:
+            return _Step(chunks, draws, self._executor.begin(inputs, draws))
+        return _Step(chunks, draws, partial(self._executor.step_and_choose, inputs, draws))
+
+    def _begin_behind(self, step: _Step) -> _Step | None:
+        """Begins the step behind `step` before that has ended, so that the device need not wait for
+        the host: None where it has to wait for tokens or for a newcomer.
+
+        Sequences that turn out to have ended compute a token that nobody reads.
+        """
+        if self._executor.begin is None or step.draws is None:
+            return None
+        if len(step.draws.rows) < len(step.chunks):
+            return None
+        running = [
+            (row, chunk.sequence, self._generations[chunk.sequence])
+            for row, chunk in enumerate(step.chunks)
+            if chunk.sequence in self._generations
+        ]
+        if len(running) < len(self._scheduler.running):
+            return None
+        going = [(row, sequence) for row, sequence, choice in running if choice.goes_on()]
+        chunks = self._scheduler.schedule_ahead([sequence for _, sequence in going])
+        draws = self._draws(chunks)
+        if draws is None:
+            return None
+        inputs = build_batch(chunks, self._blocks)
+        self._num_steps += 1
+        chosen = np.array([row for row, _ in going], np.int32)
+        return _Step(chunks, draws, self._executor.begin(inputs, draws, chosen))
 
     def _draws(self, chunks: list[Chunk]) -> Draws | None:
         """The rows whose tokens a device can choose, where there are any."""
         rows, drawn, row = [], [], 0
         for chunk in chunks:
-            if chunk.end == chunk.sequence.num_tokens and chunk.num_logits_rows == 1:
+            if chunk.end >= chunk.sequence.num_tokens and chunk.num_logits_rows == 1:
                 draw = self._generations[chunk.sequence].draw()
                 if draw is not None:
                     rows.append(row)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from llmc.runtime.device_inputs import DeviceInputs
 from llmc.runtime.devices import Place
 from llmc.runtime.devices.cpu import num_threads
 from llmc.runtime.devices.device import Device
-from llmc.runtime.step import Draws, Float32, Int32, StepInputs, StepOutput
+from llmc.runtime.step import BeginStep, Draws, Float32, Int32, StepInputs, StepOutput
 from llmc.runtime.weights import load_weights, random_tensors
 
 _NUM_INPUTS = 8  # tensors that every step begins with
@@ -53,6 +55,18 @@ def _explained(device: Device) -> Iterator[None]:
         if explained is None:
             raise
         raise explained from exc
+
+
+@dataclass(slots=True, kw_only=True)
+class _Begun:
+    """A step that the device may still be at."""
+
+    num_rows: int
+    draws: Draws
+    logits: Any
+    chosen: Any
+    read: Callable[[], npt.NDArray[Any]]
+    followed: bool = False  # by a step that takes its tokens
 
 
 def _padded(block_tables: Int32) -> Int32:
@@ -91,8 +105,11 @@ class Executor:
             tvm_runtime.empty((num_pages[c.group], *c.page_shape), c.dtype, self._device)
             for c in manifest.caches
         ]
-        self._inputs = DeviceInputs(self._device)
         self._graphs = place.device.graphs(place.index)
+        self._inputs = DeviceInputs(self._device) if self._graphs is None else None
+        can_begin = self.chooses and self._graphs is not None
+        self.begin: BeginStep | None = self._begin_ahead if can_begin else None
+        self._last: _Begun | None = None
         self._instrumented = False
         self._vm = vm
         self._shape = ffi.Shape
@@ -122,14 +139,47 @@ class Executor:
     def step_and_choose(self, inputs: StepInputs, draws: Draws) -> StepOutput:
         """Runs the entry point; of the logits only those come to the host that it has to read."""
         with _explained(self._place.device):
-            logits, chosen = self._launch(inputs, draws)
-            token_ids = np.full(len(inputs.logits_rows), -1, np.int32)
-            token_ids[draws.rows] = tvm_runtime.copy_from(chosen)
-            rest = tvm_runtime.copy_rows_from(logits, np.flatnonzero(token_ids < 0))
-            return StepOutput(token_ids=token_ids, logits=rest)
+            begun = self._begin(inputs, draws, None)
+        return self._finish(begun)
 
-    def _launch(self, inputs: StepInputs, draws: Draws | None) -> tuple[Any, Any]:
-        """Logits and chosen tokens as tensors of the device, which may still be at it."""
+    def _begin_ahead(
+        self, inputs: StepInputs, draws: Draws, chosen: Int32 | None = None
+    ) -> Callable[[], StepOutput]:
+        """Implements BeginStep."""
+        with _explained(self._place.device):
+            before, self._last = self._last, self._begin(inputs, draws, chosen)
+        if chosen is not None and before is not None:
+            before.followed = True
+        return partial(self._finish, self._last)
+
+    def _begin(self, inputs: StepInputs, draws: Draws, sources: Int32 | None) -> _Begun:
+        logits, chosen = self._launch(inputs, draws, sources)
+        read = (
+            partial(tvm_runtime.copy_from, chosen)
+            if self._graphs is None
+            else self._graphs.transfers.to_host(chosen)
+        )
+        return _Begun(
+            num_rows=len(inputs.logits_rows), draws=draws, logits=logits, chosen=chosen, read=read
+        )
+
+    def _finish(self, step: _Begun) -> StepOutput:
+        with _explained(self._place.device):
+            token_ids = np.full(step.num_rows, -1, np.int32)
+            token_ids[step.draws.rows] = step.read()
+            rest = np.flatnonzero(token_ids < 0)
+            if step.followed:  # the next step has overwritten them
+                logits = np.full((len(rest), int(step.logits.shape[1])), np.nan, np.float32)
+            else:
+                logits = tvm_runtime.copy_rows_from(step.logits, rest)
+            return StepOutput(token_ids=token_ids, logits=logits)
+
+    def _launch(
+        self, inputs: StepInputs, draws: Draws | None, sources: Int32 | None = None
+    ) -> tuple[Any, Any]:
+        """Logits and chosen tokens as tensors of the device, which may still be at it; `sources`
+        are the rows of the last step's chosen tokens that are the input.
+        """
         num_tokens = len(inputs.input_ids)
         run = next(run for max_tokens, run in self._entries if num_tokens <= max_tokens)
         graphs = self._graphs if inputs.max_q_len == 1 and not self._instrumented else None
@@ -149,9 +199,9 @@ class Executor:
             arrays.append(draws.rows)
             if function != "choose_largest":
                 arrays += [draws.top_k, draws.settings]
-        is_host = self._place.device.is_host
-        copied = map(tvm_runtime.from_numpy, arrays) if is_host else self._inputs.copy(arrays)
-        tensors = list(copied)
+        tensors = self._copied(arrays)
+        if sources is not None:
+            self._follow(tensors[0], sources)
         arguments = [
             *tensors[:_NUM_INPUTS],
             self._shape([inputs.num_decodes, inputs.max_q_len, inputs.max_kv_len]),
@@ -164,9 +214,29 @@ class Executor:
 
         if graphs is None:
             return call()
-        key = (function, *(array.shape for array in arrays), self._inputs.generation)
+        key = (function, *(array.shape for array in arrays), graphs.transfers.generation)
         result: tuple[Any, Any] = graphs.run(key, call)
         return result
+
+    def _copied(self, arrays: list[Int32 | Float32]) -> list[Any]:
+        """The arrays as tensors of the device, in place on the host."""
+        if self._place.device.is_host:
+            return [tvm_runtime.from_numpy(array) for array in arrays]
+        if self._graphs is not None:
+            return self._graphs.transfers.to_device(arrays)
+        assert self._inputs is not None
+        return self._inputs.copy(arrays)
+
+    def _follow(self, input_ids: Any, sources: Int32) -> None:  # noqa: ANN401 - a tensor
+        """Has the last step's chosen tokens copied into the input, run by run."""
+        assert self._graphs is not None, "only where a step runs ahead"
+        assert self._last is not None, "there is a step to follow"
+        to, source = input_ids.data_ptr(), self._last.chosen.data_ptr()
+        done = 0
+        for run in np.split(sources, np.flatnonzero(np.diff(sources) != 1) + 1):
+            begin, size = 4 * int(run[0]), 4 * len(run)
+            self._graphs.transfers.within(to + done, source + begin, size)
+            done += size
 
     def instrument(self, callback: Callable[..., int] | None) -> None:
         """Has `callback(function, name, before, result, *arguments)` called before and after every

@@ -74,6 +74,10 @@ class Generation:
             return None
         return self._sampler.draw()
 
+    def goes_on(self) -> bool:
+        """Whether another token follows the next one, unless that ends the text."""
+        return self.sequence.num_generated_tokens + 1 < self._max_generated
+
     def take(self, token_id: int) -> Delta:
         """Appends a token that a device chose and gives the delta."""
         self._sampler.note(token_id)

@@ -12,10 +12,14 @@ least one token in every step, and no mix of requests can stop the engine.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+
+import numpy as np
 
 from llmc.runtime.block_manager import BlockManager
 from llmc.runtime.sequence import Sequence, SequenceStatus
+from llmc.runtime.step import Int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,13 @@ class Chunk:
     start: int
     num_tokens: int
     num_logits_rows: int
+
+    @property
+    def token_ids(self) -> Int32:
+        """The tokens `[num_tokens]` int32; zeros where they are not known yet."""
+        if self.start == self.sequence.num_tokens:
+            return np.zeros(self.num_tokens, np.int32)
+        return self.sequence.token_ids[self.start : self.end]
 
     @property
     def end(self) -> int:
@@ -78,6 +89,24 @@ class Scheduler:
         chunks = list(batch.chunks.values())
         return sorted(chunks, key=lambda c: c.num_tokens > 1)
 
+    def schedule_ahead(self, decodes: Seq[Sequence]) -> list[Chunk]:
+        """The batch behind one in which each of `decodes` computes its last token: each one's next,
+        which is not known yet. Empty where that has to be waited for: somebody could be admitted,
+        or there are not as many pages.
+        """
+        if self.waiting and len(decodes) < self.max_sequences:
+            return []
+        if not self.blocks.can_extend({s.row: s.num_tokens + 1 for s in decodes}):
+            return []
+        chunks = []
+        for sequence in decodes:
+            start = sequence.num_tokens
+            self.blocks.release(sequence.row, start)
+            self.blocks.extend(sequence.row, start + 1)
+            sequence.num_ahead_tokens = 1
+            chunks.append(Chunk(sequence, start, 1, 1))
+        return chunks
+
     def _continue(self, sequence: Sequence, batch: _Batch) -> None:
         """Schedules a running sequence; makes room by preempting the newest, in the end itself."""
         if batch.num_tokens_left == 0:
@@ -119,6 +148,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Frees a running sequence's pages; it waits at the head of the queue to be recomputed."""
+        assert not sequence.num_ahead_tokens, "a step is under way with it"
         self.running.remove(sequence)
         self.blocks.close(sequence.row)
         sequence.row = -1
@@ -137,7 +167,8 @@ class Scheduler:
             assert sequence.status is SequenceStatus.WAITING, sequence.status
             assert sequence.row == -1, "a waiting sequence has a row"
             assert sequence.num_computed_tokens == 0, "a waiting sequence has pages"
-        self.blocks.check_invariants({s.row: s.num_computed_tokens for s in self.running})
+        tokens = {s.row: s.num_computed_tokens + s.num_ahead_tokens for s in self.running}
+        self.blocks.check_invariants(tokens)
 
 
 class _Batch:

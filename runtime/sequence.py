@@ -23,6 +23,7 @@ class Sequence:
     __slots__ = (
         "_tokens",
         "arrival",
+        "num_ahead_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_scored_tokens",
@@ -39,6 +40,7 @@ class Sequence:
         self.num_prompt_tokens = len(prompt)
         self.num_tokens = len(prompt)
         self.num_computed_tokens = 0
+        self.num_ahead_tokens = 0  # that have pages for a step which began ahead
         self.score_prompt = score_prompt  # wants the logits of its prompt
         self.num_scored_tokens = 0  # prompt positions whose logits have been read
         self.status = SequenceStatus.WAITING

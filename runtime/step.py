@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,11 +62,28 @@ class StepOutput:
     logits: Float32  # [n, V] of the n rows with -1; valid until the next step
 
 
+class BeginStep(Protocol):
+    """Begins what `StepExecutor.step_and_choose` does; what is returned waits for it."""
+
+    def __call__(
+        self, inputs: StepInputs, draws: Draws, chosen: Int32 | None = None
+    ) -> Callable[[], StepOutput]:
+        """`chosen` `[T]`: instead of `inputs.input_ids`, which of the tokens that the step begun
+        last chose are the input (0 in place of a -1).
+
+        Where a step is followed so, its output has no logits, but NaN for rows without a token.
+        Outputs are waited for in the order of the steps, at most one of them after the next step
+        has begun.
+        """
+
+
 class StepExecutor(Protocol):
     """Runs steps on a device; owns the weights and the cache tensors."""
 
     chooses: bool
     """Whether the device can choose tokens."""
+    begin: BeginStep | None
+    """Where the device can run ahead of the host."""
 
     def step_and_choose(self, inputs: StepInputs, draws: Draws) -> StepOutput:
         """Runs a step and chooses tokens as `draws` says; only where `chooses`."""

@@ -102,6 +102,74 @@ def view(memory: Any, shape: tuple[int, ...], *, start: int = 0) -> Any:  # noqa
     return create(memory, tvm_ffi().Shape(shape), memory.dtype, start)
 
 
+class _Tensor(ctypes.Structure):
+    """DLManagedTensor of the DLPack specification."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("num_axes", ctypes.c_int32),
+        ("dtype", ctypes.c_uint8 * 4),  # kind, bits and, of 16 bits, lanes
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("offset", ctypes.c_uint64),
+        ("context", ctypes.c_void_p),
+        ("delete", ctypes.c_void_p),
+    )
+
+
+_KINDS = {"i": 0, "f": 2}
+_described: dict[int, object] = {}  # what descriptions of living tensors are made of, by address
+
+
+def _forget(address: int) -> None:
+    del _described[address]
+
+
+_FORGET = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_forget)
+
+
+class _Described:
+    """What `from_dlpack` asks of an array."""
+
+    def __init__(self, description: _Tensor) -> None:
+        self._description = description
+
+    def __dlpack__(self, **_: object) -> object:
+        make = ctypes.pythonapi.PyCapsule_New
+        make.restype = ctypes.py_object
+        make.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        return make(ctypes.addressof(self._description), b"dltensor", None)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        kind, index = self._description.device
+        return kind, index
+
+
+def tensor_at(address: int, shape: tuple[int, ...], dtype: str, device: Any) -> Any:  # noqa: ANN401
+    """A tensor over memory of the device at `address`, which has to outlive it.
+
+    Kernels take no tensor that begins inside another (see `view`), but they take this one.
+    """
+    extents = (ctypes.c_int64 * len(shape))(*shape)
+    steps = np.cumprod([1, *shape[:0:-1]], dtype=np.int64)[::-1]
+    strides = (ctypes.c_int64 * len(shape))(*steps.tolist())
+    kind = np.dtype(dtype)
+    description = _Tensor(
+        address,
+        (device.dlpack_device_type(), device.index),
+        len(shape),
+        (_KINDS[kind.kind], 8 * kind.itemsize, 1, 0),
+        ctypes.addressof(extents),
+        ctypes.addressof(strides),
+        0,
+        None,
+        ctypes.cast(_FORGET, ctypes.c_void_p),
+    )
+    _described[ctypes.addressof(description)] = description, extents, strides
+    return tvm_ffi().from_dlpack(_Described(description))
+
+
 def copy_into(tensor: Any, array: npt.NDArray[Any]) -> None:  # noqa: ANN401
     """Copies a C-contiguous array into a tensor of its size on any device."""
     copy = tvm_ffi().get_global_func("runtime.TVMTensorCopyFromBytes")

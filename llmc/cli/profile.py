@@ -16,7 +16,7 @@ from llmc.cli.kernel_cost import Argument, CostModel, KernelCost, Limits
 if TYPE_CHECKING:
     from llmc.artifact import Manifest
     from llmc.runtime.executor import Executor
-    from llmc.runtime.step import Draws, Float32, StepInputs, StepOutput
+    from llmc.runtime.step import BeginStep, Draws, Float32, StepInputs, StepOutput
 
 _OWN_CALLS = "vm.builtin."
 
@@ -54,6 +54,7 @@ class Profiler:
     def __init__(self, executor: Executor, manifest: Manifest) -> None:
         self._executor = executor
         self.chooses = executor.chooses
+        self.begin: BeginStep | None = None  # a step's time is its own
         self._entries = [(e.max_tokens, e.name) for e in manifest.entry_points]
         self._rules = {k.name: k.rule for k in manifest.kernels}
         self._costs = CostModel(

@@ -9,6 +9,7 @@ from llmc.cuda_toolkit import CUDART, find_cudart
 from llmc.errors import ArtifactError, CapacityError, LlmcError, UsageError
 from llmc.runtime import tvm_runtime
 from llmc.runtime.devices.cuda_graph import CudaGraphs
+from llmc.runtime.devices.device import Graphs
 
 _DRIVER_HINT = "install NVIDIA's driver 580 or newer"
 _CUDART_HINT = 'pip install "llmc[cuda]" brings libcudart'
@@ -57,12 +58,12 @@ class Cuda:
         """What the driver can still give."""
         return tvm_runtime.available_bytes(tvm_runtime.tvm_ffi().device("cuda", index))
 
-    def graphs(self, index: int) -> CudaGraphs:
+    def graphs(self, index: int) -> Graphs:
         """Recordings of steps on the device."""
         ffi = tvm_runtime.tvm_ffi()
         device = ffi.device("cuda", index)
         set_stream = ffi.get_global_func("runtime.Device_SetStream")
-        return CudaGraphs(_load_cudart(), lambda stream: set_stream(device, stream))
+        return CudaGraphs(_load_cudart(), lambda stream: set_stream(device, stream), device)
 
     def explain(self, error: Exception) -> LlmcError | None:
         """Errors of CUDA's runtime and driver say CUDA and the error's name."""

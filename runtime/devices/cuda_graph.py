@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from llmc.errors import LlmcError
+from llmc.runtime.devices.cuda_transfers import CudaTransfers
+from llmc.runtime.devices.device import Transfers
 
 _MAX_GRAPHS = 64  # the least recently used goes
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
@@ -21,15 +23,21 @@ _RELAXED = 2  # cudaStreamCaptureModeRelaxed: memory may be allocated meanwhile
 class CudaGraphs:
     """Recorded calls by key; calls of one key have to use the same memory."""
 
-    def __init__(self, cudart: Any, set_stream: Callable[[int], None]) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        cudart: Any,  # noqa: ANN401
+        set_stream: Callable[[int], None],
+        device: Any,  # noqa: ANN401
+    ) -> None:
         """`cudart` is the CUDA runtime's library, `set_stream` chooses the stream TVM launches
-        into (0: the default one).
+        into (0: the default one), `device` is tvm_ffi's.
         """
         self._cudart, self._set_stream = cudart, set_stream
         self._stream = ctypes.c_void_p()
         self._check("cudaStreamCreateWithFlags", ctypes.byref(self._stream), _NON_BLOCKING)
         self._graphs: OrderedDict[Hashable, tuple[ctypes.c_void_p, Any]] = OrderedDict()
         self._called: set[Hashable] = set()
+        self.transfers: Transfers = CudaTransfers(self._check, device)
 
     def run(self, key: Hashable, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - call's
         """What `call` returns: called the first time, recorded the second, launched from then on.

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from llmc.errors import LlmcError
+
+Array = npt.NDArray[np.int32] | npt.NDArray[np.float32]
+
+
+class Transfers(Protocol):
+    """Copies that the host does not wait for, in the order of what the device does."""
+
+    generation: int
+    """Changes where tensors of `to_device` move."""
+
+    def to_device(self, arrays: Sequence[Array]) -> list[Any]:
+        """The arrays as tensors of the device; valid until the next call's are computed with."""
+
+    def within(self, to: int, source: int, num_bytes: int) -> None:
+        """Copies from one address of the device to another."""
+
+    def to_host(self, tensor: Any) -> Callable[[], npt.NDArray[Any]]:  # noqa: ANN401
+        """Copies a tensor once it is computed; what is returned waits for that."""
 
 
 class Graphs(Protocol):
     """Steps recorded once and launched as a whole."""
+
+    transfers: Transfers
 
     def run(self, key: Hashable, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - call's
         """What `call` returns; calls of one key have to use the same memory."""

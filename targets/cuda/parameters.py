@@ -119,12 +119,42 @@ class GemvPlan:
     ahead: int  # superblocks that a thread loads before it multiplies
     blocks: int  # as many as 132 multiprocessors hold at once
 
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
 
 def gemv_plan(k: int) -> GemvPlan:
     """Measured on an H200: long rows want more warps, which have less of x to prepare each."""
     if k >= 8192:
         return GemvPlan(warps=16, ahead=2, blocks=264)
     return GemvPlan(warps=8, ahead=2, blocks=396)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamPlan:
+    """Products of one token on sm_90: see kernels/stream.cuh."""
+
+    cluster: int  # blocks that share a panel's features
+    blocks: int
+    stages: int  # in shared memory
+    chunks: int = 32  # of a panel in a stage
+
+    def __post_init__(self) -> None:
+        assert self.blocks % self.cluster == 0, self
+        assert 2 <= self.stages <= 8, self
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: those that multiply, and a warp that copies."""
+        return 288
+
+
+# As many clusters of so many blocks as an H200 is sure to run at once, one block a multiprocessor.
+CLUSTERS = {1: 132, 2: 66, 4: 32}
+STREAM_BYTES = 104 * 1024
+"""Shared memory of a block, two of which have to fit beside those of attention."""
 
 
 # Shared memory stays below 99 KiB, which devices of compute capability 8.6 and 12.0 have.

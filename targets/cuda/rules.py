@@ -12,7 +12,7 @@ from llmc.targets.base import Kernel, KernelRule, Site
 from llmc.targets.cuda.kernels import attention_decode, gemv, wide
 from llmc.targets.cuda.kernels.attention import flash, flash_plan
 from llmc.targets.cuda.kernels.tensor_cores import linear_tensor_cores, multiplies
-from llmc.targets.cuda.parameters import PLANS, WIDE_PLANS, DecodePlan, gemv_plan
+from llmc.targets.cuda.parameters import PLANS, WIDE_PLANS, DecodePlan
 from llmc.targets.gpu.parameters import GpuParameters
 from llmc.targets.gpu.rules import attention_kernel, kernel_rules
 
@@ -51,12 +51,15 @@ def cuda_rules(
             decode=partial(attention_decode.decode, plan=DecodePlan()) if single else None,
         )
 
-    own = [("cuda.gemv", _gemv), ("cuda.wide", many), ("cuda.tensor_cores", tensor_cores)]
+    def single(site: Site) -> Kernel | None:
+        return _gemv(site, hopper)
+
+    own = [("cuda.gemv", single), ("cuda.wide", many), ("cuda.tensor_cores", tensor_cores)]
     own.append(("cuda.attention", attention))
     return [*own, *kernel_rules(parameters, few_tokens)]
 
 
-def _gemv(site: Site) -> Kernel | None:
+def _gemv(site: Site, hopper: bool) -> Kernel | None:
     op = site.op
     if not isinstance(op, dialect.Linear | dialect.FusedLinear) or site.extents("x")[1] != 1:
         return None
@@ -64,7 +67,9 @@ def _gemv(site: Site) -> Kernel | None:
     m, k = site.extents("weight")
     if site.tokens != 1 or not gemv.takes(fmt, m, k):
         return None
-    func = gemv.gemv(fmt, m, k, **_around(site, op), plan=gemv_plan(k))
+    around = _around(site, op)
+    plan = gemv.plan_for(fmt, m, k, gate=around["gate"] is not None, hopper=hopper)
+    func = gemv.gemv(fmt, m, k, **around, plan=plan)
     return Kernel.of(func, site, ("x", "norm", "weight", "bias", "residual"))
 
 

@@ -97,6 +97,7 @@ class FakeExecutor:
     """A StepExecutor that checks the contract of StepInputs on every call."""
 
     chooses = False
+    begin = None
 
     def __init__(self, manifest: Manifest, num_pages: list[int]) -> None:
         self.manifest = manifest

@@ -44,7 +44,9 @@ def cudart():
 
 @pytest.fixture
 def graphs(cudart):
-    return CudaGraphs(cudart, lambda stream: cudart.diary.append(("stream", stream)))
+    made = CudaGraphs(cudart, lambda stream: cudart.diary.append(("stream", stream)), device=None)
+    cudart.diary.clear()
+    return made
 
 
 def test_a_step_is_called_then_recorded_then_launched(graphs, cudart):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -61,9 +63,51 @@ class ChoosingExecutor(FakeExecutor):
         return StepOutput(token_ids=token_ids, logits=logits[token_ids < 0])
 
 
-def choosing_engine(num_pages: int = 512) -> Engine:
+class AheadExecutor(ChoosingExecutor):
+    """The same on a device that computes while the host does: a step's output is read late."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        self._chosen = np.zeros(0, np.int32)  # of the step begun last
+        self._waiting: list[list[StepOutput]] = []
+        self.num_ahead = 0
+
+    def begin(
+        self, inputs: StepInputs, draws: Draws, chosen: np.ndarray | None = None
+    ) -> Callable[[], StepOutput]:
+        assert len(self._waiting) <= 1, "two steps are under way"
+        if chosen is not None:
+            self.num_ahead += 1
+            assert chosen.shape == inputs.input_ids.shape
+            assert not inputs.input_ids.any()  # the host does not know them
+            ids = np.maximum(self._chosen[chosen], 0)
+            inputs = dataclasses.replace(inputs, input_ids=ids)
+            [before] = self._waiting
+            spoiled = np.full_like(before[0].logits, np.nan)
+            before[0] = StepOutput(token_ids=before[0].token_ids, logits=spoiled)
+        output = [self.step_and_choose(inputs, draws)]
+        self._chosen = output[0].token_ids[draws.rows]
+        self._waiting.append(output)
+
+        def wait() -> StepOutput:
+            assert self._waiting.pop(0) is output, "not in the order of the steps"
+            return output[0]
+
+        return wait
+
+
+def choosing_engine(num_pages: int = 512, **options: int) -> Engine:
     pages = [num_pages]
-    return Engine.from_parts(MANIFEST, ChoosingExecutor(MANIFEST, pages), num_pages=pages)
+    executor = KIND(MANIFEST, pages)
+    return Engine.from_parts(MANIFEST, executor, num_pages=pages, **options)
+
+
+KIND = ChoosingExecutor
+
+
+@pytest.fixture(autouse=True, params=[ChoosingExecutor, AheadExecutor])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "KIND", request.param)
 
 
 def on_device(engine: Engine) -> int:
@@ -186,3 +230,79 @@ def test_a_draw_takes_one_number_of_the_stream_as_a_sampled_token_does():
     first.sample(logits)
     second.draw()
     assert first.draw() == second.draw()
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setitem(globals(), "KIND", AheadExecutor)
+    return choosing_engine()
+
+
+def test_decodes_begin_before_the_host_knows_their_tokens(ahead):
+    [output] = ahead.generate([[1, 2, 3]], GREEDY)
+    assert output.token_ids == reference_greedy(MANIFEST, [1, 2, 3], 12)
+    assert ahead._executor.num_ahead == 11  # all but the prompt's
+    assert ahead.stats.num_steps_total == 12  # none in vain
+
+
+def test_sequences_of_different_lengths_leave_a_batch_that_runs_ahead(ahead):
+    lengths = [3, 9, 5, 9, 1]
+    outputs = ahead.generate(
+        [[i, 7] for i in range(5)], [with_(GREEDY, max_tokens=n) for n in lengths]
+    )
+    for i, (output, length) in enumerate(zip(outputs, lengths, strict=True)):
+        assert output.token_ids == reference_greedy(MANIFEST, [i, 7], length)
+    assert ahead._executor.num_ahead == 8
+    check(ahead)
+
+
+def test_a_stop_token_is_the_last_though_the_next_step_has_begun(ahead):
+    tokens = reference_greedy(MANIFEST, [4], 12)
+    stop = with_(GREEDY, stop_token_ids=[tokens[5]])
+    stopped, plain = ahead.generate([[4], [5]], [stop, GREEDY])
+    assert stopped.token_ids == tokens[: tokens.index(tokens[5]) + 1]
+    assert plain.token_ids == reference_greedy(MANIFEST, [5], 12)
+    check(ahead)
+
+
+def test_whoever_comes_or_goes_while_a_step_is_under_way_disturbs_nobody(ahead):
+    ahead.submit("a", [1, 2], GREEDY)
+    ahead.submit("b", [3], GREEDY)
+    found: dict[str, list[int]] = {}
+
+    def step() -> None:
+        for delta in ahead.step():
+            found.setdefault(delta.request_id, []).extend(delta.token_ids)
+        check(ahead)
+
+    for _ in range(4):
+        step()
+    assert ahead._begun is not None
+    ahead.cancel("a")
+    ahead.submit("c", [9] * 40, GREEDY)
+    np.testing.assert_array_equal(ahead.logits([5, 6, 7]), make_engine(MANIFEST).logits([5, 6, 7]))
+    while ahead.has_work():
+        step()
+    assert found["a"] == reference_greedy(MANIFEST, [1, 2], 4)
+    assert found["b"] == reference_greedy(MANIFEST, [3], 12)
+    assert found["c"] == reference_greedy(MANIFEST, [9] * 40, 12)
+
+
+def test_a_step_for_nobody_is_forgotten(ahead):
+    ahead.submit("a", [1, 2], GREEDY)
+    ahead.step()
+    ahead.step()
+    ahead.cancel("a")
+    [last] = ahead.step()
+    assert last.finish_reason == "cancelled"
+    assert ahead.generate([[3]], GREEDY)[0].token_ids == reference_greedy(MANIFEST, [3], 12)
+
+
+def test_a_device_that_fails_ahead_ends_the_running_and_the_engine_goes_on(ahead):
+    ahead.submit("a", [1, 2], GREEDY)
+    ahead.step()
+    ahead._executor.fail_next = RuntimeError("lost")
+    assert [d.finish_reason for d in ahead.step()] == ["error"]
+    ahead._executor._waiting.clear()
+    assert ahead.generate([[3]], GREEDY)[0].token_ids == reference_greedy(MANIFEST, [3], 12)
+    check(ahead)

@@ -22,6 +22,7 @@ class ScriptedExecutor:
     """Says a given text token by token: the logits depend on the position alone."""
 
     chooses = False
+    begin = None
 
     def __init__(self, token_ids: list[int], num_prompt_tokens: int) -> None:
         self.token_ids = token_ids

@@ -162,6 +162,28 @@ struct Decode {
     return kWarps * H::kTile * (H::kDv + 2);
   }
 
+  // Has this warp's first page brought into the L2 cache.
+  static __device__ __forceinline__ void prefetch(int length, const int* table, const void* k_pages,
+                                                  const void* v_pages, int window, int tile,
+                                                  int part, int parts) {
+    const Context context(length, window, parts, kWarps);
+    const int first = part * context.share + threadIdx.x / 32;
+    if (first >= context.pages) return;
+    const size_t at =
+        (size_t)table[context.first_page + first] * H::kKvHeads + tile / H::kTiles;
+    prefetch_page<H::kD>(k_pages, at);
+    prefetch_page<H::kDv>(v_pages, at);
+  }
+  template <int kFeatures>
+  static __device__ __forceinline__ void prefetch_page(const void* pages, size_t at) {
+    const int kBytes = kFeatures * H::kPage * 2;
+    const char* page = static_cast<const char*>(pages) + at * kBytes;
+#pragma unroll
+    for (int line = 0; line < kBytes; line += 32 * 128)
+      if (line + threadIdx.x % 32 * 128 < kBytes)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(page + line + threadIdx.x % 32 * 128));
+  }
+
   template <typename Data, typename Vector>
   static __device__ __forceinline__ void run(const Data* q, const int* kv_lens, const int* table,
                                              const void* k_pages, const void* v_pages,
@@ -243,6 +265,34 @@ struct Decode {
     }
     return sums;
   }
+
+  // The same of the parts of a context, at most 32, by whole warps: each part's total and highest
+  // score are a thread's, and no load waits for another.
+  template <int kDv>
+  static __device__ __forceinline__ Sums merge_all(const float* from, int count, int feature) {
+    const int lane = threadIdx.x % 32;
+    const float* mine = from + lane * H::kRow + kDv;
+    const float total = lane < count ? mine[0] : 0.f, own = lane < count ? mine[1] : kLowest;
+    float highest = own;
+#pragma unroll
+    for (int other = 16; other; other /= 2)
+      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, other));
+    const float factor = lane < count ? power_of_two(own - highest) : 0.f;
+    Sums sums = {0.f, total * factor, highest};
+#pragma unroll
+    for (int other = 16; other; other /= 2)
+      sums.total += __shfl_xor_sync(~0u, sums.total, other);
+    for (int first = 0; first < count; first += 8) {
+      float values[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        values[i] = first + i < count ? from[(first + i) * H::kRow + feature] : 0.f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        sums.value += values[i] * __shfl_sync(~0u, factor, (first + i) % 32);
+    }
+    return sums;
+  }
 };
 
 // A sequence's place among the step's rows; -1 where it has not just one new token.
@@ -258,14 +308,17 @@ __device__ __forceinline__ void attend(const void* q, const void* q_starts, cons
                                        float softcap_power, int window, int group, int sequences,
                                        int blocks, int sequence, int tile, int part, int parts,
                                        void* shared) {
-  await_inputs();
+  // A step's inputs were there before its first launch, and so were all pages but the new token's.
   const int row = decode_row(static_cast<const int*>(q_starts), sequence);
+  const int* table = static_cast<const int*>(tables) + ((size_t)group * sequences + sequence) * blocks;
+  if (row >= 0)
+    Decode<H, kWarps>::prefetch(static_cast<const int*>(kv_lens)[sequence], table, k_pages, v_pages,
+                                window, tile, part, parts);
+  await_inputs();
   if (row < 0) return;
   const Scoring scoring = {scale, softcap, softcap_power, window};
   Decode<H, kWarps>::run(
-      static_cast<const Data*>(q), static_cast<const int*>(kv_lens),
-      static_cast<const int*>(tables) + ((size_t)group * sequences + sequence) * blocks, k_pages,
-      v_pages, kSinks ? static_cast<const Vector*>(sinks) : nullptr, static_cast<Data*>(out),
+      static_cast<const Data*>(q), static_cast<const int*>(kv_lens), table, k_pages, v_pages, kSinks ? static_cast<const Vector*>(sinks) : nullptr, static_cast<Data*>(out),
       static_cast<float*>(partial), scoring, row, sequence, tile, part, parts,
       static_cast<float*>(shared));
 }
@@ -276,16 +329,14 @@ __device__ __forceinline__ void merge_parts(const void* q_starts, const void* kv
                                             const void* sinks, void* out, const void* partial,
                                             int window, int sequence, int head, int parts) {
   typedef Decode<H, kWarps> D;
-  await_inputs();
   const int row = decode_row(static_cast<const int*>(q_starts), sequence);
-  if (row < 0) return;
   const Context context(static_cast<const int*>(kv_lens)[sequence], window, parts, kWarps);
-  if (context.parts() == 1) return;
+  await_inputs();
+  if (row < 0 || context.parts() == 1) return;
   const size_t heads = H::kKvHeads * H::kHeads;
   const float* from =
       static_cast<const float*>(partial) + ((size_t)sequence * heads + head) * parts * H::kRow;
-  const typename D::Sums sums =
-      D::template merge<H::kDv>(from, context.parts(), H::kRow, threadIdx.x);
+  const typename D::Sums sums = D::template merge_all<H::kDv>(from, context.parts(), threadIdx.x);
   const float sink = kSinks ? (float)static_cast<const Vector*>(sinks)[head] * D::kLog2E : D::kLowest;
   static_cast<Data*>(out)[((size_t)row * heads + head) * H::kDv + threadIdx.x] =
       (Data)sums.divided(sink);

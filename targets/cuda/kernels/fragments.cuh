@@ -33,7 +33,7 @@ __device__ __forceinline__ float power_of_two(float x) {
 }
 
 // Waits for what the launch before wrote, then lets the one behind start (see launches.py). What
-// stands before it must not read that.
+// stands before it must not read that, nor write.
 __device__ __forceinline__ void await_inputs() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

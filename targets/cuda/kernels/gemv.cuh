@@ -62,7 +62,7 @@ struct Gemv {
   // Features of x that share a scale: those of a chunk with one scale.
   static const int kPart = F::kChunk / F::kChunkScales;
   static const int kPartWords = 4 / F::kChunkScales;
-  static const int kTogether = 4;  // times eight features that a thread asks for at once
+  static const int kTogether = 2 * kAhead;  // times eight features that a thread asks for at once
 
   // Bytes of x in shared memory: floats, or integers and, for each part, a scale and a sum.
   static __host__ __device__ int arranged_bytes(int blocks) {
@@ -107,64 +107,56 @@ struct Gemv {
     for (int u = 0; u < kAhead; ++u) {
       const int block = first + u * kWarps;
       if (block >= blocks) break;
-      if (kFloats) multiply_floats(sums, from.raw[u], x, block * 4 + t);
-      else multiply_codes(sums, from, u, x, block * 4 + t, blocks);
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        sums[r] += product(from.raw[u][r], from.scale[u][r], from.min[u][r], x, block * 4 + t, blocks);
     }
   }
 
-  static __device__ __forceinline__ void multiply_floats(float (&sums)[2], const uint4 (&raw)[2],
-                                                         const char* x, int chunk) {
-    const float4* at = reinterpret_cast<const float4*>(x) + chunk * 2;
-    const float4 low = at[0], high = at[1];
-    const float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const u32 words[4] = {raw[r].x, raw[r].y, raw[r].z, raw[r].w};
+  // A row's chunk times the same features of x, of which `blocks` superblocks are arranged.
+  static __device__ __forceinline__ float product(
+      const uint4& raw, const typename F::Scale (&scale)[F::kChunkScales],
+      const typename F::Scale (&min)[F::kChunkScales], const char* x, int chunk, int blocks) {
+    const u32 words[5] = {raw.x, raw.y, raw.z, raw.w, 0};
+    float sum = 0.f;
+    if (kFloats) {
+      const float4* at = reinterpret_cast<const float4*>(x) + chunk * 2;
+      const float4 low = at[0], high = at[1];
+      const float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 pair = unpack(words[i], typename F::Float());
-        sums[r] += pair.x * values[2 * i];
-        sums[r] += pair.y * values[2 * i + 1];
+        sum += pair.x * values[2 * i];
+        sum += pair.y * values[2 * i + 1];
       }
+      return sum;
     }
-  }
-
-  static __device__ __forceinline__ void multiply_codes(float (&sums)[2],
-                                                        const Ahead<F, kAhead>& from, int u,
-                                                        const char* x, int chunk, int blocks) {
     const float2* parts = reinterpret_cast<const float2*>(x + blocks * F::kBlock * 2);
 #pragma unroll
     for (int part = 0; part < F::kChunkScales; ++part) {
-      int upper[2] = {}, lower[2] = {};
+      int upper = 0, lower = 0;
 #pragma unroll
       for (int i = 0; i < kPartWords; i += F::kBits == 8 ? 2 : 1) {
         const int word = part * kPartWords + i;
         // The bytes of eight features: four upper, four upper, four lower, four lower.
         const uint4 bytes = reinterpret_cast<const uint4*>(
             x)[chunk * (F::kChunk / 8) + (F::kBits == 8 ? word / 2 : word)];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const u32 words[5] = {from.raw[u][r].x, from.raw[u][r].y, from.raw[u][r].z,
-                                from.raw[u][r].w, 0};
-          const u32 low = F::kBits == 8 ? words[word] : words[word] & 0x0f0f0f0fu;
-          const u32 high = F::kBits == 8 ? words[word + 1] : words[word] >> 4 & 0x0f0f0f0fu;
-          upper[r] = dot_upper<F::kSigned>(low, bytes.x, upper[r]);
-          upper[r] = dot_upper<F::kSigned>(high, bytes.y, upper[r]);
-          lower[r] = dot_lower<F::kSigned>(low, bytes.z, lower[r]);
-          lower[r] = dot_lower<F::kSigned>(high, bytes.w, lower[r]);
-        }
+        const u32 low = F::kBits == 8 ? words[word] : words[word] & 0x0f0f0f0fu;
+        const u32 high = F::kBits == 8 ? words[word + 1] : words[word] >> 4 & 0x0f0f0f0fu;
+        upper = dot_upper<F::kSigned>(low, bytes.x, upper);
+        upper = dot_upper<F::kSigned>(high, bytes.y, upper);
+        lower = dot_lower<F::kSigned>(low, bytes.z, lower);
+        lower = dot_lower<F::kSigned>(high, bytes.w, lower);
       }
       const float2 whole = parts[chunk * F::kChunkScales + part];  // of x: its scale, its sum
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float value = (float)(upper[r] * 256 + lower[r]);
-        if (F::kZero) value -= F::kZero * whole.y;
-        value *= whole.x;
-        if (F::kScaled) value *= (float)from.scale[u][r][part];
-        if (F::kMin) value += (float)from.min[u][r][part] * (whole.x * whole.y);
-        sums[r] += value;
-      }
+      float value = (float)(upper * 256 + lower);
+      if (F::kZero) value -= F::kZero * whole.y;
+      value *= whole.x;
+      if (F::kScaled) value *= (float)scale[part];
+      if (F::kMin) value += (float)min[part] * (whole.x * whole.y);
+      sum += value;
     }
+    return sum;
   }
 
   // The sum of every thread's value.
@@ -188,19 +180,23 @@ struct Gemv {
                        (float)x[4 * i + 3]);
   }
 
+  // What RMSNorm multiplies x[K] with.
+  template <bool kNorm, typename Data, typename Vector>
+  static __device__ __forceinline__ float norm_scale(const Data* x, const Norm<Vector>& norm, int k,
+                                                     float* shared) {
+    if (!kNorm) return 1.f;
+    float squares = 0.f;
+    for (int i = threadIdx.x; i < k / 4; i += kThreads) {
+      const float4 v = four(x, i);
+      squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    return rsqrtf(total(squares, shared) / k + norm.eps);
+  }
+
   // Normalizes x[K] and leaves it as the weights are multiplied with: eight features a thread.
   template <bool kNorm, typename Data, typename Vector>
-  static __device__ __forceinline__ void arrange(const Data* x, const Norm<Vector>& norm, char* to,
-                                                 int k, int blocks, float* shared) {
-    float scale = 1.f;
-    if (kNorm) {
-      float squares = 0.f;
-      for (int i = threadIdx.x; i < k / 4; i += kThreads) {
-        const float4 v = four(x, i);
-        squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-      }
-      scale = rsqrtf(total(squares, shared) / k + norm.eps);
-    }
+  static __device__ __forceinline__ void arrange(const Data* x, const Norm<Vector>& norm,
+                                                 float scale, char* to, int k, int blocks) {
     // All threads come here equally often: those that share a part exchange what they found.
     const int count = blocks * F::kBlock / 8;
     for (int begin = 0; begin < count; begin += kThreads * kTogether) {
@@ -285,7 +281,8 @@ struct Gemv {
     int tile = first_tile, part = 0, first = warp;
     if (tile < tiles) load(now, w, tile * 16, first);
     await_inputs();
-    arrange<kNorm>(x, norm, arranged, w.k, blocks, sums_of_warps);
+    const float scale = norm_scale<kNorm>(x, norm, w.k, sums_of_warps);
+    arrange<kNorm>(x, norm, scale, arranged, w.k, blocks);
     float sums[2] = {}, gate = 0.f;
     int buffer = 0;
     while (tile < tiles) {

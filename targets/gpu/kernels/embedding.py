@@ -25,7 +25,8 @@ def embedding(
 ) -> PrimFunc:
     """Buffers ids `[1, T]` i32, the arrays of `packed_parts(fmt, v, e)`, y `[1, T, E]` of `dtype`.
 
-    Ids have to be in 0 … v - 1: they are not checked here. Raises CompileError where the format
+    Ids have to be in 0 … v - 1: they are not checked here. But -1, which stands for no token where
+    a step takes what the one before chose, is read as 0. Raises CompileError where the format
     cannot hold e features.
     """
     with kernel("embedding") as built:
@@ -37,7 +38,7 @@ def embedding(
             launch((rows,), (params.row_threads(e),)) as (token, thread),
             strided(thread, weights.chunks, params.row_threads(e)) as chunk,
         ):
-            panel, lane = panel_lane(T.Bind(T.Cast("int64", ids[i64(0), token])))
+            panel, lane = panel_lane(T.Bind(T.max(T.Cast("int64", ids[i64(0), token]), i64(0))))
             loaded = weights.chunk(None, T.Bind(panel), chunk, T.Bind(lane))
             start = T.Bind(chunk * i64(weights.features))
             for feature, value in enumerate(loaded.values()):

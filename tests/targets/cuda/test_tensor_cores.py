@@ -36,6 +36,8 @@ MOST_SHARED = 99 * 1024  # of a block, on the devices that have least of it
 
 def features_of(fmt):
     """Input features that end within a chunk, where the format's groups allow it."""
+    if fmt.sub_scales is not None:
+        return 512
     return {0: 102, 16: 80}.get(fmt.group, 3 * fmt.group)
 
 
