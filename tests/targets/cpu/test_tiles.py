@@ -59,7 +59,8 @@ CODES_TOLERANCE = 4e-4
 pytestmark = pytest.mark.skipif(
     not host_features().issuperset(BELOW.features), reason="this CPU has no AVX-512 BF16"
 )
-TAKEN = [fmt for fmt in AFFINE if takes(fmt, 72, K, CODE_TILES)]
+# One and two registers of codes, with and without minimums, sub-scales and groups of several steps.
+TAKEN = [FORMATS[name] for name in ("q4_0", "q4_1", "q4_k", "q6_k", "w4-g128-asym")]
 
 
 def key(fmt):
@@ -140,6 +141,13 @@ def test_integer_products_in_every_format(library, fmt, tokens):
 def test_codes_in_every_format(library, fmt, tokens):
     case = Case(fmt, 72, K, tokens, activation_block(fmt, K, 32))
     case.check(lambda *arrays: library.run(f"codes_{key(fmt)}", *arrays), CODES_TOLERANCE)
+
+
+def test_formats_that_are_multiplied_as_they_are():
+    taken = {fmt.name for fmt in AFFINE if takes(fmt, 72, K, CODE_TILES)}
+    assert taken >= {fmt.name for fmt in TAKEN}
+    assert not taken & {"q8_0", "w8", "w8-g32"}
+    assert not takes(FORMATS["q4_0"], 72, K, replace(CODE_TILES, least_weights=1 << 21))
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 32, 33, 40])

@@ -149,14 +149,23 @@ inline struct {
 
 inline void __syncthreads() { shim::wait(shim::Wait::kBlock); }
 inline void __syncwarp() { shim::wait(shim::Wait::kWarp); }
+// What thread `from` of the block, of the same warp, shows at the same place.
 template <typename T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
+T shown_by(T value, int from) {
   static_assert(sizeof(T) == 4);
   std::memcpy(shim::fibers[shim::current].shown, &value, 4);
   __syncwarp();
-  std::memcpy(&value, shim::fibers[shim::current ^ mask].shown, 4);
+  std::memcpy(&value, shim::fibers[from].shown, 4);
   __syncwarp();  // nobody shows another value before all have seen this one
   return value;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return shown_by(value, shim::current ^ mask);
+}
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return shown_by(value, shim::current / 32 * 32 + lane);
 }
 
 // mma.sync m16n8k16, as PTX describes what each thread of a warp holds: thread 4g + t of rows g and
