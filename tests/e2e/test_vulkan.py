@@ -6,8 +6,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import llmc
 from llmc.artifact import Manifest
 from llmc.errors import ArtifactError, CapacityError, UsageError
 from llmc.runtime import tvm_runtime
+from llmc.runtime.device_inputs import Array, DeviceInputs
 from llmc.runtime.devices import choose_place
 from llmc.runtime.devices.vulkan import Vulkan
 from llmc.runtime.engine import Engine
@@ -111,10 +113,24 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(on_vulkan: Path) -> None:
 
 
 class Recordings:
-    """Graphs that record nothing, and note under which keys calls came."""
+    """Graphs that record nothing, and note under which keys calls came; their transfers are waited
+    for, and no step begins ahead.
+    """
 
     def __init__(self) -> None:
         self.keys: list[tuple[object, ...]] = []
+        self.transfers = self
+        self._inputs = DeviceInputs(tvm_runtime.tvm_ffi().device("vulkan", 0))
+
+    @property
+    def generation(self) -> int:
+        return self._inputs.generation
+
+    def to_device(self, arrays: Sequence[Array]) -> list[object]:
+        return self._inputs.copy(arrays)
+
+    def to_host(self, tensor: object) -> Callable[[], object]:
+        return partial(tvm_runtime.copy_from, tensor)
 
     def run(self, key: tuple[object, ...], call: Callable[[], object]) -> object:
         self.keys.append(key)
@@ -124,10 +140,11 @@ class Recordings:
 def test_decodes_are_recorded_together_with_the_choice_of_tokens(
     on_vulkan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recordings = Recordings()
     plain = Engine(on_vulkan)
+    recordings = Recordings()
     monkeypatch.setattr(Vulkan, "graphs", lambda self, index: recordings)
     engine = Engine(on_vulkan)
+    monkeypatch.setattr(engine._executor, "begin", None)
     functions = {
         "choose_largest": {"temperature": 0},
         "choose_drawn": {"seed": 1},

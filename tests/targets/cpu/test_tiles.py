@@ -60,7 +60,7 @@ pytestmark = pytest.mark.skipif(
     not host_features().issuperset(BELOW.features), reason="this CPU has no AVX-512 BF16"
 )
 # One and two registers of codes, with and without minimums, sub-scales and groups of several steps.
-TAKEN = [FORMATS[name] for name in ("q4_0", "q4_1", "q4_k", "q6_k", "w4-g128-asym")]
+TAKEN = [FORMATS[name] for name in ("q4_0", "q4_1", "q4_k", "q6_k", "w4-g64-asym")]
 
 
 def key(fmt):
