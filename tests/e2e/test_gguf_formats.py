@@ -115,7 +115,11 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
     ("quant", "tolerance"),
     # Float activations: sums of 256 float32 products in another order. Bytes: eight products in a
     # row whose inputs are off by up to 1/254 of their block's largest, in logits of deviation 1.
-    [("keep-a16", 1e-3), ("keep-a8", 0.2), pytest.param("keep", 0.2, marks=pytest.mark.slow)],
+    [
+        ("keep-a16", 1e-3),
+        pytest.param("keep-a8", 0.2, marks=pytest.mark.slow),
+        pytest.param("keep", 0.2, marks=pytest.mark.slow),
+    ],
 )
 def test_every_format_is_kept_and_proves_itself(
     kept: Kept, quant: str, tolerance: float, tmp_path: Path

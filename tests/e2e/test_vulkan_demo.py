@@ -109,6 +109,7 @@ def test_an_answer_alone_is_the_answer_in_a_batch(
         assert_same(greedy(engine, [prompt], max_tokens=MAX_TOKENS), [answer], least_certain=0.5)
 
 
+@SLOW
 def test_logits_of_kept_blocks_are_the_cpus_with_float32_pages(
     compiled: Compiled, prompts: list[list[int]]
 ) -> None:
@@ -121,6 +122,7 @@ def test_logits_of_kept_blocks_are_the_cpus_with_float32_pages(
     np.testing.assert_allclose(*logits, atol=2e-3, rtol=0)
 
 
+@SLOW
 def test_float16_pages_cost_no_more_than_on_the_cpu(
     compiled: Compiled, prompts: list[list[int]]
 ) -> None:
