@@ -45,7 +45,15 @@ def build(names, code, folder):
     text = re.sub(r'asm\("ex2.approx.ftz.f32 .*?\);', "y = exp2f(x);", text)
     text = re.sub(r'asm volatile\("prefetch\..*?\);', ";", text)  # changes nothing but time
     (folder / "kernels.cc").write_text(text + code)
-    options = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-fPIC", "-shared", "-w"]
+    options = [
+        "-std=c++17",
+        "-O1",
+        "-fno-strict-aliasing",
+        "-fno-gnu-unique",
+        "-fPIC",
+        "-shared",
+        "-w",
+    ]
     command = ["g++", *options, f"-I{Path(__file__).parent / 'shim'}", "kernels.cc"]
     done = subprocess.run(
         [*command, "-o", "kernels.so"], cwd=folder, capture_output=True, text=True, check=False
