@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from llmc.runtime import tvm_runtime
-
-Array = npt.NDArray[np.int32] | npt.NDArray[np.float32]
+from llmc.runtime.devices.device import Array
 
 
 class DeviceInputs:

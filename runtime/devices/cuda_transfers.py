@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llmc.runtime import tvm_runtime
+from llmc.runtime.devices.device import Array
 
-Array = npt.NDArray[np.int32] | npt.NDArray[np.float32]
 Check = Callable[..., None]
 """Calls a function of CUDA's runtime by its name; raises LlmcError where it fails."""
 

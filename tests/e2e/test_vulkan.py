@@ -20,8 +20,9 @@ import llmc
 from llmc.artifact import Manifest
 from llmc.errors import ArtifactError, CapacityError, UsageError
 from llmc.runtime import tvm_runtime
-from llmc.runtime.device_inputs import Array, DeviceInputs
+from llmc.runtime.device_inputs import DeviceInputs
 from llmc.runtime.devices import choose_place
+from llmc.runtime.devices.device import Array
 from llmc.runtime.devices.vulkan import Vulkan
 from llmc.runtime.engine import Engine
 from llmc.runtime.executor import load_executor

@@ -43,7 +43,8 @@ def bfloat16_tiles(product: Product, values: Values, count: Expr, params: TilePa
     steps = weights.k // depth
     groups = T.Bind(T.floordiv(count + i64(amx.TILE_ROWS - 1), i64(amx.TILE_ROWS)))
     activations = scratch((groups, steps, amx.TILE_ROWS, depth), "uint16")
-    _tile_activations(activations, values, count, groups, steps, depth)
+    # What rows past the last make the registers compute is not stored.
+    tile_activations(activations, values, count)
 
     width = _panels_of_a_task(weights, params)
     columns = ceildiv(weights.panels, width)
@@ -82,16 +83,16 @@ def _panels_of_a_task(weights: WeightPanels, params: TileParameters) -> int:
     return ceildiv(width, amx.PANELS) * amx.PANELS
 
 
-def _tile_activations(
-    tiles: Expr, values: Values, count: Expr, groups: Expr, steps: int, depth: int
-) -> None:
-    """Rows past the last stay unwritten: what they make the registers compute is not stored."""
-    with T.parallel(groups) as group:
-        first = T.Bind(group * i64(amx.TILE_ROWS))
-        with T.serial(T.min(i64(amx.TILE_ROWS), count - first)) as row, T.serial(i64(steps)) as s:
-            for part in range(depth // PANEL):
-                found = values(first + row, s * i64(depth) + i64(part * PANEL))
-                T.buffer_store(tiles, found, [group, s, row, lanes(i64(part * PANEL))])
+def tile_activations(tiles: Expr, values: Values, rows: Expr) -> None:
+    """Puts `rows` rows into tiles `[groups, steps, 16, depth]`; further ones stay unwritten."""
+    steps, depth = int(tiles.shape[1]), int(tiles.shape[3])
+    with T.parallel(rows) as row:
+        group = T.Bind(T.floordiv(row, i64(amx.TILE_ROWS)))
+        place = T.Bind(T.floormod(row, i64(amx.TILE_ROWS)))
+        with T.serial(i64(steps)) as step:
+            for part in range(0, depth, PANEL):
+                found = values(row, step * i64(depth) + i64(part))
+                T.buffer_store(tiles, found, [group, step, place, lanes(i64(part))])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

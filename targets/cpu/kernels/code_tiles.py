@@ -24,9 +24,9 @@ from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels import amx
+from llmc.targets.cpu.kernels.bfloat16_tiles import tile_activations, tile_depth
 from llmc.targets.cpu.kernels.integer import CodedRows
 from llmc.targets.cpu.kernels.panels import (
-    WeightPanels,
     get,
     i64,
     lanes,
@@ -53,23 +53,18 @@ def takes(fmt: WeightFormat, m: int, k: int, params: CodeTileParameters) -> bool
         return False
     if fmt.is_float or fmt.codebook is not None or fmt.code_bits > 6 or not fmt.group:
         return False
-    depth = min(fmt.group, amx.TILE_BYTES // 2)
-    return (
-        fmt.group % depth == 0
-        and depth % PANEL == 0
-        and _chunk(fmt, k, params) >= params.least_groups
-    )
+    return tile_depth(fmt.group) % PANEL == 0 and _chunk(fmt, k, params) >= params.least_groups
 
 
 def code_tiles(product: Product, x: CodedRows, count: Expr, params: CodeTileParameters) -> None:
     """y = x · Wᵀ for `count` rows, where the format is one that this `takes`."""
     weights = product.weights
     fmt = weights.fmt
-    depth = min(fmt.group, amx.TILE_BYTES // 2)
+    depth = tile_depth(fmt.group)
     blocks = T.Bind(T.floordiv(count + i64(amx.TILE_ROWS - 1), i64(amx.TILE_ROWS)))
     activations = scratch((blocks, weights.k // depth, amx.TILE_ROWS, depth), "uint16")
     sums = scratch((blocks, weights.groups, amx.TILE_ROWS)) if fmt.has_min else None
-    _tile_activations(activations, sums, x, weights, count, blocks, depth)
+    _prepare(activations, sums, x, fmt, count, blocks * i64(amx.TILE_ROWS))
 
     width = params.panels
     with T.parallel(i64(ceildiv(weights.panels, width))) as column:
@@ -121,44 +116,35 @@ def _table(fmt: WeightFormat) -> list[Expr]:
     return [T.reinterpret("int16x32", tirx.Shuffle(part, list(range(PANEL)))) for part in parts]
 
 
-def _tile_activations(
-    tiles: Expr,
-    sums: Expr | None,
-    x: CodedRows,
-    weights: WeightPanels,
-    count: Expr,
-    blocks: Expr,
-    depth: int,
+def _prepare(
+    tiles: Expr, sums: Expr | None, x: CodedRows, fmt: WeightFormat, count: Expr, rows: Expr
 ) -> None:
-    """Rows in the order of the codes, missing ones zero, and what a group of each adds up to."""
-    fmt = weights.fmt
+    """Rows in the order of the codes, and what a group of each adds up to.
+
+    The last row stands for missing ones, which nobody reads: old bits may read as denormal numbers,
+    which take long.
+    """
     width = codes_per_word(fmt)
     order = [f for _, pair in _fields(fmt) for f in pair]
     order = [word + f for word in range(0, PANEL, width) for f in order]
-    with T.parallel(blocks * i64(amx.TILE_ROWS)) as row:
+
+    def source(row: Expr) -> Expr:
+        return T.min(row, count - i64(1))
+
+    def values(row: Expr, first: Expr) -> Expr:
+        return tirx.Shuffle([T.Bind(x.bfloat16(source(row), first))], order)
+
+    tile_activations(tiles, values, rows)
+    if sums is None:
+        return
+    with T.parallel(rows) as row:
         block = T.Bind(T.floordiv(row, i64(amx.TILE_ROWS)))
         place = T.Bind(T.floormod(row, i64(amx.TILE_ROWS)))
-        with T.If(row < count):
-            with T.Then():
-                with T.serial(i64(weights.k // depth)) as step:
-                    for part in range(0, depth, PANEL):
-                        found = T.Bind(x.bfloat16(row, step * i64(depth) + i64(part)))
-                        found = tirx.Shuffle([found], order)
-                        T.buffer_store(tiles, found, [block, step, place, lanes(i64(part))])
-                if sums is not None:
-                    per_block = x.block // fmt.group
-                    with T.serial(i64(weights.groups)) as group:
-                        scale = x.scales[i64(0), row, T.floordiv(group, i64(per_block))]
-                        total = T.Cast("float32", x.sum(row, group)) * scale
-                        T.buffer_store(sums, total, [block, group, place])
-            with T.Else():
-                with T.serial(i64(weights.k // depth)) as step:
-                    for part in range(0, depth, PANEL):
-                        zeros = T.broadcast(T.uint16(0), PANEL)
-                        T.buffer_store(tiles, zeros, [block, step, place, lanes(i64(part))])
-                if sums is not None:
-                    with T.serial(i64(weights.groups)) as group:
-                        T.buffer_store(sums, T.float32(0), [block, group, place])
+        with T.serial(sums.shape[1]) as group:
+            of_block = T.floordiv(group, i64(x.block // fmt.group))
+            total = T.Cast("float32", x.sum(source(row), group))
+            total = total * x.scales[i64(0), source(row), of_block]
+            T.buffer_store(sums, total, [block, group, place])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
