@@ -1,14 +1,12 @@
 """CUDA libraries are built without a GPU or driver: what is in them, and what may be missing."""
 
 import re
-import struct
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tvm
 import tvm_ffi
+from cuda_code import FATBIN, architectures, fat_binary, sass_by_kernel
 
 from llmc.cuda_toolkit import find_cudart
 from llmc.errors import CompileError, UsageError
@@ -24,7 +22,6 @@ needs_nvcc = pytest.mark.skipif(
     toolkit.find_tool("cuobjdump") is None or find_cudart() is None,
     reason=toolkit.NVCC_HINT,
 )
-_FATBIN = bytes.fromhex("50ed55ba")  # the magic number of a fat binary, little-endian
 
 
 @pytest.fixture(scope="module")
@@ -55,49 +52,19 @@ def library(tmp_path_factory):
     return path
 
 
-def fat_binary(library: Path) -> bytes:
-    """The one fat binary in the library: its header has its own length and the rest's."""
-    data = library.read_bytes()
-    begin = data.index(_FATBIN)
-    header, rest = struct.unpack("<HQ", data[begin + 6 : begin + 16])
-    return data[begin : begin + header + rest]
-
-
 @needs_nvcc
 def test_machine_code_of_every_architecture_is_inside_and_no_source(library, tmp_path) -> None:
     data = library.read_bytes()
-    assert data.count(_FATBIN) == 1
+    assert data.count(FATBIN) == 1
     assert b"__global__" not in data
-    (tmp_path / "kernels.fatbin").write_bytes(fat_binary(library))
-    listed = subprocess.run(
-        [toolkit.find_tool("cuobjdump"), "--list-elf", "--list-ptx", "kernels.fatbin"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert re.findall(r"(sm_\w+)\.cubin", listed) == ["sm_80", "sm_90a"]
-    assert re.findall(r"(sm_\d+)\.ptx", listed) == ["sm_90"]
+    assert architectures(library, tmp_path) == (["sm_80", "sm_90a"], ["sm_90"])
 
 
 @needs_nvcc
 def test_products_of_one_token_read_sixteen_bytes_at_a_time(library, tmp_path) -> None:
-    (tmp_path / "kernels.fatbin").write_bytes(fat_binary(library))
+    code = fat_binary(library)
     for architecture in ("sm_80", "sm_90a"):
-        listing = subprocess.run(
-            [
-                toolkit.find_tool("cuobjdump"),
-                "--dump-sass",
-                "-arch",
-                architecture,
-                "kernels.fatbin",
-            ],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        by_kernel = dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function :|\Z)", listing, re.S))
+        by_kernel = sass_by_kernel(code, tmp_path, "-arch", architecture)
         gemv = next(text for name, text in by_kernel.items() if name.startswith("gemv"))
         assert "LDG.E.128" in gemv, architecture
         for name, text in by_kernel.items():  # registers that were spilled to memory

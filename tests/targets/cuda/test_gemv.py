@@ -89,9 +89,8 @@ def test_what_it_does_not_take_is_left_to_others():
         assert not gemv.takes(FORMATS[name], m, k), (name, m, k)
 
 
-def kernels_of(plan, architecture):
+def kernels_of(plan):
     """A product of every format, plain and with a gate, by name."""
-    CudaTarget(architecture)
     options = {"norm": (1e-5, 1.0), "bias": True}
     named = {}
     for fmt in FUSED:
@@ -105,7 +104,7 @@ def kernels_of(plan, architecture):
 @pytest.fixture(scope="module", params=[None, *STREAMS], ids=["gemv", "4", "2", "1"])
 def kernels(request):
     architecture = "sm_80,sm_90" if request.param is None else "sm_90"
-    functions = kernels_of(request.param, architecture)
+    functions = kernels_of(request.param)
     return tvm.compile(tvm.IRModule(functions), target=CudaTarget(architecture).tvm_target)
 
 
