@@ -184,6 +184,23 @@ class IntegerLinear(Operator):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GatedIntegerLinear(Operator):
+    """IntegerLinear, GatedActivation of its outputs (`kind`) and QuantizeActivations of those.
+
+    weight `[M, K]`; the codes of the M / 2 outputs have blocks `out_block` and so on.
+    """
+
+    name: ClassVar[str] = "gated_integer_linear"
+    operands: ClassVar[tuple[str, ...]] = ("codes", "scales", "sums", "weight", "bias?")
+    format: str
+    block: int
+    kind: str
+    out_block: int
+    out_unit: int
+    out_factor: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundActivations(Operator):
     """x float32 -> the nearest bfloat16, as uint16."""
 
@@ -201,6 +218,16 @@ class Bfloat16Linear(Operator):
 
     name: ClassVar[str] = "bfloat16_linear"
     operands: ClassVar[tuple[str, ...]] = ("x", "weight", "bias?", "residual?")
+    format: str = "bf16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedBfloat16Linear(Operator):
+    """Bfloat16Linear, GatedActivation of its outputs and RoundActivations of those."""
+
+    name: ClassVar[str] = "gated_bfloat16_linear"
+    operands: ClassVar[tuple[str, ...]] = ("x", "weight", "bias?")
+    kind: str
     format: str = "bf16"
 
 
@@ -453,8 +480,10 @@ OPERATORS: dict[str, type[Operator]] = {
         FusedLinear,
         QuantizeActivations,
         IntegerLinear,
+        GatedIntegerLinear,
         RoundActivations,
         Bfloat16Linear,
+        GatedBfloat16Linear,
         Embedding,
         GroupedLinear,
         IntegerGroupedLinear,

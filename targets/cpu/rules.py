@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from llmc import dialect
 from llmc.formats import FORMATS
@@ -18,6 +20,7 @@ from llmc.targets.cpu.kernels.integer_linear import integer_linear
 from llmc.targets.cpu.kernels.kv_write import kv_write
 from llmc.targets.cpu.kernels.linear import linear
 from llmc.targets.cpu.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from llmc.targets.cpu.kernels.outputs import Gated, Quantized, Rounded
 from llmc.targets.cpu.kernels.quantize_activations import quantize_activations
 from llmc.targets.cpu.kernels.rope import rope, rope_kv_write
 from llmc.targets.cpu.kernels.top_k import top_k
@@ -28,6 +31,9 @@ from llmc.targets.cpu.parameters import (
     LinearParameters,
     TileParameters,
 )
+
+
+Expr = Any
 
 
 def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, KernelRule]]:
@@ -110,7 +116,8 @@ def _linear(site: Site, params: LinearParameters) -> Kernel | None:
 
 
 def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | None:
-    if not isinstance(site.op, dialect.IntegerLinear) or params is None:
+    op = site.op
+    if not isinstance(op, dialect.IntegerLinear | dialect.GatedIntegerLinear) or params is None:
         return None
     few = params.code_tiles
     params = replace(
@@ -120,17 +127,29 @@ def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | No
     )
     m, k = site.extents("weight")
     rows = site.types["codes"].shape[1]
+    gate, outputs = None, (None,)
+    if isinstance(op, dialect.GatedIntegerLinear):
+        gate, outputs = partial(_quantized_gate, op, m // 2), (None, None, None)
     func = integer_linear(
-        FORMATS[site.op.format],
+        FORMATS[op.format],
         m,
         k,
         1 if site.tokens == 1 and int(rows) == 1 else None,
-        block=site.op.block,
+        block=op.block,
         bias="bias" in site.types,
         residual="residual" in site.types,
         params=params,
+        gate=gate,
     )
-    return Kernel.of(func, site, ("codes", "scales", "sums", "weight", "bias", "residual"))
+    operands = ("codes", "scales", "sums", "weight", "bias", "residual")
+    return Kernel.of(func, site, operands, outputs)
+
+
+def _quantized_gate(op: dialect.GatedIntegerLinear, features: int, count: Expr) -> Gated:
+    output = Quantized.arguments(
+        count, features, block=op.out_block, unit=op.out_unit, factor=op.out_factor
+    )
+    return Gated(kind=op.kind, output=output)
 
 
 def _integer_grouped_linear(site: Site, params: IntegerParameters | None) -> Kernel | None:
@@ -161,10 +180,14 @@ def _tiles(site: Site, tiles: TileParameters | None) -> TileParameters | None:
 
 
 def _bfloat16_linear(site: Site, params: Bfloat16Parameters | None) -> Kernel | None:
-    if not isinstance(site.op, dialect.Bfloat16Linear) or params is None:
+    op = site.op
+    if not isinstance(op, dialect.Bfloat16Linear | dialect.GatedBfloat16Linear) or params is None:
         return None
     params = replace(params, tiles=_tiles(site, params.tiles))
     m, k = site.extents("weight")
+    gate = None
+    if isinstance(op, dialect.GatedBfloat16Linear):
+        gate = partial(_rounded_gate, op, m // 2)
     func = bfloat16_linear(
         m,
         k,
@@ -172,8 +195,13 @@ def _bfloat16_linear(site: Site, params: Bfloat16Parameters | None) -> Kernel | 
         bias="bias" in site.types,
         residual="residual" in site.types,
         params=params,
+        gate=gate,
     )
     return Kernel.of(func, site, ("x", "weight", "bias", "residual"))
+
+
+def _rounded_gate(op: dialect.GatedBfloat16Linear, features: int, count: Expr) -> Gated:
+    return Gated(kind=op.kind, output=Rounded.arguments(count, features))
 
 
 def _round_activations(site: Site) -> Kernel | None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from llmc.errors import UnsupportedError
-from llmc.targets.cpu.kernels.math import gelu, gelu_tanh, relu, silu
+from llmc.targets.cpu.kernels.outputs import ACTIVATIONS, check_activation
 from llmc.targets.cpu.kernels.vector import at, for_rows, lanes_of
-
-ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
 
 
 def gated_activation(
@@ -20,10 +17,7 @@ def gated_activation(
     x holds gate then up along the features, or up then gate where `gate_first` is False. `kind` is
     silu, gelu, gelu_tanh or relu; anything else is an UnsupportedError.
     """
-    if kind not in ACTIVATIONS:
-        raise UnsupportedError(
-            f"activation {kind!r}", hint=f"the CPU kernels know {', '.join(sorted(ACTIVATIONS))}"
-        )
+    check_activation(kind)
     activate = ACTIVATIONS[kind]
     lanes = lanes_of(inner)
     gate, up = (0, inner) if gate_first else (inner, 0)

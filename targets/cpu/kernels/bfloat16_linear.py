@@ -1,12 +1,13 @@
 """y = x · Wᵀ (+ bias) (+ residual) of bfloat16 numbers, two products an instruction and lane.
 
 Buffers in order: x `[1, T, K]` bfloat16 (as uint16), the values of a bf16 matrix as `packed_parts`
-says, bias `[M]` f32 where asked, residual `[1, T, M]` f32 where asked, y `[1, T, M]` f32.
+says, bias `[M]` f32 where asked, residual `[1, T, M]` f32 where asked, y `[1, T, M]` f32,
+or the output of `gate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tvm
@@ -17,8 +18,8 @@ from llmc.formats import FORMATS
 from llmc.targets.cpu.kernels.bfloat16 import dot, from_float32, with_dot
 from llmc.targets.cpu.kernels.bfloat16_tiles import bfloat16_tiles, tile_depth
 from llmc.targets.cpu.kernels.dot import sum_pairwise
+from llmc.targets.cpu.kernels.outputs import Gated
 from llmc.targets.cpu.kernels.panels import (
-    Rows,
     WeightPanels,
     argument,
     get,
@@ -30,7 +31,7 @@ from llmc.targets.cpu.kernels.panels import (
     size_var,
     splat,
 )
-from llmc.targets.cpu.kernels.register_tiles import fetch_residual, for_each_tile, store_tile
+from llmc.targets.cpu.kernels.register_tiles import multiply_tiles
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.kernels.vector import SERIAL_FLOATS
 from llmc.targets.cpu.layout import PANEL
@@ -48,10 +49,11 @@ def bfloat16_linear(
     bias: bool,
     residual: bool,
     params: Bfloat16Parameters,
+    gate: Callable[[Expr], Gated] | None = None,
 ) -> tvm.tirx.PrimFunc:
     """The product with a matrix `[m, k]`, k even, for exactly one token (`tokens=1`) or any number.
 
-    Products are exact, sums float32; denormal numbers count as zero.
+    Products are exact, sums float32; denormal numbers count as zero. `gate` is integer_linear's.
     """
     assert tokens in (1, None), tokens
     assert k % 2 == 0, k
@@ -61,18 +63,21 @@ def bfloat16_linear(
             T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
             count = i64(1) if tokens == 1 else size_var("num_tokens")
             x = argument("x", (1, count, k), "uint16")
-            product = Product.arguments(x, FORMATS["bf16"], m, k, bias=bias, residual=residual)
+            product = Product.arguments(
+                x, FORMATS["bf16"], m, k, bias=bias, residual=residual, gate=gate
+            )
             weights = product.weights
 
-            def tile(panels: list[Expr], rows: list[Expr]) -> None:
-                fetch_residual(product.residual, panels, rows)
-                store_tile(product, panels, rows, _tile(weights, panels, x, rows, params))
+            def multiply(
+                panels: list[Expr], rows: list[Expr], following: Expr | None = None
+            ) -> list[list[Expr]]:
+                return _tile(weights, panels, x, rows, params, following)
 
             def values(row: Expr, first: Expr) -> Expr:
                 return x[i64(0), row, lanes(first)]
 
             def vectors() -> None:
-                for_each_tile(weights, tokens, count, 2 * k, params.tiling, tile)
+                multiply_tiles(product, tokens, count, 2 * k, params.tiling, multiply)
 
             with with_dot():
                 if params.tiles is None or tokens == 1 or tile_depth(k) < _MIN_DEPTH:
@@ -92,6 +97,7 @@ def _tile(
     x: Expr,
     rows: Sequence[Expr],
     params: Bfloat16Parameters,
+    following: Expr | None,
 ) -> list[list[Expr]]:
     """The products of rows with panels: a float32x16 for each [row][panel]."""
     size = len(rows) * len(panels)
@@ -107,7 +113,7 @@ def _tile(
             if params.prefetch_words and len(rows) == 1:
                 for panel in panels:
                     ahead = word + i64(params.prefetch_words)
-                    prefetch(weights.word_address(i64(0), panel, ahead))
+                    prefetch(weights.ahead_address(i64(0), panel, ahead, following))
             if params.next_panels and len(rows) > 1:
                 for panel in panels:
                     ahead = panel + i64(params.next_panels)

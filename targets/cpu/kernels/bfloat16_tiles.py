@@ -19,8 +19,8 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.targets.cpu.kernels import amx
-from llmc.targets.cpu.kernels.panels import WeightPanels, i64, lanes, scratch
-from llmc.targets.cpu.kernels.register_tiles import store_tile
+from llmc.targets.cpu.kernels.panels import i64, lanes, scratch
+from llmc.targets.cpu.kernels.register_tiles import slot_panel, store_slots, store_tile
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.kernels.unpacked_bfloat16 import unpack_step
 from llmc.targets.cpu.layout import PANEL, ceildiv
@@ -46,13 +46,13 @@ def bfloat16_tiles(product: Product, values: Values, count: Expr, params: TilePa
     # What rows past the last make the registers compute is not stored.
     tile_activations(activations, values, count)
 
-    width = _panels_of_a_task(weights, params)
+    width = _panels_of_a_task(product, params)
     columns = ceildiv(weights.panels, width)
     size = _rows_of_a_task(weights.k, params) // amx.TILE_ROWS
     row_blocks = T.Bind(T.floordiv(groups + i64(size - 1), i64(size)))
     with T.parallel(i64(columns) * row_blocks) as task:
         first = T.Bind(T.floordiv(task, i64(columns)) * i64(size))
-        panel = T.Bind(T.floormod(task, i64(columns)) * i64(width))
+        slot = T.Bind(T.floormod(task, i64(columns)) * i64(width))
         _Task(
             product=product,
             activations=activations,
@@ -62,8 +62,8 @@ def bfloat16_tiles(product: Product, values: Values, count: Expr, params: TilePa
             first_group=first,
             num_groups=T.Bind(T.min(i64(size), groups - first)),
             num_rows=count,
-            first_panel=panel,
-            num_panels=T.Bind(T.min(i64(width), i64(weights.panels) - panel)),
+            first_slot=slot,
+            num_panels=T.Bind(T.min(i64(width), i64(weights.panels) - slot)),
             width=width,
             size=size,
         ).emit()
@@ -76,11 +76,14 @@ def _rows_of_a_task(k: int, params: TileParameters) -> int:
     return min(resident, params.rows) if resident >= params.rows // 2 else params.rows
 
 
-def _panels_of_a_task(weights: WeightPanels, params: TileParameters) -> int:
-    """Pairs of panels, fewer where the matrix has too few rows for many tasks."""
-    fair = ceildiv(weights.panels, params.min_columns)
+def _panels_of_a_task(product: Product, params: TileParameters) -> int:
+    """Pairs of panels, fewer where the matrix has too few rows for many tasks; whole blocks of a
+    gated output.
+    """
+    fair = ceildiv(product.weights.panels, params.min_columns)
     width = min(params.panels, fair)
-    return ceildiv(width, amx.PANELS) * amx.PANELS
+    unit = amx.PANELS * (1 if product.gated is None else product.gated.panels)
+    return ceildiv(width, unit) * unit
 
 
 def tile_activations(tiles: Expr, values: Values, rows: Expr) -> None:
@@ -97,7 +100,11 @@ def tile_activations(tiles: Expr, values: Values, rows: Expr) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Task:
-    """Up to `rows` rows × up to `width` panels."""
+    """Up to `rows` rows × up to `width` panels.
+
+    Panels are counted by slots, in whose order tasks take them: where the output is gated, a panel
+    of the gate and its panel of up alternate.
+    """
 
     product: Product
     activations: Expr  # `[groups, steps, 16, depth]` uint16
@@ -107,7 +114,7 @@ class _Task:
     first_group: Expr
     num_groups: Expr
     num_rows: Expr  # of all tasks
-    first_panel: Expr
+    first_slot: Expr
     num_panels: Expr
     width: int  # panels at most
     size: int  # groups at most
@@ -117,8 +124,10 @@ class _Task:
         weights, pairs = self.product.weights, amx.PANELS
         amx.configure(2 * self.depth)
         chunk, chunks = self._chunk()
-        # What one chunk sums up leaves each block's sums at once.
-        blocks = (self.size, self.width) if chunks > 1 else (amx.PANELS, amx.PANELS)
+        # What one chunk sums up leaves each block's sums at once, if it is an output by itself.
+        gated = self.product.gated is not None
+        keep = chunks > 1 or gated
+        blocks = (self.size, self.width) if keep else (amx.PANELS, amx.PANELS)
         totals = scratch((*blocks, amx.TILE_ROWS, PANEL))
         unpacked = None
         if not weights.fmt.is_float:
@@ -128,14 +137,15 @@ class _Task:
             steps = T.Bind(T.min(i64(chunk), i64(self.steps) - start))
             if unpacked is not None:
                 with T.serial(self.num_panels) as p, T.serial(steps) as step:
-                    unpack_step(weights, self.first_panel + p, start + step, unpacked, p, step)
+                    unpack_step(weights, self.panel(p), start + step, unpacked, p, step)
 
             def block(group: Expr, groups: int, panel: Expr, panels: int) -> None:
-                at = (group, panel) if chunks > 1 else (i64(0), i64(0))
+                at = (group, panel) if keep else (i64(0), i64(0))
                 one = _Block(self, unpacked, totals, at, group, groups, panel, panels)
                 one.multiply(start, steps, is_first=number == i64(0))
-                with T.If(number == i64(chunks - 1)), T.Then():
-                    one.finish()
+                if not gated:
+                    with T.If(number == i64(chunks - 1)), T.Then():
+                        one.finish()
 
             def column(panel: Expr, panels: int) -> None:
                 with T.serial(T.floordiv(self.num_groups, i64(pairs))) as q:
@@ -148,7 +158,26 @@ class _Task:
                 column(T.Bind(q * i64(pairs)), pairs)
             with T.If(T.floormod(self.num_panels, i64(pairs)) > i64(0)), T.Then():
                 column(self.num_panels - i64(1), 1)
+        if gated:
+            self._gate(totals)
         amx.release()
+
+    def panel(self, slot: Expr) -> Expr:
+        """The panel in a slot of this task."""
+        return slot_panel(self.product, self.first_slot + slot)
+
+    def _gate(self, totals: Expr) -> None:
+        """Stores what becomes of the totals `[groups, slots, 16, 16]`."""
+        with T.serial(self.num_groups) as group:
+            first = T.Bind((self.first_group + group) * i64(amx.TILE_ROWS))
+            with T.serial(T.min(i64(amx.TILE_ROWS), self.num_rows - first)) as row:
+                store_slots(
+                    self.product,
+                    first + row,
+                    self.first_slot,
+                    self.num_panels,
+                    lambda slot: totals[group, slot, row, lanes(i64(0))],
+                )
 
     def _chunk(self) -> tuple[int, int]:
         """Steps of a chunk and chunks: equal ones, of which each begins with a group of weights."""
@@ -201,7 +230,7 @@ class _Block:
     def finish(self) -> None:
         """Stores the totals where the product goes."""
         task = self.task
-        panels = [task.first_panel + self.panel + i64(p) for p in range(self.panels)]
+        panels = [task.first_slot + self.panel + i64(p) for p in range(self.panels)]
         for g in range(self.groups):
             first = T.Bind((task.first_group + self.group + i64(g)) * i64(amx.TILE_ROWS))
             with T.serial(T.min(i64(amx.TILE_ROWS), task.num_rows - first)) as row:
@@ -220,4 +249,4 @@ class _Block:
         if self.unpacked is not None:
             return T.address_of(self.unpacked[panel, step, i64(0), i64(0)])
         word = (start + step) * i64(self.task.depth // 2)
-        return self.task.product.weights.word_address(i64(0), self.task.first_panel + panel, word)
+        return self.task.product.weights.word_address(i64(0), self.task.panel(panel), word)

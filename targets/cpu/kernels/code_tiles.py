@@ -36,7 +36,7 @@ from llmc.targets.cpu.kernels.panels import (
     scratch,
     splat,
 )
-from llmc.targets.cpu.kernels.register_tiles import store_tile
+from llmc.targets.cpu.kernels.register_tiles import slot_panel, store_slots
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.layout import PANEL, ceildiv, codes_per_word, stored_zero_point
 from llmc.targets.cpu.parameters import CodeTileParameters
@@ -67,6 +67,8 @@ def code_tiles(product: Product, x: CodedRows, count: Expr, params: CodeTilePara
     _prepare(activations, sums, x, fmt, count, blocks * i64(amx.TILE_ROWS))
 
     width = params.panels
+    if product.gated is not None:
+        width = ceildiv(width, 2 * product.gated.panels) * 2 * product.gated.panels
     with T.parallel(i64(ceildiv(weights.panels, width))) as column:
         first = T.Bind(column * i64(width))
         _Task(
@@ -75,7 +77,7 @@ def code_tiles(product: Product, x: CodedRows, count: Expr, params: CodeTilePara
             activations=activations,
             sums=sums,
             depth=depth,
-            first_panel=first,
+            first_slot=first,
             num_panels=T.Bind(T.min(i64(width), i64(weights.panels) - first)),
             unpacked=scratch((params.unpack_lead + 1, fmt.group // 2, PANEL), "int32"),
             stored=scratch((_STORED, amx.TILE_ROWS, PANEL)),
@@ -156,7 +158,7 @@ class _Task:
     activations: Expr  # `[blocks, steps, 16, depth]` uint16
     sums: Expr | None  # `[blocks, groups, 16]`
     depth: int
-    first_panel: Expr
+    first_slot: Expr  # panels are counted as in bfloat16_tiles
     num_panels: Expr
     unpacked: Expr  # `[slots, group / 2, 16]` int32: the codes of the groups under way
     stored: Expr  # `[slots, 16, 16]`: their sums
@@ -177,9 +179,13 @@ class _Task:
                     self._add(block, start, p, chunk)
             first = T.Bind(block * i64(amx.TILE_ROWS))
             with T.serial(T.min(i64(amx.TILE_ROWS), count - first)) as row:
-                with T.serial(self.num_panels) as p:
-                    total = self.totals[p, row, lanes(i64(0))]
-                    store_tile(self.product, [self.first_panel + p], [first + row], [[total]])
+                store_slots(
+                    self.product,
+                    first + row,
+                    self.first_slot,
+                    self.num_panels,
+                    lambda slot: self.totals[slot, row, lanes(i64(0))],
+                )
         amx.release()
 
     def _add(self, block: Expr, start: Expr, p: Expr, chunk: int) -> None:
@@ -189,7 +195,7 @@ class _Task:
         for row in range(amx.TILE_ROWS):
             before = self.totals[p, i64(row), lanes(i64(0))]
             put(totals, row, T.Select(start == i64(0), splat(0.0), before))
-        panel = T.Bind(self.first_panel + p)
+        panel = T.Bind(slot_panel(self.product, self.first_slot + p))
         following = self._following(start, p, chunk)
         stages: list[tuple[int, Callable[[int], None]]] = [
             (-params.unpack_lead, lambda g: self._unpack(panel, start, g, following)),
@@ -213,9 +219,9 @@ class _Task:
         over = ahead >= self.num_panels
         after = start + i64(chunk)
         ends = after >= i64(weights.groups)
-        panel = ahead - T.Select(tirx.And(over, tirx.Not(ends)), self.num_panels, i64(0))
+        slot = ahead - T.Select(tirx.And(over, tirx.Not(ends)), self.num_panels, i64(0))
         group = T.Select(over, T.Select(ends, i64(0), after), start)
-        return T.Bind(self.first_panel + panel), T.Bind(group)
+        return T.Bind(slot_panel(self.product, self.first_slot + slot)), T.Bind(group)
 
     def _unpack(self, panel: Expr, start: Expr, g: int, following: tuple[Expr, Expr]) -> None:
         """A group's codes as pairs of bfloat16, and asks for as many of the panel that follows."""

@@ -100,13 +100,15 @@ def integer_panels(
     rows: Sequence[Expr],
     params: IntegerParameters,
     unpacked: UnpackedPanels | None = None,
+    following: Expr | None = None,
 ) -> list[list[Expr]]:
     """The products of a few activation rows with a few panels: a float32x16 for each [row][panel].
 
     y = Σ_blocks a · Σ_groups (s · Σ (code - zero)·x + min · Σ x), the sums over codes in int32.
-    `unpacked` are the same panels, if they have been put together before.
+    `unpacked` are the same panels, if they have been put together before; `following` is the panel
+    that is read after the last one, where that is not the next.
     """
-    tile = _Tile(weights, expert, panels, x, rows, params, unpacked)
+    tile = _Tile(weights, expert, panels, x, rows, params, unpacked, following)
     tile.multiply()
     return tile.result()
 
@@ -123,7 +125,9 @@ class _Tile:
         rows: Sequence[Expr],
         params: IntegerParameters,
         unpacked: UnpackedPanels | None,
+        following: Expr | None,
     ) -> None:
+        self.following = following
         self.weights, self.expert, self.panels = weights, expert, panels
         self.x, self.rows = x, rows
         self.source = weights if unpacked is None else unpacked
@@ -262,7 +266,7 @@ class _Tile:
             if self.params.prefetch_words and len(self.rows) == 1 and begins_line:
                 for panel in self.panels:
                     ahead = word + i64(self.params.prefetch_words)
-                    address = weights.word_address(self.expert, panel, ahead)
+                    address = weights.ahead_address(self.expert, panel, ahead, self.following)
                     prefetch(address, self.params.prefetch_cache)
             for panel in self._next_panels():
                 prefetch(weights.word_address(self.expert, panel, word))

@@ -1,12 +1,16 @@
 """y = x · Wᵀ (+ bias) (+ residual) in integers: quantized activations times quantized weights.
 
+Or what a gated activation makes of y, for the product after it.
+
 Buffers in order: codes `[1, T, K]` int8, scales `[1, T, K / block]` f32, sums `[1, T, K / unit]`
 int32, the arrays of `packed_parts(fmt, m, k)`, bias
-`[M]` f32 where asked, residual `[1, T, M]` f32 where asked, y `[1, T, M]` f32.
+`[M]` f32 where asked, residual `[1, T, M]` f32 where asked, y `[1, T, M]` f32, or the output of
+`gate`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,13 +23,9 @@ from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.bfloat16_tiles import bfloat16_tiles
 from llmc.targets.cpu.kernels.code_tiles import code_tiles, takes
 from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
-from llmc.targets.cpu.kernels.panels import Rows, WeightPanels, argument, i64, size_var
-from llmc.targets.cpu.kernels.register_tiles import (
-    Tile,
-    fetch_residual,
-    for_each_tile,
-    store_tile,
-)
+from llmc.targets.cpu.kernels.outputs import Gated
+from llmc.targets.cpu.kernels.panels import argument, i64, size_var
+from llmc.targets.cpu.kernels.register_tiles import Multiply, multiply_tiles
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.kernels.unpacked import UnpackedPanels, unpack, worth_unpacking
 from llmc.targets.cpu.parameters import IntegerParameters
@@ -43,11 +43,12 @@ def integer_linear(
     bias: bool,
     residual: bool,
     params: IntegerParameters,
+    gate: Callable[[Expr], Gated] | None = None,
 ) -> tvm.tirx.PrimFunc:
     """The product with a matrix `[m, k]` for exactly one token (`tokens=1`) or any number (None).
 
-    `block` is what `activation_block` says. Raises CompileError where the format cannot hold k
-    features.
+    `block` is what `activation_block` says; `gate` declares where a gated output of T rows goes,
+    whose blocks divide M / 2. Raises CompileError where the format cannot hold k features.
     """
     assert tokens in (1, None), tokens
     with IRBuilder() as builder:
@@ -59,25 +60,27 @@ def integer_linear(
             scales = argument("scales", (1, count, k // block))
             sums = argument("sums", (1, count, k // unit_of(fmt, block)), "int32")
             product = Product.arguments(
-                codes, fmt, m, k, bias=bias, residual=residual, table=params.table
+                codes, fmt, m, k, bias=bias, residual=residual, table=params.table, gate=gate
             )
             weights = product.weights
             coded = CodedRows(codes, scales, sums, block)
 
-            def tile(
-                panels: list[Expr], rows: list[Expr], unpacked: UnpackedPanels | None = None
-            ) -> None:
-                fetch_residual(product.residual, panels, rows)
-                totals = integer_panels(weights, i64(0), panels, coded, rows, params, unpacked)
-                store_tile(product, panels, rows, totals)
+            def multiply(
+                panels: list[Expr],
+                rows: list[Expr],
+                following: Expr | None = None,
+                unpacked: UnpackedPanels | None = None,
+            ) -> list[list[Expr]]:
+                return integer_panels(
+                    weights, i64(0), panels, coded, rows, params, unpacked, following
+                )
 
-            def prepare(panels: list[Expr]) -> Tile:
-                return partial(tile, unpacked=unpack(weights, i64(0), panels))
-
-            worth = prepare if worth_unpacking(fmt) else None
+            def prepare(panels: list[Expr]) -> Multiply:
+                return partial(multiply, unpacked=unpack(weights, i64(0), panels))
 
             def vectors() -> None:
-                for_each_tile(weights, tokens, count, k, params.tiling, tile, worth)
+                prepared = prepare if worth_unpacking(fmt) else None
+                multiply_tiles(product, tokens, count, k, params.tiling, multiply, prepared)
 
             def many() -> None:
                 if params.tiles is None:

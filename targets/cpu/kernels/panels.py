@@ -245,6 +245,18 @@ class WeightPanels:
             word = T.floordiv(word, i64(self.words_per_line))
         return T.address_of(self.buffers[name][self._index(expert, panel, word, i64(0))])
 
+    def ahead_address(
+        self, expert: Expr, panel: Expr, word: Expr, following: Expr | None = None
+    ) -> Expr:
+        """`word_address` of a word past the panel's last one in `following`, if that is not the
+        next panel.
+        """
+        if following is None:
+            return self.word_address(expert, panel, word)
+        is_over = T.Bind(word >= i64(self.words))
+        panel = T.Select(is_over, following, panel)
+        return self.word_address(expert, panel, word - T.Select(is_over, i64(self.words), i64(0)))
+
     def scale_address(self, expert: Expr, panel: Expr, group: Expr) -> Expr:
         """Where sixteen rows' scales lie, or the lowest bits of their sub-scales."""
         if self.fmt.sub_scales is None:

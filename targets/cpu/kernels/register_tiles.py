@@ -10,7 +10,16 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.cpu.kernels.panels import WeightPanels, get, i64, lanes, prefetch, registers
+from llmc.targets.cpu.kernels.outputs import Gated
+from llmc.targets.cpu.kernels.panels import (
+    WeightPanels,
+    get,
+    i64,
+    lanes,
+    prefetch,
+    registers,
+    scratch,
+)
 from llmc.targets.cpu.kernels.tiles import Product, load_panel, store_panel
 from llmc.targets.cpu.layout import PANEL, ceildiv
 from llmc.targets.cpu.parameters import Tiling
@@ -20,7 +29,42 @@ Expr = Any
 Tile = Callable[[list[Expr], list[Expr]], None]
 
 
-def for_each_tile(
+# (panels, rows, the panel that is read afterwards where that is not the next) -> [row][panel]
+Multiply = Callable[[list[Expr], list[Expr], Expr | None], list[list[Expr]]]
+
+
+def multiply_tiles(
+    product: Product,
+    tokens: int | None,
+    count: Expr,
+    row_bytes: int,
+    tiling: Tiling,
+    multiply: Multiply,
+    prepare: Callable[[list[Expr]], Multiply] | None = None,
+) -> None:
+    """A product of `count` rows (exactly one where tokens is 1) in tiles of `multiply`.
+
+    In a task of more rows than the largest tile, `prepare` may do what all tiles with its panels
+    need, and returns how they are multiplied then.
+    """
+    if product.gated is not None:
+        _for_each_gated_tile(
+            product, product.gated, tokens, count, row_bytes, tiling, multiply, prepare
+        )
+        return
+
+    def storing(multiply: Multiply) -> Tile:
+        def tile(panels: list[Expr], rows: list[Expr]) -> None:
+            fetch_residual(product.residual, panels, rows)
+            store_tile(product, panels, rows, multiply(panels, rows, None))
+
+        return tile
+
+    made = None if prepare is None else lambda panels: storing(prepare(panels))
+    _for_each_tile(product.weights, tokens, count, row_bytes, tiling, storing(multiply), made)
+
+
+def _for_each_tile(
     weights: WeightPanels,
     tokens: int | None,
     count: Expr,
@@ -42,14 +86,121 @@ def for_each_tile(
         with loop(i64(columns)) as column:
             cover_column(weights, column, width, i64(0), None, tiling, tile, None)
         return
-    largest = tiling.token_tiles[0]
-    size = max(1, tiling.row_block_bytes // row_bytes // largest) * largest
+    size = _rows_of_a_task(row_bytes, tiling)
     row_blocks = T.Bind(T.floordiv(count + i64(size - 1), i64(size)))
     with T.parallel(i64(columns) * row_blocks) as task:
         first = T.Bind(T.floordiv(task, i64(columns)) * i64(size))
         rows = T.Bind(T.min(i64(size), count - first))
         column = T.floormod(task, i64(columns))
         cover_column(weights, column, width, first, rows, tiling, tile, prepare)
+
+
+def _for_each_gated_tile(
+    product: Product,
+    gated: Gated,
+    tokens: int | None,
+    count: Expr,
+    row_bytes: int,
+    tiling: Tiling,
+    multiply: Multiply,
+    prepare: Callable[[list[Expr]], Multiply] | None = None,
+) -> None:
+    """`for_each_tile` of a gated product: a task has a block of outputs, its gate's panels and
+    up's.
+    """
+    weights = product.weights
+    count_of = gated.panels
+    columns = weights.panels // 2 // count_of
+    width = min(tiling.one_token_panels if tokens == 1 else tiling.panels, count_of)
+
+    def pieces(column: Expr) -> list[tuple[int, list[Expr], Expr | None]]:
+        """(first place, panels, the panel that follows elsewhere) in the order of reading."""
+        gate = T.Bind(column * i64(count_of))
+        up = T.Bind(gate + i64(weights.panels // 2))
+        found: list[tuple[int, list[Expr], Expr | None]] = []
+        for half, (base, after) in enumerate(((gate, up), (up, gate + i64(count_of)))):
+            for start in range(0, count_of, width):
+                size = min(width, count_of - start)
+                panels = [base + i64(start + p) for p in range(size)]
+                is_last = start + size == count_of
+                found.append((half * count_of + start, panels, after if is_last else None))
+        return found
+
+    if tokens == 1:
+        loop = T.serial if weights.m * weights.k <= tiling.serial_weights else T.parallel
+        with loop(i64(columns)) as column:
+            values: list[Expr] = []
+            for _, panels, following in pieces(column):
+                [found] = multiply(panels, [i64(0)], following)
+                values += [T.Bind(v) for v in _started(product, panels, i64(0), found)]
+            gated.store(i64(0), column, values[:count_of], values[count_of:])
+        return
+    size = _rows_of_a_task(row_bytes, tiling)
+    row_blocks = T.Bind(T.floordiv(count + i64(size - 1), i64(size)))
+    with T.parallel(i64(columns) * row_blocks) as task:
+        first = T.Bind(T.floordiv(task, i64(columns)) * i64(size))
+        rows = T.Bind(T.min(i64(size), count - first))
+        column = T.Bind(T.floormod(task, i64(columns)))
+        sums = scratch((T.min(i64(size), count), 2 * count_of, PANEL))
+
+        def piece(place: int, panels: list[Expr]) -> None:
+            def keeping(multiply: Multiply) -> Tile:
+                def tile(panels: list[Expr], rows: list[Expr]) -> None:
+                    for row, totals in zip(rows, multiply(panels, rows, None), strict=True):
+                        for p, value in enumerate(_started(product, panels, row, totals)):
+                            at = [row - first, i64(place + p), lanes(i64(0))]
+                            T.buffer_store(sums, value, at)
+
+                return tile
+
+            made = None
+            if prepare is not None:
+
+                def made(panels: list[Expr]) -> Tile:
+                    return keeping(prepare(panels))
+
+            _cover(panels, first, rows, tiling, keeping(multiply), made)
+
+        for place, panels, _ in pieces(column):
+            piece(place, panels)
+        with T.serial(rows) as row:
+            values = [sums[row, i64(p), lanes(i64(0))] for p in range(2 * count_of)]
+            gated.store(first + row, column, values[:count_of], values[count_of:])
+
+
+def _rows_of_a_task(row_bytes: int, tiling: Tiling) -> int:
+    """Rows of `row_bytes` each that stay in the cache: whole tiles."""
+    largest = tiling.token_tiles[0]
+    return max(1, tiling.row_block_bytes // row_bytes // largest) * largest
+
+
+def _cover(
+    panels: list[Expr],
+    first: Expr,
+    rows: Expr,
+    tiling: Tiling,
+    tile: Tile,
+    prepare: Callable[[list[Expr]], Tile] | None,
+) -> None:
+    """Rows first … first + rows - 1 times a few panels."""
+
+    def cover(tile: Tile) -> None:
+        done: Expr = i64(0)
+        for size in tiling.token_tiles:
+            tiles = T.Bind(T.floordiv(rows - done, i64(size)))
+            with T.serial(tiles) as number:
+                start = T.Bind(first + done + number * i64(size))
+                tile(panels, [start + i64(r) for r in range(size)])
+            done = T.Bind(done + tiles * i64(size))
+
+    if prepare is None:
+        cover(tile)
+        return
+    with T.If(rows > i64(tiling.token_tiles[0])):
+        with T.Then():
+            cover(prepare(panels))
+        with T.Else():
+            cover(tile)
 
 
 def cover_column(
@@ -66,27 +217,12 @@ def cover_column(
     panel = T.Bind(column * i64(width))
     rest = weights.panels % width
 
-    def cover(panels: list[Expr], rows: Expr, tile: Tile) -> None:
-        done: Expr = i64(0)
-        for size in tiling.token_tiles:
-            tiles = T.Bind(T.floordiv(rows - done, i64(size)))
-            with T.serial(tiles) as number:
-                start = T.Bind(first + done + number * i64(size))
-                tile(panels, [start + i64(r) for r in range(size)])
-            done = T.Bind(done + tiles * i64(size))
-
     def emit(num_panels: int) -> None:
         panels = [panel + i64(p) for p in range(num_panels)]
         if rows is None:
             tile(panels, [first])
-        elif prepare is None:
-            cover(panels, rows, tile)
         else:
-            with T.If(rows > i64(tiling.token_tiles[0])):
-                with T.Then():
-                    cover(panels, rows, prepare(panels))
-                with T.Else():
-                    cover(panels, rows, tile)
+            _cover(panels, first, rows, tiling, tile, prepare)
 
     if not rest:
         emit(width)
@@ -120,16 +256,64 @@ def store_tile(
     """Stores totals[row][panel] in those rows of y, with the bias and residual that the product
     starts from.
     """
+    for row, by_panel in zip(rows, totals, strict=True):
+        values = _started(product, panels, row, by_panel, expert)
+        for panel, value in zip(panels, values, strict=True):
+            store_panel(product, row, T.Bind(panel * i64(PANEL)), value)
+
+
+def slot_panel(product: Product, slot: Expr) -> Expr:
+    """The panel in a slot: where outputs are gated, the gate's and up's alternate."""
+    if product.gated is None:
+        return slot
+    half = i64(product.weights.panels // 2)
+    return T.floordiv(slot, i64(2)) + T.floormod(slot, i64(2)) * half
+
+
+def store_slots(
+    product: Product, row: Expr, first: Expr, count: Expr, total: Callable[[Expr], Expr]
+) -> None:
+    """Stores a row's outputs of `count` slots from `first` on; `total(i)` is that of slot
+    first + i.
+
+    Where outputs are gated, whole blocks of them.
+    """
+    gated = product.gated
+    if gated is None:
+        with T.serial(count) as slot:
+            store_tile(product, [first + slot], [row], [[total(slot)]])
+        return
+    slots = 2 * gated.panels
+    with T.serial(T.floordiv(count, i64(slots))) as number:
+        place = T.Bind(number * i64(slots))
+        gates, ups = (
+            _started(
+                product,
+                [slot_panel(product, first + place + i64(slot)) for slot in range(half, slots, 2)],
+                row,
+                [T.Bind(total(place + i64(slot))) for slot in range(half, slots, 2)],
+            )
+            for half in range(2)
+        )
+        gated.store(row, T.Bind(T.floordiv(first + place, i64(slots))), gates, ups)
+
+
+def _started(
+    product: Product,
+    panels: Sequence[Expr],
+    row: Expr,
+    totals: Sequence[Expr],
+    expert: Expr | None = None,
+) -> list[Expr]:
+    """A row's totals of panels and what they begin with."""
+    if product.start is None:
+        return list(totals)
+    expert = i64(0) if expert is None else expert
     m = product.weights.m
-    for p, panel in enumerate(panels):
-        column = T.Bind(panel * i64(PANEL))
-        for row, by_panel in zip(rows, totals, strict=True):
-            value = by_panel[p]
-            if product.start is not None:
-                value = value + _start(
-                    product, m, i64(0) if expert is None else expert, row, column
-                )
-            store_panel(product, row, column, value)
+    return [
+        total + _start(product, m, expert, row, T.Bind(panel * i64(PANEL)))
+        for panel, total in zip(panels, totals, strict=True)
+    ]
 
 
 def _start(product: Product, m: int, expert: Expr, row: Expr, column: Expr) -> Expr:

@@ -12,6 +12,7 @@ from tvm.script.ir_builder import tirx as T
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.byte_table import ByteTable
 from llmc.targets.cpu.kernels.dot import Activations, dot_panel
+from llmc.targets.cpu.kernels.outputs import Gated
 from llmc.targets.cpu.kernels.panels import (
     Rows,
     WeightPanels,
@@ -43,11 +44,12 @@ class Product:
 
     weights: WeightPanels
     x: Rows
-    y: Rows
+    y: Rows | None  # None where `gated` takes the results
     x_row: Callable[[Expr], Expr]
     y_row: Callable[[Expr], Expr]
     start: Callable[[Expr, Expr, Expr], Expr] | None
     residual: Expr | None = None  # `[1, T, M]`, part of `start`
+    gated: Gated | None = None
 
     @classmethod
     def arguments(
@@ -60,15 +62,17 @@ class Product:
         bias: bool,
         residual: bool,
         table: ByteTable | None = None,
+        gate: Callable[[Expr], Gated] | None = None,
     ) -> Product:
         """One matrix times all rows of x `[1, T, K]`; declares the kernel's arguments behind x: the
-        packed arrays, bias and residual where asked, y `[1, T, M]`.
+        packed arrays, bias and residual where asked, y `[1, T, M]` or what `gate(T)` declares.
         """
         count = x.ty.shape[1]
         weights = WeightPanels.arguments(fmt, m, k, table=table)
         biases = [argument("bias", (m,))] if bias else []
         residuals = [argument("residual", (1, count, m))] if residual else []
-        y = argument("y", (1, count, m))
+        gated = None if gate is None else gate(count)
+        y = argument("y", (1, count, m)) if gated is None else None
 
         def start(expert: Expr, row: Expr, index: Expr) -> Expr:
             values = [b[index] for b in biases] + [r[i64(0), row, index] for r in residuals]
@@ -77,17 +81,19 @@ class Product:
         return cls(
             weights=weights,
             x=Rows(x),
-            y=Rows(y),
+            y=None if y is None else Rows(y),
             x_row=lambda position: position,
             y_row=lambda position: position,
             start=start if bias or residual else None,
             residual=residuals[0] if residual else None,
+            gated=gated,
         )
 
 
 def store_panel(product: Product, row: Expr, column: Expr, value: Expr) -> None:
     """Stores 16 outputs of y from `column`, or as many as the matrix has there."""
     m = product.weights.m
+    assert product.y is not None
     if m % PANEL == 0:
         product.y.set(row, lanes(column), value)
         return
@@ -190,6 +196,7 @@ class _Tile:
         """Adds features start … start + features - 1 to y at `size` positions."""
         x_rows = [T.Bind(self.product.x_row(position + i64(r))) for r in range(size)]
         y_rows = [T.Bind(self.product.y_row(position + i64(r))) for r in range(size)]
+        assert self.product.y is not None
         with T.If(start == i64(0)):
             with T.Then():
                 self._each(y_rows, self._begin)

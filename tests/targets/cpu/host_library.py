@@ -25,6 +25,10 @@ class HostLibrary:
 
     def run(self, name: str, *arrays: np.ndarray) -> np.ndarray:
         """The last array, as the kernel leaves it."""
+        return self.run_all(name, *arrays)[-1]
+
+    def run_all(self, name: str, *arrays: np.ndarray) -> list[np.ndarray]:
+        """All arrays likewise."""
         tensors = [tensor(a) for a in arrays]
         self._module[name](*tensors)
-        return tensors[-1].numpy()
+        return [t.numpy() for t in tensors]

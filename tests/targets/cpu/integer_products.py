@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matrices import ON_CPU, random_matrix
 
 from llmc.formats import WeightFormat
-from llmc.targets.cpu.kernels.integer import sum_factor, unit_of
+from llmc.targets.cpu.kernels.integer import activation_block, sum_factor, unit_of
+from llmc.targets.cpu.kernels.outputs import Gated, Quantized
 from llmc.targets.cpu.layout import pack
 
 AFFINE = [f for f in ON_CPU if not f.is_float]
@@ -67,3 +69,44 @@ class Case:
         low = exact.min() if fmt.has_min else -np.abs(exact).max()
         magnitude = np.abs(x) @ (np.abs(exact) + np.abs(low)).T + 1
         return [codes, scales, sums, *pack(fmt, [matrix]), *extra, y], expected, magnitude
+
+
+def quantized_gate(fmt: WeightFormat, m: int, kind: str) -> Callable[[Any], Gated]:
+    """What `integer_linear` takes as gate, for a next matrix of the same format."""
+    sizes = _out_sizes(fmt, m)
+
+    def gate(count: Any) -> Gated:  # noqa: ANN401
+        return Gated(kind=kind, output=Quantized.arguments(count, m // 2, **sizes))
+
+    return gate
+
+
+def _out_sizes(fmt: WeightFormat, m: int) -> dict[str, int]:
+    block = activation_block(fmt, m // 2, 32)
+    assert block is not None
+    return {"block": block, "unit": unit_of(fmt, block), "factor": sum_factor(fmt)}
+
+
+def check_gated(
+    case: Case, run_all: Callable[..., list[np.ndarray]], tolerance: float = TOLERANCE
+) -> None:
+    """`run_all(*arrays)` returns the arrays; the last three are a gated output (silu)."""
+    arrays, sums, magnitude = case.arguments()
+    sizes, inner = _out_sizes(case.fmt, case.m), case.m // 2
+    block, unit = sizes["block"], sizes["unit"]
+    shape = (1, case.tokens, inner)
+    codes = np.full(shape, -128, np.int8)
+    scales = np.full((*shape[:2], inner // block), np.nan, np.float32)
+    totals = np.full((*shape[:2], inner // unit), -1, np.int32)
+    *_, codes, scales, totals = run_all(*arrays[:-1], codes, scales, totals)
+
+    gate, up = sums[:, :inner], sums[:, inner:]
+    with np.errstate(over="ignore"):
+        expected = gate / (1 + np.exp(-gate)) * up
+    # The slope of silu is 1.1 at most.
+    error = tolerance * (1.1 * magnitude[:, :inner] * np.abs(up) + np.abs(gate) * magnitude[:, inner:])
+    by_block = scales[0].astype(np.float64).repeat(block, 1)
+    assert (np.abs(codes[0] * by_block - expected) <= by_block * 0.51 + 2 * error + 1e-30).all()
+    assert (np.abs(codes[0]).reshape(case.tokens, -1, block).max(-1) == 127).all()
+    added = codes[0].astype(np.int32).reshape(case.tokens, -1, unit).sum(-1)
+    np.testing.assert_array_equal(totals[0], added * sizes["factor"])

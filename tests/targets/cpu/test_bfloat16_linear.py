@@ -14,6 +14,7 @@ from matrices import HOST, build, tensor
 
 from llmc.formats import FORMATS
 from llmc.targets.cpu.kernels.bfloat16_linear import bfloat16_linear, round_activations
+from llmc.targets.cpu.kernels.outputs import Gated, Rounded
 from llmc.targets.cpu.layout import pack
 from llmc.targets.cpu.parameters import PARAMETERS
 
@@ -24,6 +25,13 @@ HAS_DOT = tvm.target.codegen.target_has_features(
 M, K = 72, 602  # four panels and a half; a number of pairs that no step divides
 
 
+INNER = 48
+
+
+def rounded_gate(count):
+    return Gated(kind="relu", output=Rounded.arguments(count, INNER))
+
+
 @pytest.fixture(scope="module")
 def library():
     if not HAS_DOT:
@@ -32,6 +40,10 @@ def library():
         "one": bfloat16_linear(M, K, 1, bias=True, residual=False, params=PARAMS),
         "many": bfloat16_linear(M, K, None, bias=False, residual=True, params=PARAMS),
     }
+    for name, tokens in (("gated_one", 1), ("gated_many", None)):
+        functions[name] = bfloat16_linear(
+            2 * INNER, K, tokens, bias=False, residual=False, params=PARAMS, gate=rounded_gate
+        )
     return build(functions)
 
 
@@ -59,6 +71,19 @@ def test_one_token(library):
 @given(tokens=st.integers(0, 40))
 def test_any_number_of_tokens(library, tokens):
     check(library["many"], tokens, bias=False, residual=True)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("gated_one", 1), ("gated_many", 19)])
+def test_gated_outputs_are_rounded(library, name, tokens):
+    rng = np.random.default_rng(tokens)
+    weights = rng.standard_normal((2 * INNER, K)).astype(ml_dtypes.bfloat16)
+    x = rng.standard_normal((1, tokens, K)).astype(ml_dtypes.bfloat16)
+    y = tensor(np.zeros((1, tokens, INNER), np.uint16))
+    library[name](*(tensor(a) for a in (x.view(np.uint16), *pack(FORMATS["bf16"], [weights]))), y)
+    sums = x[0].astype(np.float64) @ weights.astype(np.float64).T
+    expected = np.maximum(sums[:, :INNER], 0) * sums[:, INNER:]
+    got = y.numpy()[0].view(ml_dtypes.bfloat16).astype(np.float64)
+    np.testing.assert_allclose(got, expected, rtol=2**-8, atol=1e-2)
 
 
 def test_activations_are_rounded_to_the_nearest_with_ties_to_even():

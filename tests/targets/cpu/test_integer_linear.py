@@ -8,7 +8,7 @@ from arm_library import QEMU, ArmLibrary
 from host_library import HostLibrary
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from integer_products import AFFINE, Case
+from integer_products import AFFINE, Case, check_gated, quantized_gate
 from matrices import build, tensor
 
 from llmc.formats import FORMATS
@@ -30,6 +30,11 @@ INSTRUCTIONS = {
 }
 
 
+# Blocks of two panels and of eight; codes in planes.
+GATED = ("q4_0", "w4-g128", "q4_k")
+GATED_ROWS = 512
+
+
 def key(fmt, kind):
     return f"{fmt.name}_{kind}".replace("-", "_")
 
@@ -38,7 +43,8 @@ def product(fmt, tokens, level, **options):
     params = PARAMETERS[level].integer
     block = activation_block(fmt, K, options.pop("block", params.block))
     options = {"bias": True, "residual": tokens is None, **options}
-    return integer_linear(fmt, M, K, tokens, block=block, params=params, **options)
+    m = options.pop("m", M)
+    return integer_linear(fmt, m, K, tokens, block=block, params=params, **options)
 
 
 def products(level, formats):
@@ -53,6 +59,12 @@ def products(level, formats):
 def library_of(level):
     functions = products(level, FORMATS_OF[level])
     functions["wide"] = product(FORMATS["q4_1"], None, level, block=128)
+    for name in GATED:
+        for kind, tokens in (("one", 1), ("many", None)):
+            gate = quantized_gate(FORMATS[name], GATED_ROWS, "silu")
+            functions[f"gated_{key(FORMATS[name], kind)}"] = product(
+                FORMATS[name], tokens, level, m=GATED_ROWS, residual=False, gate=gate
+            )
     return HostLibrary(functions, level)
 
 
@@ -95,6 +107,16 @@ def test_the_largest_codes_of_both_signs_do_not_overflow(level, fmt):
 @every_level
 def test_several_groups_of_weights_share_a_scale_of_activations(level):
     check(library_of(level), FORMATS["q4_1"], "wide", 7, block=128)
+
+
+@every_level
+@pytest.mark.parametrize("name", GATED)
+def test_gated_outputs(level, name):
+    fmt = FORMATS[name]
+    for kind, tokens in (("one", 1), ("many", 0), ("many", 5), ("many", 40)):
+        case = Case(fmt, GATED_ROWS, K, tokens, activation_block(fmt, K, 32), residual=False)
+        function = f"gated_{key(fmt, kind)}"
+        check_gated(case, lambda *a, f=function: library_of(level).run_all(f, *a))
 
 
 @every_level

@@ -16,7 +16,7 @@ import tvm
 from emulated_tiles import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from integer_products import AFFINE, TOLERANCE, Case
+from integer_products import AFFINE, TOLERANCE, Case, check_gated, quantized_gate
 from matrices import tensor
 from tvm import relax
 
@@ -48,6 +48,12 @@ K = 768
 SHAPES = {"odd": 72, "even": 64, "one": 9}  # rows of weights: five panels, four, half a one
 # A block of several groups, a unit of several steps, and one that no full step divides.
 BLOCKS = {"wide": ("q4_1", 128), "long": ("w8", 384), "short": ("w8", 96)}
+# Gated products: tasks of one block of outputs and, in the last, half as many panels or fewer.
+GATED = {
+    "gated_scaled": ("q4_0", 192, replace(INTEGER, tiles=replace(TILES, panels=8))),
+    "gated_codes": ("q4_1", 192, replace(CODES, code_tiles=replace(CODE_TILES, panels=8))),
+    "gated_wide": ("w4-g64-asym", 256, INTEGER),
+}
 BF16_TOLERANCE = 1e-6
 INTEGER_TOLERANCE = 4e-4
 """Of Σ|x·w|: both factors are rounded to 8 bits, by 2^-9 of each at most, in random directions; the
@@ -71,6 +77,14 @@ def integer(fmt, m, block, params=INTEGER):
     return integer_linear(fmt, m, K, None, block=block, bias=True, residual=True, params=params)
 
 
+def gated(fmt, m, params):
+    gate = quantized_gate(FORMATS[fmt], m, "silu")
+    block = activation_block(FORMATS[fmt], K, 32)
+    return integer_linear(
+        FORMATS[fmt], m, K, None, block=block, bias=True, residual=False, params=params, gate=gate
+    )
+
+
 def bfloat16(m, k, params=BFLOAT16):
     return bfloat16_linear(m, k, None, bias=True, residual=True, params=params)
 
@@ -79,6 +93,7 @@ def functions():
     made = {key(f): integer(f, 72, activation_block(f, K, 32)) for f in AFFINE}
     made |= {n: integer(FORMATS[f], 40, block) for n, (f, block) in BLOCKS.items()}
     made |= {f"codes_{key(f)}": integer(f, 72, activation_block(f, K, 32), CODES) for f in TAKEN}
+    made |= {n: gated(*GATED[n]) for n in GATED}
     made |= {f"rows_{n}": integer(FORMATS["q4_0"], m, 32) for n, m in SHAPES.items()}
     return made | {f"bfloat16_{n}": bfloat16(m, K - 16) for n, m in SHAPES.items()}
 
@@ -97,11 +112,14 @@ class Library:
             self.module = tvm.compile(tvm.IRModule(named), target=target.tvm_target)
 
     def run(self, name, *arrays):
+        return self.run_all(name, *arrays)[-1]
+
+    def run_all(self, name, *arrays):
         if self.emulator is not None:
             return self.emulator.run(self.module[name], *arrays)
         tensors = [tensor(a) for a in arrays]
         self.module[name](*tensors)
-        return tensors[-1].numpy()
+        return [t.numpy() for t in tensors]
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +159,15 @@ def test_integer_products_in_every_format(library, fmt, tokens):
 def test_codes_in_every_format(library, fmt, tokens):
     case = Case(fmt, 72, K, tokens, activation_block(fmt, K, 32))
     case.check(lambda *arrays: library.run(f"codes_{key(fmt)}", *arrays), CODES_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", GATED)
+@settings(max_examples=5, deadline=None)
+@given(tokens=st.integers(1, 80))
+def test_gated_products(library, name, tokens):
+    fmt, m, _ = GATED[name]
+    case = Case(FORMATS[fmt], m, K, tokens, activation_block(FORMATS[fmt], K, 32), residual=False)
+    check_gated(case, lambda *a: library.run_all(name, *a), INTEGER_TOLERANCE)
 
 
 def test_formats_that_are_multiplied_as_they_are():

@@ -1,0 +1,69 @@
+"""Which gated products hand their outputs on narrow."""
+
+from graphs import T, assert_idempotent, assert_unchanged, graph
+from tvm import relax
+
+from llmc import dialect
+from llmc.compiler.passes.fuse_gated_output import fuse_gated_output
+from llmc.compiler.rewriter import bindings
+
+PARAMS = {"x": [1, T, 64], "w": [128, 64], "b": [128], "r": [1, T, 128]}
+QUANTIZE = dialect.QuantizeActivations(block=32, unit=16, factor=-8)
+
+
+def apply(mod):
+    return fuse_gated_output(mod, 16)
+
+
+def items(emit, parts):
+    parts = emit(parts)
+    return [emit(relax.TupleGetItem(parts, i)) for i in range(3)]
+
+
+def integer(emit, x, w, b, r, *, residual=False, read_twice=False):
+    coded = dialect.QuantizeActivations(block=32, unit=32, factor=1)
+    out = relax.TensorType([1, T, 128], "float32")
+    product = dialect.IntegerLinear(format="q4_0", block=32)
+    product = emit(product.emit(out, *items(emit, coded.call(x)), w, b, r if residual else None))
+    gated = emit(dialect.GatedActivation(kind="gelu").call(product))
+    _, scales, _ = items(emit, QUANTIZE.call(gated))
+    return relax.op.add(scales, relax.op.sum(gated)) if read_twice else scales
+
+
+def bfloat16(emit, x, w, b, r):
+    rounded = emit(dialect.RoundActivations().call(x))
+    out = relax.TensorType([1, T, 128], "float32")
+    product = emit(dialect.Bfloat16Linear().emit(out, rounded, w, b, None))
+    gated = emit(dialect.GatedActivation(kind="silu").call(product))
+    return dialect.RoundActivations().call(gated)
+
+
+def operators(mod):
+    found = [dialect.match_any(b.value) for b in bindings(mod["main"])]
+    return [(match.op, sorted(match.operands)) for match in found if match is not None]
+
+
+def test_codes_come_straight_from_the_product():
+    mod = apply(graph(integer, **PARAMS))
+    fused = dialect.GatedIntegerLinear(
+        format="q4_0", block=32, kind="gelu", out_block=32, out_unit=16, out_factor=-8
+    )
+    assert operators(mod)[1:] == [(fused, ["bias", "codes", "scales", "sums", "weight"])]
+    assert_idempotent(apply, mod)
+
+
+def test_bfloat16_likewise():
+    mod = apply(graph(bfloat16, **PARAMS))
+    fused = dialect.GatedBfloat16Linear(kind="silu")
+    assert operators(mod)[1:] == [(fused, ["bias", "weight", "x"])]
+
+
+def test_a_residual_or_another_reader_keeps_them_apart():
+    for option in ("residual", "read_twice"):
+        assert_unchanged(
+            apply, graph(lambda emit, **p: integer(emit, **p, **{option: True}), **PARAMS)
+        )
+
+
+def test_halves_that_are_no_whole_panels_are_left_alone():
+    assert_unchanged(lambda mod: fuse_gated_output(mod, 48), graph(integer, **PARAMS))
