@@ -16,7 +16,7 @@ from llmc.compiler.passes.dispatch import RULE, dispatch
 from llmc.compiler.passes.fuse_around import fuse_around
 from llmc.compiler.passes.fuse_epilogue import fuse_epilogue
 from llmc.compiler.passes.fuse_gated_activation import fuse_gated_activation
-from llmc.compiler.passes.fuse_gated_output import fuse_gated_output
+from llmc.compiler.passes.fuse_narrow_output import fuse_narrow_output
 from llmc.compiler.passes.fuse_norm import fuse_norm
 from llmc.compiler.passes.fuse_projections import fuse_projections
 from llmc.compiler.passes.fuse_rope import fuse_rope
@@ -111,7 +111,7 @@ def graph_phases(
                 fuse_epilogue,
                 narrow_activations,
                 relax.transform.EliminateCommonSubexpr(),
-                lambda mod: fuse_gated_output(mod, target.panel),
+                lambda mod: fuse_narrow_output(mod, target.panel),
             ],
         ),
         ("specialize", [split, lambda mod: fuse_around(mod, target.fuses)]),

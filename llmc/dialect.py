@@ -321,6 +321,29 @@ class RmsNorm(Operator):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedRmsNorm(Operator):
+    """RmsNorm of x `[1, T, K]`, then QuantizeActivations."""
+
+    name: ClassVar[str] = "quantized_rms_norm"
+    operands: ClassVar[tuple[str, ...]] = ("x", "weight")
+    eps: float
+    offset: float = 0.0
+    block: int
+    unit: int
+    factor: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedRmsNorm(Operator):
+    """RmsNorm of x `[1, T, K]`, then RoundActivations."""
+
+    name: ClassVar[str] = "rounded_rms_norm"
+    operands: ClassVar[tuple[str, ...]] = ("x", "weight")
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AddRmsNorm(Operator):
     """(sum, normed) with sum = x + residual and normed = RmsNorm(sum)."""
 
@@ -489,6 +512,8 @@ OPERATORS: dict[str, type[Operator]] = {
         IntegerGroupedLinear,
         Attention,
         RmsNorm,
+        QuantizedRmsNorm,
+        RoundedRmsNorm,
         AddRmsNorm,
         LayerNorm,
         TopK,

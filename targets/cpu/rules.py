@@ -19,8 +19,8 @@ from llmc.targets.cpu.kernels.integer_grouped_linear import integer_grouped_line
 from llmc.targets.cpu.kernels.integer_linear import integer_linear
 from llmc.targets.cpu.kernels.kv_write import kv_write
 from llmc.targets.cpu.kernels.linear import linear
-from llmc.targets.cpu.kernels.norm import add_rms_norm, layer_norm, rms_norm
-from llmc.targets.cpu.kernels.outputs import Gated, Quantized, Rounded
+from llmc.targets.cpu.kernels.norm import add_rms_norm, layer_norm, narrow_rms_norm, rms_norm
+from llmc.targets.cpu.kernels.outputs import Gated, Output, Quantized, Rounded
 from llmc.targets.cpu.kernels.quantize_activations import quantize_activations
 from llmc.targets.cpu.kernels.rope import rope, rope_kv_write
 from llmc.targets.cpu.kernels.top_k import top_k
@@ -245,6 +245,14 @@ def _attention(site: Site, tuning: AttentionTuning) -> Kernel | None:
     return Kernel.of(func, site, (*type(op).operands[:-1], "sinks"))
 
 
+def _narrow(
+    op: dialect.QuantizedRmsNorm | dialect.RoundedRmsNorm, features: int, count: Expr
+) -> Output:
+    if isinstance(op, dialect.RoundedRmsNorm):
+        return Rounded.arguments(count, features)
+    return Quantized.arguments(count, features, block=op.block, unit=op.unit, factor=op.factor)
+
+
 def _embedding(site: Site) -> Kernel | None:
     if not isinstance(site.op, dialect.Embedding):
         return None
@@ -265,6 +273,17 @@ def _norm(site: Site) -> Kernel | None:
             tokens=site.tokens,
         )
         return Kernel.of(func, site, ("x", "weight"))
+    if isinstance(op, dialect.QuantizedRmsNorm | dialect.RoundedRmsNorm):
+        features = site.extents("x")[2]
+        quantized = isinstance(op, dialect.QuantizedRmsNorm)
+        func = narrow_rms_norm(
+            features=features,
+            eps=op.eps,
+            weight_offset=op.offset,
+            output=partial(_narrow, op, features),
+            tokens=site.extents("x")[1] or None,
+        )
+        return Kernel.of(func, site, ("x", "weight"), (None,) * (3 if quantized else 1))
     if isinstance(op, dialect.AddRmsNorm):
         func = add_rms_norm(
             features=site.extents("x")[-1],

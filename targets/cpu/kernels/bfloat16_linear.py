@@ -22,6 +22,7 @@ from llmc.targets.cpu.kernels.outputs import Gated
 from llmc.targets.cpu.kernels.panels import (
     WeightPanels,
     argument,
+    for_each_row,
     get,
     i64,
     lanes,
@@ -33,7 +34,6 @@ from llmc.targets.cpu.kernels.panels import (
 )
 from llmc.targets.cpu.kernels.register_tiles import multiply_tiles
 from llmc.targets.cpu.kernels.tiles import Product
-from llmc.targets.cpu.kernels.vector import SERIAL_FLOATS
 from llmc.targets.cpu.layout import PANEL
 from llmc.targets.cpu.parameters import Bfloat16Parameters
 
@@ -161,9 +161,5 @@ def round_activations(features: int) -> tvm.tirx.PrimFunc:
             with T.sblock("rows"):
                 T.reads([])
                 T.writes([])
-                with T.If(count * i64(features) <= i64(SERIAL_FLOATS)):
-                    with T.Then(), T.serial(count) as row:
-                        convert(row)
-                    with T.Else(), T.parallel(count) as row:
-                        convert(row)
+                for_each_row(count, features, convert)
     return builder.get()

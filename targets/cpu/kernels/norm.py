@@ -7,11 +7,19 @@ difference of squares.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx
 from tvm.tirx import Buffer, Expr, PrimFunc
 
+from llmc.targets.cpu.kernels import panels
 from llmc.targets.cpu.kernels.math import lane_sum
+from llmc.targets.cpu.kernels.outputs import Output
+from llmc.targets.cpu.kernels.panels import get, i64, put, splat
 from llmc.targets.cpu.kernels.vector import at, for_rows, lanes_of, registers, spread
+from llmc.targets.cpu.layout import PANEL
 
 CHAINS = 4  # independent sums, to hide the latency of an addition
 
@@ -45,6 +53,59 @@ def rms_norm(
         for_rows(_num_rows(t, tokens, heads), features, normalize)
 
     return rms_norm
+
+
+def narrow_rms_norm(
+    *,
+    features: int,
+    eps: float,
+    weight_offset: float,
+    output: Callable[[Expr], Output],
+    tokens: int | None = None,
+) -> PrimFunc:
+    """RMSNorm of rows that goes on narrow; buffers x `[1, T, features]`, weight `[features]`, both
+    f32, and what `output(T)` declares.
+
+    features is a multiple of 16. `tokens` is T where it is fixed.
+    """
+    vectors = features // PANEL
+    chains = CHAINS if vectors % CHAINS == 0 else 1
+    with IRBuilder() as builder:
+        with tirx.prim_func(s_tir=True):
+            tirx.func_name("narrow_rms_norm")
+            tirx.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+            count = panels.size_var("num_tokens") if tokens is None else i64(tokens)
+            x = panels.argument("x", (1, count, features))
+            weight = panels.argument("weight", (features,))
+            out = output(count)
+
+            def normalize(row: Expr) -> None:
+                sums = panels.registers(chains)
+                for c in range(chains):
+                    put(sums, c, splat(0.0))
+                with tirx.serial(i64(vectors // chains)) as step:
+                    for c in range(chains):
+                        start = (step * i64(chains) + i64(c)) * i64(PANEL)
+                        value = tirx.Bind(x[i64(0), row, panels.lanes(start)])
+                        put(sums, c, get(sums, c) + value * value)
+                total = registers(1)
+                tirx.buffer_store(total, tirx.float32(0), [0])
+                for c in range(chains):
+                    tirx.buffer_store(total, total[0] + lane_sum(get(sums, c)), [0])
+                mean = total[0] * tirx.float32(1 / features)
+                scale = tirx.Bind(tirx.float32(1) / tirx.sqrt(mean + tirx.float32(eps)))
+                with tirx.serial(i64(features // out.block)) as block:
+                    values = []
+                    for v in range(0, out.block, PANEL):
+                        at = panels.lanes(block * i64(out.block) + i64(v))
+                        factor = weight[at] + splat(weight_offset)
+                        values.append(
+                            x[i64(0), row, at] * tirx.broadcast(scale, PANEL) * factor
+                        )
+                    out.store(row, block, values)
+
+            panels.for_each_row(count, features, normalize)
+    return builder.get()
 
 
 def add_rms_norm(

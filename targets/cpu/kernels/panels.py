@@ -17,6 +17,7 @@ from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.byte_table import ByteTable, lookup_scalar
+from llmc.targets.cpu.kernels.vector import SERIAL_FLOATS
 from llmc.targets.cpu.layout import (
     PANEL,
     ceildiv,
@@ -107,6 +108,15 @@ def get(vectors: Expr, index: int) -> Expr:
 def put(vectors: Expr, index: int, value: Expr) -> None:
     """Sets vector `index` of `registers`."""
     T.buffer_store(vectors, value, [i64(index), lanes(i64(0))])
+
+
+def for_each_row(count: Expr, features: int, body: Callable[[Expr], None]) -> None:
+    """`body(row)` for every row, in parallel where that pays."""
+    with T.If(count * i64(features) <= i64(SERIAL_FLOATS)):
+        with T.Then(), T.serial(count) as row:
+            body(row)
+        with T.Else(), T.parallel(count) as row:
+            body(row)
 
 
 def prefetch(address: Expr, cache: int = 1) -> None:

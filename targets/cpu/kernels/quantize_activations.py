@@ -9,8 +9,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from llmc.targets.cpu.kernels.outputs import Quantized
-from llmc.targets.cpu.kernels.panels import argument, i64, lanes, size_var
-from llmc.targets.cpu.kernels.vector import SERIAL_FLOATS
+from llmc.targets.cpu.kernels.panels import argument, for_each_row, i64, lanes, size_var
 from llmc.targets.cpu.layout import PANEL
 
 Expr = Any
@@ -36,9 +35,5 @@ def quantize_activations(
                     starts = [b * i64(block) + i64(v) for v in range(0, block, PANEL)]
                     output.store(row, b, [x[i64(0), row, lanes(start)] for start in starts])
 
-            with T.If(count * i64(features) <= i64(SERIAL_FLOATS)):
-                with T.Then(), T.serial(count) as row:
-                    one_row(row)
-                with T.Else(), T.parallel(count) as row:
-                    one_row(row)
+            for_each_row(count, features, one_row)
     return builder.get()

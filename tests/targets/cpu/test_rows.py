@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tvm
@@ -12,7 +13,8 @@ from paged_reference import packed, rounded, unpacked
 from llmc.errors import UnsupportedError
 from llmc.targets.cpu.kernels.activation import ACTIVATIONS, gated_activation
 from llmc.targets.cpu.kernels.kv_write import kv_write
-from llmc.targets.cpu.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from llmc.targets.cpu.kernels.norm import add_rms_norm, layer_norm, narrow_rms_norm, rms_norm
+from llmc.targets.cpu.kernels.outputs import Quantized, Rounded
 from llmc.targets.cpu.kernels.rope import rope, rope_kv_write
 
 EPS = 1e-5
@@ -43,6 +45,19 @@ def kernels():
         "rms_norm_offset_odd": rms_norm(features=40, eps=EPS, weight_offset=1.0),
         "rms_norm_heads": rms_norm(features=64, eps=EPS, heads=HEADS),
         "rms_norm_one": rms_norm(features=576, eps=EPS, tokens=1),
+        "quantized_rms_norm": narrow_rms_norm(
+            features=576,
+            eps=EPS,
+            weight_offset=1.0,
+            output=lambda t: Quantized.arguments(t, 576, block=64, unit=32, factor=-8),
+        ),
+        "rounded_rms_norm": narrow_rms_norm(
+            features=48,
+            eps=EPS,
+            weight_offset=0.0,
+            output=lambda t: Rounded.arguments(t, 48),
+            tokens=1,
+        ),
         "add_rms_norm": add_rms_norm(features=576, eps=EPS),
         "layer_norm": layer_norm(features=576, eps=EPS),
         "layer_norm_unbiased": layer_norm(features=24, eps=EPS, bias=False),
@@ -113,6 +128,34 @@ def test_rms_norm_of_one_fixed_token_and_of_zeros(kernels):
     np.testing.assert_allclose(y, rms(x, weight), atol=TOLERANCE, rtol=TOLERANCE)
     (y,) = run(kernels["rms_norm_one"], 0 * x, weight, empty(*x.shape), outputs=[2])
     assert not y.any()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_norms_are_quantized(kernels, rows):
+    x, weight = 5 * normal(1, rows, 576), normal(576)
+    outputs = [
+        np.zeros((1, rows, 576), np.int8),
+        empty(1, rows, 9),
+        np.full((1, rows, 18), -1, np.int32),
+    ]
+    codes, scales, sums = run(
+        kernels["quantized_rms_norm"], x, weight, *outputs, outputs=[2, 3, 4]
+    )
+    expected = rms(x, weight + 1)
+    peak = np.abs(expected).reshape(1, rows, 9, 64).max(-1)
+    np.testing.assert_allclose(scales, peak / 127, rtol=TOLERANCE)
+    by_block = scales.repeat(64, 2).astype(np.float64)
+    assert (np.abs(codes * by_block - expected) <= 0.501 * by_block).all()
+    added = codes.reshape(1, rows, 18, 32).astype(np.int32).sum(-1)
+    np.testing.assert_array_equal(sums, -8 * added)
+
+
+def test_norms_are_rounded(kernels):
+    x, weight = normal(1, 1, 48), normal(48)
+    out = np.zeros(x.shape, np.uint16)
+    (y,) = run(kernels["rounded_rms_norm"], x, weight, out, outputs=[2])
+    got = y.view(ml_dtypes.bfloat16).astype(np.float64)
+    np.testing.assert_allclose(got, rms(x, weight), rtol=2**-8)
 
 
 @pytest.mark.parametrize("rows", ROWS)

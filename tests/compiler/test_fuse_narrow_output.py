@@ -1,18 +1,19 @@
-"""Which gated products hand their outputs on narrow."""
+"""Which norms and gated products hand their outputs on narrow."""
 
 from graphs import T, assert_idempotent, assert_unchanged, graph
 from tvm import relax
 
 from llmc import dialect
-from llmc.compiler.passes.fuse_gated_output import fuse_gated_output
+from llmc.compiler.passes.fuse_narrow_output import fuse_narrow_output
 from llmc.compiler.rewriter import bindings
 
 PARAMS = {"x": [1, T, 64], "w": [128, 64], "b": [128], "r": [1, T, 128]}
+NORM = dialect.RmsNorm(eps=1e-5, offset=1.0)
 QUANTIZE = dialect.QuantizeActivations(block=32, unit=16, factor=-8)
 
 
 def apply(mod):
-    return fuse_gated_output(mod, 16)
+    return fuse_narrow_output(mod, 16)
 
 
 def items(emit, parts):
@@ -65,5 +66,19 @@ def test_a_residual_or_another_reader_keeps_them_apart():
         )
 
 
+def test_norms_are_narrowed_at_once():
+    def quantized(emit, x, g):
+        return items(emit, QUANTIZE.call(emit(NORM.call(x, g))))[1]
+
+    def rounded(emit, x, g):
+        return dialect.RoundActivations().call(emit(NORM.call(x, g)))
+
+    params = {"x": [1, T, 64], "g": [64]}
+    fused = dialect.QuantizedRmsNorm(eps=1e-5, offset=1.0, block=32, unit=16, factor=-8)
+    assert operators(apply(graph(quantized, **params))) == [(fused, ["weight", "x"])]
+    fused = dialect.RoundedRmsNorm(eps=1e-5, offset=1.0)
+    assert operators(apply(graph(rounded, **params))) == [(fused, ["weight", "x"])]
+
+
 def test_halves_that_are_no_whole_panels_are_left_alone():
-    assert_unchanged(lambda mod: fuse_gated_output(mod, 48), graph(integer, **PARAMS))
+    assert_unchanged(lambda mod: fuse_narrow_output(mod, 48), graph(integer, **PARAMS))
