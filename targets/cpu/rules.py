@@ -197,6 +197,8 @@ def _attention(site: Site, tuning: AttentionTuning) -> Kernel | None:
     op = site.op
     if not isinstance(op, dialect.PagedAttention):
         return None
+    if op.factors != "bfloat16":
+        tuning = replace(tuning, matrix=None)
     _, _, heads, head_dim = site.extents("query")
     func = paged_attention(
         num_heads=heads,
