@@ -87,7 +87,14 @@ def graph_phases(
         return round_activations(mod) if activations == "bfloat16" else mod
 
     def lower(mod: tvm.IRModule) -> tvm.IRModule:
-        return lower_attention(mod, page_size=target.page_size, kv_dtype=kv_dtype, page_layout=page)
+        return lower_attention(
+            mod,
+            page_size=target.page_size,
+            kv_dtype=kv_dtype,
+            page_layout=page,
+            # Where all products take rounded activations, attention's may as well.
+            factors=None if activations == "float32" else "bfloat16",
+        )
 
     def split(mod: tvm.IRModule) -> tvm.IRModule:
         return specialize(

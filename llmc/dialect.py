@@ -463,7 +463,10 @@ class RopeKvWrite(Operator):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedAttention(Operator):
-    """Attention over the pages of each sequence: query `[1, T, H, D]` -> `[1, T, H, Dv]`."""
+    """Attention over the pages of each sequence: query `[1, T, H, D]` -> `[1, T, H, Dv]`.
+
+    factors is the type that a target may round what it multiplies to, float32 where it is None.
+    """
 
     name: ClassVar[str] = "paged_attention"
     operands: ClassVar[tuple[str, ...]] = (
@@ -480,6 +483,7 @@ class PagedAttention(Operator):
     v_head_dim: int
     window: int | None = None
     softcap: float | None = None
+    factors: str | None = None
 
     def call(
         self,

@@ -82,9 +82,17 @@ def caches_of(mod: tvm.IRModule) -> Caches:
 
 
 def lower_attention(
-    mod: tvm.IRModule, *, page_size: int, kv_dtype: str, page_layout: PageLayout
+    mod: tvm.IRModule,
+    *,
+    page_size: int,
+    kv_dtype: str,
+    page_layout: PageLayout,
+    factors: str | None = None,
 ) -> tvm.IRModule:
-    """Lowers every attention of the function; UnsupportedError for what has no paged form."""
+    """Lowers every attention of the function; UnsupportedError for what has no paged form.
+
+    factors: see dialect.PagedAttention.
+    """
     [(name, func)] = list(relax_functions(mod))
     ids, positions, rows, *weights = func.params
     layers = _layers(func)
@@ -122,7 +130,7 @@ def lower_attention(
         found = dialect.Attention.match(call)
         if found is None:
             return None
-        return _lower(found[0], found[1], scope, step, pages, windows)
+        return _lower(found[0], found[1], scope, step, pages, windows, factors)
 
     flat = [v for pair in pages.values() for v in pair]
     wide = mod.clone()
@@ -175,6 +183,7 @@ def _lower(
     step: dict[str, relax.Var],
     pages: dict[int, tuple[relax.Var, relax.Var]],
     windows: list[int | None],
+    factors: str | None,
 ) -> relax.Call:
     """kv_write, then paged_attention on tokens-first tensors."""
     group = windows.index(op.window)
@@ -191,6 +200,7 @@ def _lower(
         v_head_dim=int(operands["value"].ty.shape[3]),
         window=op.window,
         softcap=op.softcap,
+        factors=factors,
     )
     tables = (step["q_starts"], step["kv_lens"], step["block_tables"])
     return attention.call(query, *tables, k_pages, v_pages, operands.get("sinks"))

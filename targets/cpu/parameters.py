@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from llmc.errors import UnsupportedError
-from llmc.targets.cpu.kernels.attention_tile import AttentionTuning
+from llmc.targets.cpu.kernels.attention_tile import AttentionTuning, MatrixTuning
 from llmc.targets.cpu.kernels.byte_dot import (
     PMADDUBSW_256,
     PMADDUBSW_512,
@@ -206,7 +206,7 @@ PARAMETERS: dict[str, CpuParameters] = {
         ),
         bfloat16=Bfloat16Parameters(tiles=TileParameters(crossover=3)),
         # Dot products of bfloat16 pairs take such processors longer than those of floats.
-        attention=AttentionTuning(),
+        attention=AttentionTuning(matrix=MatrixTuning()),
     ),
     "avx512bf16": _BF16,
     "avx512vnni": _VNNI,

@@ -32,7 +32,6 @@ from llmc.targets.cpu.parameters import (
     TileParameters,
 )
 
-
 Expr = Any
 
 
@@ -127,9 +126,9 @@ def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | No
     )
     m, k = site.extents("weight")
     rows = site.types["codes"].shape[1]
-    gate, outputs = None, (None,)
+    gate = None
     if isinstance(op, dialect.GatedIntegerLinear):
-        gate, outputs = partial(_quantized_gate, op, m // 2), (None, None, None)
+        gate = partial(_quantized_gate, op, m // 2)
     func = integer_linear(
         FORMATS[op.format],
         m,
@@ -142,7 +141,7 @@ def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | No
         gate=gate,
     )
     operands = ("codes", "scales", "sums", "weight", "bias", "residual")
-    return Kernel.of(func, site, operands, outputs)
+    return Kernel.of(func, site, operands, (None,) * (1 if gate is None else 3))
 
 
 def _quantized_gate(op: dialect.GatedIntegerLinear, features: int, count: Expr) -> Gated:
@@ -225,6 +224,8 @@ def _attention(site: Site, tuning: AttentionTuning) -> Kernel | None:
     op = site.op
     if not isinstance(op, dialect.PagedAttention):
         return None
+    if op.factors != "bfloat16":
+        tuning = replace(tuning, matrix=None)
     _, _, heads, head_dim = site.extents("query")
     func = paged_attention(
         num_heads=heads,

@@ -7,7 +7,10 @@ from tvm.ir import assert_structural_equal
 from llmc import dialect
 from llmc.compiler import weight_plan
 from llmc.compiler.passes.lower_attention import Cache, Page, caches_of, lower_attention
+from llmc.compiler.pipeline import StepBounds, graph_phases
+from llmc.compiler.schemes import scheme_of
 from llmc.errors import UnsupportedError
+from llmc.targets.cpu.target import CpuTarget
 
 PAGE_SIZE = 16
 USED = {n: INPUTS[n] for n in ("input_ids", "logits_rows")}
@@ -126,13 +129,28 @@ def test_layers_of_one_window_share_a_group_and_its_number_of_pages():
     pages = [params[f"k_pages_{i}"][0] for i in range(3)]
     assert pages[0].same_as(pages[2])
     assert not pages[0].same_as(pages[1])
-    ops = [
-        m[0]
-        for block in after["step"].body.blocks
-        for b in block.bindings
-        if (m := dialect.PagedAttention.match(b.value))
-    ]
-    assert [(op.group, op.window) for op in ops] == [(0, 4), (1, None), (0, 4)]
+    assert [(op.group, op.window) for op in layers(after)] == [(0, 4), (1, None), (0, 4)]
+
+
+def layers(mod):
+    """The attention operators of a lowered module."""
+    found = (
+        dialect.PagedAttention.match(binding.value)
+        for block in mod["step"].body.blocks
+        for binding in block.bindings
+    )
+    return [match[0] for match in found if match]
+
+
+@pytest.mark.parametrize(
+    ("activations", "factors"), [("float32", None), ("int8", "bfloat16"), ("bfloat16", "bfloat16")]
+)
+def test_attention_multiplies_rounded_numbers_where_other_products_do(activations, factors):
+    bounds = StepBounds(max_tokens=16, max_sequences=4, max_logits_rows=4)
+    choose = scheme_of("f32").choose({})
+    phases = graph_phases(CpuTarget("amx"), choose, activations, "float16", bounds)
+    after = dict(phases)["paged-attention"](model([None]))
+    assert [op.factors for op in layers(after)] == [factors]
 
 
 def test_the_weight_plan_travels_along():

@@ -7,7 +7,7 @@ parts of one context come together again (flash-decoding, Dao et al., 2023).
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,16 @@ from tvm.tirx import PrimFunc
 
 from llmc.errors import UnsupportedError
 from llmc.targets.cpu.kernels import bfloat16
-from llmc.targets.cpu.kernels.attention_block import LOG2E, Inputs, TileAttention, Work
-from llmc.targets.cpu.kernels.attention_tile import AttentionTuning, Plan, Tile
+from llmc.targets.cpu.kernels.attention_block import TileAttention
+from llmc.targets.cpu.kernels.attention_matrix import MatrixAttention
+from llmc.targets.cpu.kernels.attention_pages import Inputs, Work
+from llmc.targets.cpu.kernels.attention_tile import (
+    LOG2E,
+    AttentionTuning,
+    MatrixTile,
+    Plan,
+    Tile,
+)
 from llmc.targets.cpu.kernels.kv_pages import kv_type
 from llmc.targets.cpu.kernels.math import exp2, lane_sum
 from llmc.targets.cpu.kernels.panels import argument, i64, scratch, size_var
@@ -113,10 +121,14 @@ def _body(plan: Plan, num_groups: int, tokens: int | None, sinks: bool) -> None:
         sinks=sink_logits,
         out=out,
         one=plan.tile(1),
-        many=plan.tile(1) if tokens == 1 else plan.prefill_tile(),
+        many=plan.many(tokens),
     )
-    uses_dot = kernel.one.bf16 or kernel.many.bf16
-    with bfloat16.with_dot() if uses_dot else nullcontext():
+    with ExitStack() as scopes:
+        tiles = (kernel.one, kernel.many)
+        if any(isinstance(tile, Tile) and tile.bf16 for tile in tiles):
+            scopes.enter_context(bfloat16.with_dot())
+        if isinstance(kernel.many, MatrixTile):
+            scopes.enter_context(bfloat16.with_rounding())
         kernel.emit()
 
 
@@ -142,7 +154,7 @@ class _Kernel:
     sinks: Expr | None
     out: Expr
     one: Tile
-    many: Tile
+    many: Tile | MatrixTile
 
     def emit(self) -> None:
         """The whole kernel."""
@@ -219,7 +231,8 @@ class _Kernel:
 
         def record(seq: Expr, first: Expr, count: Expr, begin: Expr, end: Expr) -> None:
             wanted = named(T.ceildiv(end - begin, share))
-            size = named(T.ceildiv(end - begin, wanted))
+            unit = i64(plan.unit_pages)
+            size = named(T.ceildiv(T.ceildiv(end - begin, wanted), unit) * unit)
             parts = named(T.ceildiv(end - begin, size))
             with T.If(parts > i64(1)), T.Then():
                 split = [self._count(seq) + first, count, counts[i64(2)], parts]
@@ -257,8 +270,9 @@ class _Kernel:
             end=end,
         )
 
-        def attend(tile: Tile) -> None:
-            attention = TileAttention(self.plan, tile, self.inputs, work)
+        def attend(tile: Tile | MatrixTile) -> None:
+            kind = TileAttention if isinstance(tile, Tile) else MatrixAttention
+            attention = kind(self.plan, tile, self.inputs, work)
             attention.run()
             done = _State(highest=attention.highest, totals=attention.totals, sums=attention.sums)
             with T.If(slot == i64(NO_SLOT)):

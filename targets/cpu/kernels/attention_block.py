@@ -14,46 +14,21 @@ that stale pages cannot put a NaN in.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from llmc.targets.cpu.kernels import bfloat16
-from llmc.targets.cpu.kernels.attention_tile import Plan, Tile
+from llmc.targets.cpu.kernels.attention_pages import ContextPages, Inputs, Work, masked
+from llmc.targets.cpu.kernels.attention_tile import LOG2E, LOWEST, Plan, Tile
 from llmc.targets.cpu.kernels.kv_pages import PageMatrix
 from llmc.targets.cpu.kernels.math import exp2, lane_max, tanh
 from llmc.targets.cpu.kernels.panels import i64, prefetch, scratch
 from llmc.targets.cpu.kernels.vector import at, lanes_of, named, registers, spread
 
 Expr = Any
-LOWEST = -3.0e38  # below every score, and finite: LOWEST - LOWEST is 0, not NaN
-LOG2E = 1.4426950408889634
 LINE_BYTES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """The kernel's buffers that a tile reads."""
-
-    q: Expr  # [1, T, H, D] f32
-    tables: Expr  # [G, S, B] i32
-    k_pages: Expr  # [P, Kv, elements]
-    v_pages: Expr
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Which part of the batch a tile is: all int64, `position` int32."""
-
-    seq: Expr
-    head: Expr
-    first_row: Expr  # of the packed axis
-    num_tokens: Expr
-    position: Expr  # of the first token
-    begin: Expr  # pages of the context
-    end: Expr
 
 
 class TileAttention:
@@ -65,6 +40,7 @@ class TileAttention:
 
     def __init__(self, plan: Plan, tile: Tile, inputs: Inputs, work: Work) -> None:
         self.plan, self.tile, self.inputs, self.work = plan, tile, inputs, work
+        self.pages = ContextPages(plan, inputs, work)
         self.highest = scratch((tile.rows,))
         self.totals = scratch((tile.rows, plan.page_lanes))
         self.sums = scratch((tile.rows, plan.v_head_dim))
@@ -85,7 +61,6 @@ class TileAttention:
             self._v_scales = scratch((plan.block_tokens,))
         self._num_rows = named(work.num_tokens * i64(plan.heads))
         self._num_strips = named(T.ceildiv(self._num_rows, i64(tile.strip)))
-        self._num_seen = named(T.Cast("int64", work.position) + work.num_tokens)
 
     def run(self) -> None:
         """Walks the pages from begin to end."""
@@ -98,7 +73,7 @@ class TileAttention:
             first = named(work.begin + block * pages)
             count = named(T.min(pages, work.end - first))
             if plan.kv.scaled:
-                self._load_scales(first)
+                self.pages.load_scales(first, self._k_scales, self._v_scales)
             if self.tile.unpack:
                 self._unpack_keys(first, count)
             self._score(first, count)
@@ -131,44 +106,14 @@ class TileAttention:
                 query = bfloat16.from_float32(query) if self.tile.bf16 else query
                 T.buffer_store(self._q, query, [row, column])
 
-    # Pages. A number past the last page of the part stands for the last one: what it gives is
-    # loaded, never used.
-
-    def _page(self, number: Expr) -> Expr:
-        number = T.min(number, self.work.end - i64(1))
-        page = self.inputs.tables[i64(self.plan.group), self.work.seq, number]
-        return named(T.Cast("int64", page))
-
-    def _keys(self, page: Expr) -> PageMatrix:
-        return self.plan.keys.within(self.inputs.k_pages, page, self.work.head)
-
-    def _values(self, page: Expr) -> PageMatrix:
-        return self.plan.values.within(self.inputs.v_pages, page, self.work.head)
-
     def _prefetch_first(self) -> None:
         """Asks for the first block's keys; all later pages are asked for while others are read."""
         plan, work = self.plan, self.work
         lines = -(-plan.keys.num_bytes // LINE_BYTES)
         with T.serial(T.min(i64(plan.block_pages), work.end - work.begin)) as j:
-            keys = self._keys(self._page(work.begin + j))
+            keys = self.pages.keys(self.pages.page(work.begin + j))
             with T.serial(i64(lines)) as line:
                 prefetch(keys.address(line * i64(LINE_BYTES)))
-
-    def _load_scales(self, first: Expr) -> None:
-        """The block's scales; V's are zero where nothing has been written."""
-        plan = self.plan
-        lanes, n = plan.page_lanes, plan.page_size
-        with T.serial(i64(plan.block_tokens // lanes)) as c:
-            number = named(first + T.floordiv(c * i64(lanes), i64(n)))
-            page = self._page(number)
-            column = T.Bind(T.floormod(c * i64(lanes), i64(n)))
-            where = [at(c * i64(lanes), lanes)]
-            T.buffer_store(self._k_scales, self._keys(page).scales(column, lanes), where)
-            left = T.Cast("int32", self._num_seen - number * i64(n) - column)
-            seen = T.ramp(T.int32(0), T.int32(1), lanes) < spread(left, lanes)
-            scales = self._values(page).scales(column, lanes)
-            scales = T.Select(seen, scales, spread(T.float32(0), lanes))
-            T.buffer_store(self._v_scales, scales, where)
 
     # Products: rows × vectors of accumulators.
 
@@ -244,10 +189,10 @@ class TileAttention:
         plan = self.plan
         lanes, n = plan.page_lanes, plan.page_size
         tokens = [start + i64(c * lanes) for c in range(at_once)]
-        pages = [self._page(first + T.floordiv(t, i64(n))) for t in tokens]
+        pages = [self.pages.page(first + T.floordiv(t, i64(n))) for t in tokens]
         columns = [i64(0) if lanes == n else T.Bind(T.floormod(t, i64(n))) for t in tokens]
-        keys = [self._keys(page) for page in pages]
-        values = [self._values(page) for page in pages]
+        keys = [self.pages.keys(page) for page in pages]
+        values = [self.pages.values(page) for page in pages]
         row_bytes = plan.kv.unit * n * plan.kv.num_bytes
         steps = plan.head_dim // plan.kv.unit
         # One prefetch a line: the steps between two lines are straight code.
@@ -276,20 +221,8 @@ class TileAttention:
                 if plan.softcap is not None:
                     score = tanh(score) * spread(T.float32(plan.softcap * LOG2E), lanes)
                 key_position = T.Cast("int32", first * i64(plan.page_size) + column)
-                score = self._masked(score, position - key_position)
+                score = masked(plan, score, position - key_position)
                 T.buffer_store(self._scores, score, [row, at(column, lanes)])
-
-    def _masked(self, score: Expr, distance: Expr) -> Expr:
-        """-inf in the lanes that a query `distance` tokens behind the first lane does not see."""
-        plan = self.plan
-        lanes = plan.page_lanes
-        index = T.ramp(T.int32(0), T.int32(1), lanes)
-        hidden = spread(-T.infinity("float32"), lanes)
-        score = T.Select(index <= spread(distance, lanes), score, hidden)
-        if plan.window is not None:
-            passed = spread(distance - T.int32(plan.window), lanes)
-            score = T.Select(index > passed, score, hidden)
-        return score
 
     def _soften(self, row: Expr, first: Expr, count: Expr) -> None:
         """Turns a row of scores into weights; updates its maximum and its sum."""
@@ -326,7 +259,7 @@ class TileAttention:
         """Asks for some of the next block's keys: memory should not idle while rows soften."""
         plan = self.plan
         number = T.floordiv(c * i64(plan.page_lanes), i64(plan.page_size))
-        keys = self._keys(self._page(first + number + i64(plan.block_pages)))
+        keys = self.pages.keys(self.pages.page(first + number + i64(plan.block_pages)))
         page_lines = -(-plan.keys.num_bytes // LINE_BYTES)
         lines = -(-page_lines // (plan.tuning.soften_lines * self.tile.rows))
         for line in range(lines):
@@ -360,7 +293,7 @@ class TileAttention:
             each(load)
             if tile.unpack:
                 tokens = T.min(
-                    count * i64(plan.page_size), self._num_seen - first * i64(plan.page_size)
+                    count * i64(plan.page_size), self.pages.num_seen - first * i64(plan.page_size)
                 )
                 with T.serial(T.ceildiv(tokens, i64(tile.unit))) as step:
                     vectors = [self._v[step, at(column, lanes)] for column in columns]
@@ -377,9 +310,9 @@ class TileAttention:
         lanes, n, unit = plan.value_lanes, i64(plan.page_size), plan.kv.unit
         row_bytes = unit * plan.v_head_dim * plan.kv.num_bytes
         with T.serial(count) as j:
-            values = self._values(self._page(first + j))
-            keys = self._keys(self._page(first + j + i64(plan.block_pages)))
-            seen = named(T.min(n, self._num_seen - (first + j) * n))
+            values = self.pages.values(self.pages.page(first + j))
+            keys = self.pages.keys(self.pages.page(first + j + i64(plan.block_pages)))
+            seen = named(T.min(n, self.pages.num_seen - (first + j) * n))
             with T.serial(T.ceildiv(seen, i64(unit))) as step:
                 for line in range(-(-row_bytes // LINE_BYTES)):
                     prefetch(keys.address(step * i64(row_bytes) + i64(line * LINE_BYTES)))
@@ -393,7 +326,7 @@ class TileAttention:
         plan = self.plan
         lanes = plan.page_lanes
         with T.serial(count) as j:
-            keys = self._keys(self._page(first + j))
+            keys = self.pages.keys(self.pages.page(first + j))
 
             def store(step: Expr, column: Expr, value: Expr) -> None:
                 T.buffer_store(self._k, value, [step, at(j * i64(plan.page_size) + column, lanes)])
@@ -414,8 +347,8 @@ class TileAttention:
         plan = self.plan
         lanes, n = plan.value_lanes, i64(plan.page_size)
         with T.serial(count) as j:
-            values = self._values(self._page(first + j))
-            seen = named(T.min(n, self._num_seen - (first + j) * n))
+            values = self.pages.values(self.pages.page(first + j))
+            seen = named(T.min(n, self.pages.num_seen - (first + j) * n))
 
             def store(step: Expr, column: Expr, value: Expr) -> None:
                 start = j * i64(plan.page_size // self.tile.unit)

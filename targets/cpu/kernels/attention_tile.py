@@ -9,6 +9,19 @@ from llmc.targets.cpu.kernels.bfloat16 import DOT_LANES
 from llmc.targets.cpu.kernels.kv_pages import KvType, MatrixShape, key_matrix, value_matrix
 from llmc.targets.cpu.kernels.vector import lanes_of
 
+LOWEST = -3.0e38  # below every score, and finite: LOWEST - LOWEST is 0, not NaN
+LOG2E = math.log2(math.e)
+MATRIX_ROWS = 32  # that pass matrix registers together
+MATRIX_DEPTH = 32  # of a product: features of scores, tokens of outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixTuning:
+    """Attention of two tokens or more in matrix registers (attention_matrix.py)."""
+
+    rows: int = 128  # query rows (tokens times heads of a group) that share unpacked K and V
+    block_tokens: int = 64  # K/V tokens between two rescalings
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionTuning:
@@ -27,6 +40,7 @@ class AttentionTuning:
     soften_lines: int = 3  # one of so many lines of the next keys is asked for while rows soften
     serial_bytes: int = 262_144  # K/V of a layer that one thread reads sooner than others wake up
     bf16_dot: bool = False  # multiply bfloat16 and int8 K/V in bfloat16, summed in float32
+    matrix: MatrixTuning | None = None  # None: no matrix registers, or not for this product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +116,7 @@ class Plan:
     @property
     def query_scale(self) -> float:
         """Queries are scaled once: scores are in units of log2, or of a softcap."""
-        return self.scale * math.log2(math.e) if self.softcap is None else self.scale / self.softcap
+        return self.scale * LOG2E if self.softcap is None else self.scale / self.softcap
 
     def tile(self, tokens: int) -> Tile:
         """A tile of `tokens` tokens in strips of equal height."""
@@ -127,6 +141,28 @@ class Plan:
         most = max(1, self.tuning.tile_rows // self.heads)
         tiles = [self.tile(tokens) for tokens in range(max(1, most // 2), most + 1)]
         return min(tiles, key=lambda t: (t.rows / (t.tokens * self.heads), -t.tokens))
+
+    def many(self, tokens: int | None) -> Tile | MatrixTile:
+        """The tile of sequences with several tokens, where a batch has `tokens` (None: any)."""
+        if tokens == 1:
+            return self.tile(1)
+        if self.matrix is None:
+            return self.prefill_tile()
+        return MatrixTile(tokens=max(2, self.matrix.rows // self.heads), heads=self.heads)
+
+    @property
+    def matrix(self) -> MatrixTuning | None:
+        """How matrix registers are used; None where they are not, or nothing fits them."""
+        matrix = self.tuning.matrix
+        sizes = (self.head_dim, self.v_head_dim, 2 * self.page_lanes)
+        if matrix is None or any(size % MATRIX_DEPTH for size in sizes):
+            return None
+        return None if matrix.block_tokens % self.page_size else matrix
+
+    @property
+    def unit_pages(self) -> int:
+        """Parts of a context have a multiple of so many pages, but for the last."""
+        return 1 if self.matrix is None else self.matrix.block_tokens // self.page_size
 
     def vectors_at_once(self, tile: Tile, num_vectors: int) -> int:
         """The largest divisor of num_vectors whose accumulators fit in registers."""
@@ -155,3 +191,16 @@ class Tile:
     def unit(self) -> int:
         """Features (of scores) or tokens (of outputs) in one step of a product, once unpacked."""
         return 2 if self.bf16 else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixTile:
+    """Rows of a tile that is multiplied in matrix registers, MATRIX_ROWS of them together."""
+
+    tokens: int
+    heads: int
+
+    @property
+    def rows(self) -> int:
+        """Rows with padding."""
+        return -(-self.tokens * self.heads // MATRIX_ROWS) * MATRIX_ROWS

@@ -27,6 +27,16 @@ define linkonce_odr <16 x float> @{_DOT}(<16 x float> %sum, <16 x i32> %a, <16 x
   ret <16 x float> %r
 }}
 """
+_ROUND = "llmc_bfloat16_round"
+_ROUND_LLVM = f"""
+declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
+define linkonce_odr <32 x i16> @{_ROUND}(<16 x float> %low, <16 x float> %high) alwaysinline {{
+  %x = call <32 x bfloat>
+      @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %high, <16 x float> %low)
+  %r = bitcast <32 x bfloat> %x to <32 x i16>
+  ret <32 x i16> %r
+}}
+"""
 
 
 def typed(dtype: str, lanes: int) -> str:
@@ -36,15 +46,27 @@ def typed(dtype: str, lanes: int) -> str:
 
 def with_dot() -> AbstractContextManager[Any]:
     """A scope in which `dot` may be called."""
-    scope: AbstractContextManager[Any] = T.attr(
-        tirx.IntImm("int32", 0), "pragma_import_llvm", _DOT_LLVM
-    )
+    return _importing(_DOT_LLVM)
+
+
+def with_rounding() -> AbstractContextManager[Any]:
+    """A scope in which `rounded` may be called."""
+    return _importing(_ROUND_LLVM)
+
+
+def _importing(code: str) -> AbstractContextManager[Any]:
+    scope: AbstractContextManager[Any] = T.attr(tirx.IntImm("int32", 0), "pragma_import_llvm", code)
     return scope
 
 
 def dot(total: Expr, a: Expr, b: Expr) -> Expr:
     """total + a.low · b.low + a.high · b.high in each of 16 lanes; denormals count as zero."""
     return tirx.call_pure_extern(f"float32x{DOT_LANES}", _DOT, total, a, b)
+
+
+def rounded(low: Expr, high: Expr) -> Expr:
+    """Two vectors of 16 float32 in a row, rounded to nearest, as uint16; denormals become zero."""
+    return tirx.call_pure_extern(f"uint16x{2 * DOT_LANES}", _ROUND, low, high)
 
 
 def from_float32(x: Expr) -> Expr:

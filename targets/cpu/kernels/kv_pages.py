@@ -125,6 +125,11 @@ class PageMatrix:
         stored = self.buffer[self._index(step * i64(self.columns) + column, lanes)]
         return [stored if self.kv.dtype == "float32" else convert(stored, "float32")]
 
+    def bits(self, row: Expr, column: Expr, lanes: int) -> Expr:
+        """`lanes` columns of a row of float16 as they are stored, uint16."""
+        stored = self.buffer[self._index(row * i64(self.columns) + column, lanes)]
+        return T.reinterpret(typed("uint16", lanes), stored)
+
     def load_pairs(self, step: Expr, column: Expr, lanes: int, limit: Expr | None = None) -> Expr:
         """The same of interleaved rows, as int32 pairs."""
         start = (step * i64(self.columns) + column) * i64(2)

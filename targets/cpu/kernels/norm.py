@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx
+from tvm.script.ir_builder import IRBuilder, tirx
 from tvm.tirx import Buffer, Expr, PrimFunc
 
 from llmc.targets.cpu.kernels import panels
@@ -99,9 +98,7 @@ def narrow_rms_norm(
                     for v in range(0, out.block, PANEL):
                         at = panels.lanes(block * i64(out.block) + i64(v))
                         factor = weight[at] + splat(weight_offset)
-                        values.append(
-                            x[i64(0), row, at] * tirx.broadcast(scale, PANEL) * factor
-                        )
+                        values.append(x[i64(0), row, at] * tirx.broadcast(scale, PANEL) * factor)
                     out.store(row, block, values)
 
             panels.for_each_row(count, features, normalize)

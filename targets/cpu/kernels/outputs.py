@@ -84,8 +84,7 @@ class Quantized:
             for v in range(u * of_unit, (u + 1) * of_unit):
                 shifted = values[v] * T.broadcast(inverse, PANEL) + splat(_ROUNDING)
                 code = T.Bind(
-                    T.reinterpret("int32x16", shifted)
-                    - T.broadcast(T.int32(_ROUNDING_BITS), PANEL)
+                    T.reinterpret("int32x16", shifted) - T.broadcast(T.int32(_ROUNDING_BITS), PANEL)
                 )
                 at = block * i64(self.block) + i64(v * PANEL)
                 T.buffer_store(self.codes, T.Cast("int8x16", code), [i64(0), row, lanes(at)])

@@ -11,10 +11,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pytest
 import tvm
+from matrices import tensor
 
+from llmc.cpu_features import host_features, withheld_features
 from llmc.targets.cpu import link
+from llmc.targets.cpu.target import ISA_LEVELS, CpuTarget
 
+LEVEL = ISA_LEVELS["amx"]
+BELOW = ISA_LEVELS["avx512bf16"]
+needs_vectors = pytest.mark.skipif(
+    not host_features().issuperset(BELOW.features), reason="this CPU has no AVX-512 BF16"
+)
 EMULATOR = Path(__file__).with_name("amx_emulator.c")
 ALIGNMENT = 64  # bytes: what kernels assume of every argument
 GUARD = 4096  # bytes before and behind every argument that no tile may touch
@@ -76,3 +85,29 @@ def _guarded(library: ctypes.CDLL, array: np.ndarray) -> tvm.runtime.Tensor:
     for at in (begin - GUARD, begin + array.nbytes):
         library.amx_forbid(ctypes.c_void_p(raw.ctypes.data + at), ctypes.c_int64(GUARD))
     return tvm.runtime.from_dlpack(copy)
+
+
+class Library:
+    """Kernels as they are shipped; `emulator` where the processor has no matrix registers."""
+
+    def __init__(self, functions: dict[str, tvm.tirx.PrimFunc]) -> None:
+        if withheld_features():
+            pytest.skip("the system refuses the matrix registers, and nothing is left to emulate")
+        named = {n: f.with_attr("global_symbol", n) for n, f in functions.items()}
+        has_tiles = host_features().issuperset(LEVEL.features)
+        self.emulator = None if has_tiles else Emulator()
+        target = CpuTarget("amx")
+        with tvm.transform.PassContext(config=target.pass_config):
+            self.module = tvm.compile(tvm.IRModule(named), target=target.tvm_target)
+
+    def run(self, name: str, *arrays: np.ndarray) -> np.ndarray:
+        """The last array, as the kernel leaves it."""
+        return self.run_all(name, *arrays)[-1]
+
+    def run_all(self, name: str, *arrays: np.ndarray) -> list[np.ndarray]:
+        """All arrays likewise."""
+        if self.emulator is not None:
+            return self.emulator.run(self.module[name], *arrays)
+        tensors = [tensor(a) for a in arrays]
+        self.module[name](*tensors)
+        return [t.numpy() for t in tensors]

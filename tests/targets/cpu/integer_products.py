@@ -75,7 +75,7 @@ def quantized_gate(fmt: WeightFormat, m: int, kind: str) -> Callable[[Any], Gate
     """What `integer_linear` takes as gate, for a next matrix of the same format."""
     sizes = _out_sizes(fmt, m)
 
-    def gate(count: Any) -> Gated:  # noqa: ANN401
+    def gate(count: Any) -> Gated:
         return Gated(kind=kind, output=Quantized.arguments(count, m // 2, **sizes))
 
     return gate
@@ -104,7 +104,9 @@ def check_gated(
     with np.errstate(over="ignore"):
         expected = gate / (1 + np.exp(-gate)) * up
     # The slope of silu is 1.1 at most.
-    error = tolerance * (1.1 * magnitude[:, :inner] * np.abs(up) + np.abs(gate) * magnitude[:, inner:])
+    error = tolerance * (
+        1.1 * magnitude[:, :inner] * np.abs(up) + np.abs(gate) * magnitude[:, inner:]
+    )
     by_block = scales[0].astype(np.float64).repeat(block, 1)
     assert (np.abs(codes[0] * by_block - expected) <= by_block * 0.51 + 2 * error + 1e-30).all()
     assert (np.abs(codes[0]).reshape(-1, block).max(-1, initial=0) == 127).all()

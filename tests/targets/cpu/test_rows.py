@@ -138,9 +138,7 @@ def test_norms_are_quantized(kernels, rows):
         empty(1, rows, 9),
         np.full((1, rows, 18), -1, np.int32),
     ]
-    codes, scales, sums = run(
-        kernels["quantized_rms_norm"], x, weight, *outputs, outputs=[2, 3, 4]
-    )
+    codes, scales, sums = run(kernels["quantized_rms_norm"], x, weight, *outputs, outputs=[2, 3, 4])
     expected = rms(x, weight + 1)
     peak = np.abs(expected).reshape(1, rows, 9, 64).max(-1)
     np.testing.assert_allclose(scales, peak / 127, rtol=TOLERANCE)

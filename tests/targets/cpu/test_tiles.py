@@ -13,15 +13,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tvm
-from emulated_tiles import Emulator
+from emulated_tiles import Library, needs_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from integer_products import AFFINE, TOLERANCE, Case, check_gated, quantized_gate
-from matrices import tensor
 from tvm import relax
 
 from llmc import dialect
-from llmc.cpu_features import host_features, withheld_features
 from llmc.formats import FORMATS
 from llmc.targets.base import Site
 from llmc.targets.cpu.kernels import amx
@@ -31,10 +29,8 @@ from llmc.targets.cpu.kernels.integer import activation_block
 from llmc.targets.cpu.kernels.integer_linear import integer_linear
 from llmc.targets.cpu.layout import pack
 from llmc.targets.cpu.parameters import PARAMETERS, CodeTileParameters, TileParameters, Tiling
-from llmc.targets.cpu.target import ISA_LEVELS, CpuTarget
+from llmc.targets.cpu.target import CpuTarget
 
-LEVEL = ISA_LEVELS["amx"]
-BELOW = ISA_LEVELS["avx512bf16"]
 # Row blocks of 32 rows, columns of two panels and four chunks of features: several of each.
 TILES = TileParameters(crossover=8, rows=32, resident_bytes=0, panels=2, steps=7)
 VECTORS = Tiling(panels=1, token_tiles=(1,))  # which are tested elsewhere, and quickly compiled
@@ -62,9 +58,7 @@ most seen is 2e-4. One wrong code of 768 shows as 1e-3.
 CODES_TOLERANCE = 4e-4
 """Activations alone are rounded."""
 
-pytestmark = pytest.mark.skipif(
-    not host_features().issuperset(BELOW.features), reason="this CPU has no AVX-512 BF16"
-)
+pytestmark = needs_vectors
 # One and two registers of codes, with and without minimums, sub-scales and groups of several steps.
 TAKEN = [FORMATS[name] for name in ("q4_0", "q4_1", "q4_k", "q6_k", "w4-g64-asym")]
 
@@ -96,30 +90,6 @@ def functions():
     made |= {n: gated(*GATED[n]) for n in GATED}
     made |= {f"rows_{n}": integer(FORMATS["q4_0"], m, 32) for n, m in SHAPES.items()}
     return made | {f"bfloat16_{n}": bfloat16(m, K - 16) for n, m in SHAPES.items()}
-
-
-class Library:
-    """Kernels as they are shipped; `emulator` where the processor has no matrix registers."""
-
-    def __init__(self, functions):
-        if withheld_features():
-            pytest.skip("the system refuses the matrix registers, and nothing is left to emulate")
-        named = {n: f.with_attr("global_symbol", n) for n, f in functions.items()}
-        has_tiles = host_features().issuperset(LEVEL.features)
-        self.emulator = None if has_tiles else Emulator()
-        target = CpuTarget("amx")
-        with tvm.transform.PassContext(config=target.pass_config):
-            self.module = tvm.compile(tvm.IRModule(named), target=target.tvm_target)
-
-    def run(self, name, *arrays):
-        return self.run_all(name, *arrays)[-1]
-
-    def run_all(self, name, *arrays):
-        if self.emulator is not None:
-            return self.emulator.run(self.module[name], *arrays)
-        tensors = [tensor(a) for a in arrays]
-        self.module[name](*tensors)
-        return [t.numpy() for t in tensors]
 
 
 @pytest.fixture(scope="module")
