@@ -28,6 +28,7 @@ Generate = Callable[[Prompts, int], tuple[float, float]]
 def open_vllm(model: str, threads: int) -> Generate:
     """vLLM in this very process; what it compiles is kept in its environment."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_USE_AOT_COMPILE"] = "0"  # what it keeps so, it does not load again
     os.environ["VLLM_CACHE_ROOT"] = f"{sys.prefix}/cache"
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read when the next line loads PyTorch
     from vllm import LLM, SamplingParams
