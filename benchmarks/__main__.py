@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measures compiled models beside llama.cpp and writes the page."""
+"""`python -m benchmarks`: measures compiled models beside its peers and writes the page."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import psutil
 
 from benchmarks import llama_cpp
 from benchmarks.cli import cache_option, explained, llama_cpp_option
+from benchmarks.engine import Engine, Plan
 from benchmarks.llama_cpp import LlamaCpp
 from benchmarks.models import REPOSITORY, Files, choose_cases, prepare
+from benchmarks.own import Own
+from benchmarks.peers import LLAMA_CPP, PEERS, choose_peers, open_peers
 from benchmarks.process import run
 from benchmarks.record import Record, load_average
-from benchmarks.scenarios import Plan
 from benchmarks.session import PAGE_FILE, RECORD_FILE, Session, publish
 from llmc import __version__
 from llmc.artifact import Manifest
@@ -34,6 +36,7 @@ _BUSY = 0.5  # load a CPU above which figures are noise
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.option("--models", default="smollm2,llama-1b", help="Names or their beginnings.")
+@click.option("--peers", default=LLAMA_CPP, help=f"Of {', '.join(PEERS)}, comma-separated.")
 @click.option("--repeat", type=click.IntRange(min=1), default=3, help="Rounds.")
 @click.option("--gen-tokens", type=click.IntRange(min=4), default=32, help="Tokens a sequence.")
 @click.option("--quick", is_flag=True, help=f"A short round of {_QUICK_MODELS}, into the cache.")
@@ -49,6 +52,7 @@ _BUSY = 0.5  # load a CPU above which figures are noise
 )
 def bench_cpu(
     models: str,
+    peers: str,
     repeat: int,
     gen_tokens: int,
     quick: bool,
@@ -57,17 +61,19 @@ def bench_cpu(
     peer_folder: Path | None,
     out: Path,
 ) -> None:
-    """Measures llmc and llama.cpp in turns on this machine's CPU."""
+    """Measures llmc and its peers in turns on this machine's CPU."""
     talk = console(err=True)
     if quick:
         models, repeat, gen_tokens, out = _QUICK_MODELS, 1, 8, cache / "quick"
     if page_only:
         publish(Record.load(out / RECORD_FILE), out)
         return
-    cases = choose_cases(models)
+    cases, names = choose_cases(models), choose_peers(peers)
     out.mkdir(parents=True, exist_ok=True)
-    peer = LlamaCpp.find(peer_folder) if peer_folder else llama_cpp.build(cache, talk.print)
-    files = [prepare(case, cache, peer, talk.print) for case in cases]
+    # Needed whatever the peers are: it quantizes the models.
+    programs = LlamaCpp.find(peer_folder) if peer_folder else llama_cpp.build(cache, talk.print)
+    files = [prepare(case, cache, programs, talk.print) for case in cases]
+    engines = [Own(version=_version()), *open_peers(names, programs, cache, talk.print)]
     threads = min(psutil.cpu_count(logical=False) or 1, num_cores())
     plan = Plan(threads=threads, gen_tokens=gen_tokens)
     if load_average() > _BUSY * threads:
@@ -75,9 +81,9 @@ def bench_cpu(
     talk.print("measuring the machine")
     manifests = {f.case.name: Manifest.load(f.artifact) for f in files}
     session = Session(
-        record=_new_record(files, manifests, plan, repeat),
+        record=_new_record(files, manifests, engines, plan, repeat),
         manifests=manifests,
-        peer=peer,
+        engines=engines,
         plan=plan,
         out=out,
         cache=cache,
@@ -91,7 +97,11 @@ def bench_cpu(
 
 
 def _new_record(
-    files: Sequence[Files], manifests: Mapping[str, Manifest], plan: Plan, repeat: int
+    files: Sequence[Files],
+    manifests: Mapping[str, Manifest],
+    engines: Sequence[Engine],
+    plan: Plan,
+    repeat: int,
 ) -> Record:
     memory_gib = psutil.virtual_memory().total / 2**30
     setting = {
@@ -100,9 +110,7 @@ def _new_record(
         "threads": plan.threads,
         "repeat": repeat,
         "gen_tokens": plan.gen_tokens,
-        "llmc": _version(),
-        "tvm": importlib.metadata.version("apache-tvm"),
-        "llama_cpp": f"from {llama_cpp.PACKAGE} {llama_cpp.VERSION}",
+        "engines": list(dict.fromkeys(engine.version for engine in engines)),
     }
     cases = {}
     for one in files:
@@ -122,8 +130,9 @@ def _version() -> str:
     try:
         commit = run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY).stdout.strip()
     except LlmcError:  # an archive without its history
-        return __version__
-    return f"{__version__} ({commit})"
+        commit = "unknown"
+    tvm = importlib.metadata.version("apache-tvm")
+    return f"llmc {__version__} ({commit}), TVM {tvm}"
 
 
 if __name__ == "__main__":

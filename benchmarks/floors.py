@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from benchmarks.engine import BATCH_PROMPT_TOKENS, BATCHES, PREFILL_TOKENS
 from benchmarks.record import METRICS
-from benchmarks.scenarios import BATCH_PROMPT_TOKENS, BATCHES, PREFILL_TOKENS
 from llmc.artifact import Manifest
 from llmc.cli.kernel_cost import KernelCost, Limits
 

@@ -17,7 +17,6 @@ from llmc.errors import LlmcError, UsageError
 # The newest whose llama.cpp was measured; PyPI keeps it.
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 TOOLS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-perplexity")
-FLASH_ATTENTION = ("0", "1")
 _BUILD_TOOLS = ("cmake", "ninja", "scikit-build-core")
 _CMAKE_OPTIONS = (
     "CMAKE_BUILD_TYPE=Release",

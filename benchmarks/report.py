@@ -117,16 +117,16 @@ def _preface(record: Record) -> list[str]:
     return [
         *(["Interrupted: some figures are missing."] if not record.complete else []),
         f"{setting['machine']}, {setting['threads']} threads, {setting['created']}. "
-        f"llmc {setting['llmc']}, TVM {setting['tvm']}, llama.cpp {setting['llama_cpp']}. "
+        f"{'; '.join(setting['engines'])}. "
         f"n = {setting['repeat']} rounds in which the programs take turns, {setting['gen_tokens']} "
         "tokens decoded a sequence; after a warm-up in each process, medians (least … most). Load "
         f"before a run: at most {_load(record):.1f}.",
         f"Limits of the machine, measured beside: memory {limits['memory_bytes_per_s'] / 1e9:.1f} "
         f"GB/s read, shared caches {limits['cache_bytes_per_s'] / 1e9:.1f} GB/s, {peaks}.",
-        f"A ratio above 1 means that llmc is better; within {TIE:.0%} it is a tie. The peer ran "
-        "with and without flash attention, and the better one is shown. The floor is what reading "
-        "every weight once a step, or doing every product at the processor's peak, takes at "
-        "least.",
+        f"A ratio above 1 means that llmc is better; within {TIE:.0%} it is a tie. Of all "
+        "peers, and of llama.cpp with and without flash attention, the best is shown. The floor is "
+        "what reading every weight once a step, or doing every product at the processor's peak, "
+        "takes at least.",
     ]
 
 

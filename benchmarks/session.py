@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.engine import Engine, Figures, Plan
 from benchmarks.floors import floors
-from benchmarks.llama_cpp import FLASH_ATTENTION, LlamaCpp
 from benchmarks.models import CASES, Files, demo_gguf, llmc_command
+from benchmarks.own import profile
 from benchmarks.plots import plot_roofline
 from benchmarks.process import Finished
 from benchmarks.record import METRICS, Record, Sample, load_average
-from benchmarks.report import OWN, markdown, print_record
-from benchmarks.scenarios import Figures, Plan, Scenario, profile, scenarios
+from benchmarks.report import markdown, print_record
+from benchmarks.scenarios import Scenario, scenarios
 from llmc.artifact import Manifest
 from llmc.cli.kernel_cost import Limits
 from llmc.errors import LlmcError
 
 RECORD_FILE, PAGE_FILE = "cpu.json", "cpu.md"
-
-Measure = Callable[[], tuple[Finished, Figures]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +32,7 @@ class Session:
 
     record: Record
     manifests: Mapping[str, Manifest]  # of the artifacts, by case
-    peer: LlamaCpp
+    engines: Sequence[Engine]
     plan: Plan
     out: Path
     cache: Path
@@ -78,11 +77,11 @@ class Session:
         self._set_floors()
 
     def _take_turns(self, files: Files, scenario: Scenario, number: int) -> None:
-        for engine, measure in self._turns(files, scenario):
+        for engine in self.engines:
             load = load_average()
             with self._noting_failure():
-                finished, figures = measure()
-                run = (files.case.name, engine, number)
+                finished, figures = scenario.measure(engine, files, self.plan)
+                run = (files.case.name, engine.name, number)
                 samples = self._samples(run, load, finished, figures)
                 self.record.samples += samples
                 self._say_samples(samples)
@@ -126,19 +125,11 @@ class Session:
                 markup=False,
             )
 
-    def _turns(self, files: Files, scenario: Scenario) -> Iterator[tuple[str, Measure]]:
-        yield OWN, lambda: scenario.ours(files, self.plan)
-        for flash in FLASH_ATTENTION:
-            yield (
-                f"llama.cpp -fa {flash}",
-                lambda flash=flash: scenario.peer(self.peer, files, self.plan, flash),  # type: ignore[misc]
-            )
-
     def _shown(self, command: str) -> str:
         """A command as anyone could type it: without the folders of this machine."""
         for path, name in (
             (" ".join(llmc_command()), "llmc"),
-            (f"{self.peer.folder}/", ""),
+            *((f"{engine.folder}/", "") for engine in self.engines),
             (f"{demo_gguf().parent}/", ""),
             (f"{self.cache}/", ""),
         ):

@@ -116,7 +116,10 @@ def write_weights(
                 file.write(np.ascontiguousarray(array).data)
 
         done = 0
-        for _, weight in groupby(order, key=lambda a: (a.spec.sources, a.spec.part is None)):
+        # Backwards: what the system still holds of the files are the layers that a reference,
+        # computed from the first layer on, reads first.
+        backwards = reversed(order)
+        for _, weight in groupby(backwards, key=lambda a: (a.spec.sources, a.spec.part is None)):
             parts = list(weight)
             if parts[0].spec.part is None:
                 for argument in parts:

@@ -10,13 +10,14 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from tiny_llama import TINY
 
 from benchmarks import process
 from benchmarks.floors import floors
 from benchmarks.llama_cpp import TOOLS, LlamaCpp, _mend_amx, json_lines
 from benchmarks.models import CASES, choose_cases
 from benchmarks.process import Finished, run
-from benchmarks.random_gguf import LlamaShape, write_random_gguf
+from benchmarks.random_gguf import write_random_gguf
 from llmc.artifact import Manifest, MemoryPlan, ModelInfo
 from llmc.cli.kernel_cost import Limits
 from llmc.errors import LlmcError, UsageError
@@ -94,37 +95,6 @@ def test_models_are_chosen_by_the_beginning_of_their_names() -> None:
     for text in ("", "gpt", "smollm2,"):
         with pytest.raises(UsageError, match="no model"):
             choose_cases(text)
-
-
-TINY = LlamaShape(
-    vocab_size=40,
-    hidden_size=32,
-    inner_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    context_length=128,
-    rope_theta=10000.0,
-)
-
-
-@pytest.fixture
-def tokenizer_file(tmp_path: Path) -> Path:
-    """A GGUF file with a tokenizer of 30 tokens and nothing else."""
-    writer = gguf.GGUFWriter(tmp_path / "tokenizer.gguf", "llama")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([f"token{i}" for i in range(30)])
-    writer.add_token_types([1] * 30)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tmp_path / "tokenizer.gguf"
 
 
 def test_a_random_model_has_the_shape_it_was_asked_for(

@@ -5,18 +5,19 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from benchmarks import session as session_module
-from benchmarks.llama_cpp import LlamaCpp
+from benchmarks.engine import Plan
 from benchmarks.models import CASES, Files
 from benchmarks.plots import plot_roofline
 from benchmarks.process import Finished
 from benchmarks.record import Record, Sample
 from benchmarks.report import markdown, rows
-from benchmarks.scenarios import Plan, Scenario
+from benchmarks.scenarios import Scenario
 from benchmarks.session import Session, publish
 from llmc.cli.kernel_cost import Limits
 from llmc.errors import LlmcError, UsageError
@@ -32,9 +33,7 @@ SETTING = {
     "threads": 2,
     "repeat": 3,
     "gen_tokens": 32,
-    "llmc": "0",
-    "tvm": "0",
-    "llama_cpp": "0",
+    "engines": ["llmc 0, TVM 0", "a peer 7"],
 }
 
 
@@ -107,7 +106,13 @@ def test_the_page_states_machine_limits_commands_and_what_is_missing() -> None:
     measured = record(samples=[sample("decode-0", "llmc", 200)])
     page = markdown(measured, {"smollm2": Path("roofline-smollm2.svg")})
     for shown in (
-        *("a machine, 2 threads", "memory 40.0 GB/s", "int8 2,000 Gop/s", "Interrupted"),
+        *(
+            "a machine, 2 threads",
+            "TVM 0; a peer 7.",
+            "memory 40.0 GB/s",
+            "int8 2,000 Gop/s",
+            "Interrupted",
+        ),
         *("| decode, batch 1, depth 0, tokens/s | 200 |", "llmc --measure decode-0"),
         "![Roofline of SmolLM2](roofline-smollm2.svg)",
     ):
@@ -158,7 +163,9 @@ def session(out: Path, shown: Record) -> Session:
     return Session(
         record=shown,
         manifests={},
-        peer=LlamaCpp(folder=Path("/programs")),
+        engines=[
+            SimpleNamespace(name=n, folder=Path("/programs")) for n in ("ours", "peer0", "peer1")
+        ],
         plan=Plan(threads=2, gen_tokens=8),
         out=out,
         cache=Path("/cache"),
@@ -185,8 +192,7 @@ def fake_scenarios(
     def scenario(metric: str) -> Scenario:
         return Scenario(
             name=metric,
-            ours=lambda files, plan: (finish(f"ours-{metric}"), {metric: 2.0}),
-            peer=lambda peer, files, plan, flash: (finish(f"peer{flash}-{metric}"), {metric: 1.0}),
+            measure=lambda engine, files, plan: (finish(f"{engine.name}-{metric}"), {metric: 2.0}),
         )
 
     return lambda case: [scenario("decode-0"), scenario("start")]
