@@ -27,7 +27,7 @@ _WAIT = (
 )
 # What calls await_inputs itself.
 _AWAITS = (
-    *("llmc::gemv<", "llmc::stream<", "llmc::attend<", "llmc::merge_parts<"),
+    *("llmc::gemv<", "llmc::stream<", "llmc::attend_one<", "llmc::merge_parts<"),
     *("llmc::arrange_wide<", "llmc::multiply_wide<"),
 )
 

@@ -301,7 +301,7 @@ __device__ __forceinline__ int decode_row(const int* q_starts, int sequence) {
 }
 
 template <class H, int kWarps, bool kSinks, typename Data, typename Vector>
-__device__ __forceinline__ void attend(const void* q, const void* q_starts, const void* kv_lens,
+__device__ __forceinline__ void attend_one(const void* q, const void* q_starts, const void* kv_lens,
                                        const void* tables, const void* k_pages,
                                        const void* v_pages, const void* sinks, void* out,
                                        void* partial, float scale, float softcap,
@@ -327,7 +327,7 @@ __device__ __forceinline__ void attend(const void* q, const void* q_starts, cons
 template <class H, int kWarps, bool kSinks, typename Data, typename Vector>
 __device__ __forceinline__ void merge_parts(const void* q_starts, const void* kv_lens,
                                             const void* sinks, void* out, const void* partial,
-                                            int window, int sequence, int head, int parts) {
+                                            int window, int sequence, int head, int parts, void*) {
   typedef Decode<H, kWarps> D;
   const int row = decode_row(static_cast<const int*>(q_starts), sequence);
   const Context context(static_cast<const int*>(kv_lens)[sequence], window, parts, kWarps);

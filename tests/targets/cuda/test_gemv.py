@@ -32,7 +32,7 @@ FUSED = [f for f in DISTINCT if gemv.takes(f, M, 96)]
 # Blocks of a cluster on one panel, of its own each, and where most have none.
 STREAMS = [
     StreamPlan(cluster=4, blocks=8, stages=2),
-    StreamPlan(cluster=2, blocks=12, stages=5),
+    StreamPlan(cluster=2, blocks=12, stages=3),
     StreamPlan(cluster=1, blocks=132, stages=3),
 ]
 
