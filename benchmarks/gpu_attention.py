@@ -61,7 +61,7 @@ def _compile() -> Any:  # noqa: ANN401 - a module of TVM
 
     from llmc.targets.cuda.kernels import attention_decode
     from llmc.targets.cuda.kernels.attention import flash, flash_plan
-    from llmc.targets.cuda.parameters import SHARED_KIB, STREAM_DECODE_PLAN
+    from llmc.targets.cuda.parameters import SHARED_KIB, DecodePlan
     from llmc.targets.cuda.target import CudaTarget
     from llmc.targets.gpu.kernels.attention import paged_attention
 
@@ -87,7 +87,7 @@ def _compile() -> Any:  # noqa: ANN401 - a module of TVM
         sink_dtype="float32",
         params=target.parameters,
         prefill=partial(flash, plan=plan),
-        decode=partial(attention_decode.decode, plan=STREAM_DECODE_PLAN),
+        decode=partial(attention_decode.decode, plan=DecodePlan()),
     )
     named = tvm.IRModule({"attention": function.with_attr("global_symbol", "attention")})
     return tvm.compile(named, target=target.tvm_target)

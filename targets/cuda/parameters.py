@@ -109,9 +109,6 @@ class DecodePlan:
     warps: int = 4  # of a block, which take the pages of a part in turns
     blocks: int = 264  # two for each of 132 multiprocessors
     parts: int = 32  # of a context at most
-    # Shared memory that blocks ask for at least, of those that bring parts together too.
-    shared_bytes: int = 0
-    merge_bytes: int = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,13 +154,11 @@ class StreamPlan:
 # As many clusters of so many blocks as an H200 is sure to run at once, one block a multiprocessor.
 CLUSTERS = {1: 132, 2: 66, 4: 32}
 STREAM_BYTES = 113 * 1024
-"""Shared memory of a block, two of which fit a multiprocessor."""
-# What is left of a multiprocessor's memory is cache, and to divide it anew takes one without blocks.
-# Where kernels divide it differently, the blocks of the next one go two by two to those that are
-# free, and half of the multiprocessors have nothing to do. So every product asks for as much as the
-# others, and attention between them for what all its blocks together fill a multiprocessor with:
-# registers leave room for three of it, threads for 16 that bring parts together.
-STREAM_DECODE_PLAN = DecodePlan(shared_bytes=75 * 1024, merge_bytes=13 * 1024 + 256)
+"""Shared memory of a block: two fit a multiprocessor, and all ask for as much. What is left of a
+multiprocessor's memory is cache, and to divide it anew takes one without blocks. Where products
+divided it differently, the blocks of the next went two by two to those that were free, and half of
+the multiprocessors had nothing to do.
+"""
 
 
 # Shared memory stays below 99 KiB, which devices of compute capability 8.6 and 12.0 have.

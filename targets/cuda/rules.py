@@ -12,7 +12,7 @@ from llmc.targets.base import Kernel, KernelRule, Site
 from llmc.targets.cuda.kernels import attention_decode, gemv, wide
 from llmc.targets.cuda.kernels.attention import flash, flash_plan
 from llmc.targets.cuda.kernels.tensor_cores import linear_tensor_cores, multiplies
-from llmc.targets.cuda.parameters import PLANS, STREAM_DECODE_PLAN, WIDE_PLANS, DecodePlan
+from llmc.targets.cuda.parameters import PLANS, WIDE_PLANS, DecodePlan
 from llmc.targets.gpu.parameters import GpuParameters
 from llmc.targets.gpu.rules import attention_kernel, kernel_rules
 
@@ -26,8 +26,6 @@ def cuda_rules(
 
     def many(site: Site) -> Kernel | None:
         return _wide(site) if hopper and site.max_tokens > few_tokens else None
-
-    decode_plan = STREAM_DECODE_PLAN if hopper else DecodePlan()
 
     def tensor_cores(site: Site) -> Kernel | None:
         return _linear(site, site.op) if isinstance(site.op, dialect.Linear) else None
@@ -50,7 +48,7 @@ def cuda_rules(
             site,
             parameters,
             prefill=None if plan is None else partial(flash, plan=plan),
-            decode=partial(attention_decode.decode, plan=decode_plan) if single else None,
+            decode=partial(attention_decode.decode, plan=DecodePlan()) if single else None,
         )
 
     def single(site: Site) -> Kernel | None:

@@ -57,10 +57,9 @@ def decode(shape: Shape, inputs: Inputs, plan: DecodePlan) -> None:
     template = f"<llmc::Heads<{numbers}>, {plan.warps}, {', '.join(types)}>"
     window = T.int32(shape.window or 0)
     softcap = shape.softcap or 0.0
-    used = 4 * plan.warps * tile * (shape.v_head_dim + 2)
     with launch((inputs.sequences, tiles, parts), (32 * plan.warps,)) as (sequence, block, part, _):
         memory = T.alloc_buffer(
-            [i64(max(plan.shared_bytes, used))], "uint8", scope="shared.dyn"
+            [i64(4 * plan.warps * tile * (shape.v_head_dim + 2))], "uint8", scope="shared.dyn"
         )
         buffers = [inputs.q, inputs.q_starts, inputs.kv_lens, inputs.tables]
         buffers += [inputs.k_pages, inputs.v_pages, sinks, inputs.out, partial]
@@ -80,7 +79,6 @@ def decode(shape: Shape, inputs: Inputs, plan: DecodePlan) -> None:
             )
         )
     with launch((inputs.sequences, heads), (shape.v_head_dim,)) as (sequence, head, _):
-        memory = T.alloc_buffer([i64(plan.merge_bytes)], "uint8", scope="shared.dyn")
         buffers = [inputs.q_starts, inputs.kv_lens, sinks, inputs.out, partial]
         T.evaluate(
             cuda_func_call(
@@ -88,7 +86,6 @@ def decode(shape: Shape, inputs: Inputs, plan: DecodePlan) -> None:
                 *(start(buffer) for buffer in buffers),
                 window,
                 *(T.Cast("int32", n) for n in (sequence, head, parts)),
-                start(memory),
                 source_code=source("attention_decode"),
             )
         )

@@ -84,13 +84,13 @@ struct Activations {
     if (kNorm)
 #pragma unroll
       for (int r = 0; r < kTogether; ++r)
-        load(weights[r], norm.weight, r * kThreads + threadIdx.x, features);
+        load(weights[r], norm.weight, r * kThreads + threadIdx.x);
   }
 
-  // The i-th eight of `count` features; zeros behind the last.
+  // The i-th eight of its features; zeros behind the last.
   template <typename From>
-  __device__ __forceinline__ void load(float (&to)[8], const From* from, int i, int count) const {
-    if (8 * i < count) {
+  __device__ __forceinline__ void load(float (&to)[8], const From* from, int i) const {
+    if (8 * i < features) {
       load_whole(to, from + begin + 8 * i);
       return;
     }
@@ -105,11 +105,10 @@ struct Activations {
     return sum;
   }
 
-  // Leaves x[K] in `to`; `shared` is a float for each warp. Without an input K is 0: nothing is read.
+  // Leaves x[K] in `to`; `shared` is a float for each warp.
   __device__ __forceinline__ void arrange(const Data* x, int k, char* to, float* shared) {
-    const int there = min(k, features);
 #pragma unroll
-    for (int r = 0; r < kTogether; ++r) load(values[r], x, r * kThreads + threadIdx.x, there);
+    for (int r = 0; r < kTogether; ++r) load(values[r], x, r * kThreads + threadIdx.x);
     float scale = 1.f;
     if (kNorm) {
       float sum = 0.f;
@@ -131,10 +130,10 @@ struct Activations {
       for (int r = 0; r < kTogether; ++r) {
         const int i = first + r * kThreads + threadIdx.x;
         if (first) {
-          load(values[r], x, i, there);
+          load(values[r], x, i);
           if (kNorm) {
             float more[8];
-            load(more, norm.weight, i, there);
+            load(more, norm.weight, i);
 #pragma unroll
             for (int e = 0; e < 8; ++e) values[r][e] *= scale * (more[e] + norm.offset);
           }

@@ -267,6 +267,7 @@ struct Stream {
                                              const Norm<NormVector>& norm,
                                              const Epilogue<Data, Vector>& out, int block,
                                              int blocks, char* shared) {
+    if (threadIdx.x >= kThreads) return;
     const Work work(w, block, blocks);
     const int all = work.stages(), items = work.own_tiles() * 32;
     u64 *full = reinterpret_cast<u64*>(shared), *empty = full + 8, *done = full + 16;
@@ -279,6 +280,7 @@ struct Stream {
       init_barrier(done, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       if (kCluster > 1) arrive_expecting(done, items * kParts * kCluster * 4);
+#pragma unroll 1
       for (int i = 0; i < min(kStages, all); ++i)
         Piece(w, work, i).load(stages + i * kStageBytes, full + i);
     }
@@ -288,22 +290,16 @@ struct Stream {
     const int features = max(0, min(w.k - begin, (work.end - work.begin) * F::kChunk));
     Activations<F, kThreads, kRun, kSum, kNorm ? 2 : 4, kNorm, Data, NormVector> activations(
         norm, begin, features, superblocks);
+    await_inputs();
     float residual = 0.f;  // of the first item
-    // First without an input: to bring the code to the multiprocessor takes as long as to run it.
-#pragma unroll 1
-    for (int known = 0; known < 2; ++known) {
-      if (known) {
-        await_inputs();
-        if (out.residual && threadIdx.x < items)
-          residual = (float)out.residual[work.row(threadIdx.x)];
-      }
-      activations.arrange(x, known ? w.k : 0, arranged, sums_of_warps);
-    }
+    if (out.residual && threadIdx.x < items) residual = (float)out.residual[work.row(threadIdx.x)];
+    activations.arrange(x, w.k, arranged, sums_of_warps);
     if (kCluster > 1) await_cluster();  // its barriers are there
     if (threadIdx.x < kMultiplying) {
       multiply_all(work, arranged, superblocks, stages, full, empty, sums_of_warps, totals, done);
     } else if (threadIdx.x == kMultiplying) {
       int at = 0, phase = 0;
+#pragma unroll 1
       for (int i = kStages; i < all; ++i) {
         const Piece piece(w, work, i);
         await(empty + at, phase);
