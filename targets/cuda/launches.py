@@ -27,8 +27,8 @@ _WAIT = (
 )
 # What calls await_inputs itself.
 _AWAITS = (
-    *("llmc::gemv<", "llmc::stream<", "llmc::attend_one<", "llmc::merge_parts<"),
-    *("llmc::arrange_wide<", "llmc::multiply_wide<"),
+    *("llmc::gemv<", "llmc::stream<", "llmc::arrange_wide<", "llmc::multiply_wide<"),
+    *("llmc::attend<", "llmc::attend_one<", "llmc::merge_parts<"),
 )
 
 
