@@ -3,13 +3,13 @@
 // A decode step is a chain of launches of a few microseconds, each of which waits for the one before.
 // While one waits, prepares its activations or adds up its sums, its weights have to be on their way
 // all the same. So a block here has one warp that copies a panel's next chunks in bulk into a ring of
-// stages, from the moment that it is launched, which is before its input is there (launches.py). It
-// takes less than half a multiprocessor's shared memory, so that the next product's blocks find room
-// beside it.
+// stages, from the moment that it is launched, which is before its input is there (launches.py). Its
+// shared memory is half a multiprocessor's, so that the next product's block finds room beside it.
 //
-// The other eight warps share a stage's chunks. A thread has one of the panel's 32 rows, so that a
-// warp reads 512 bytes in order and its activations are the same for all. Blocks of a cluster share
-// the features of their panels; sums stay in shared memory until all panels are done.
+// The other eight warps share a stage's chunks: 16-bit weights by rows, in float32; codes as tiles of
+// 16 rows of an integer mma, whose columns are the upper and the lower bytes of x (see gemv.cuh).
+// Such sums are exact; a run of features with the same scale becomes a float at once. Blocks of a
+// cluster share the features of their panels and send each other their sums.
 //
 // RMSNorm, gated activation, arithmetic and formats are those of gemv.cuh.
 #ifndef LLMC_STREAM
