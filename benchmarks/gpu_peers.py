@@ -22,7 +22,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
 }
-_COMMON = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+COMMON = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
 
 
 @click.command(context_settings={"show_default": True})
@@ -41,7 +41,7 @@ def main(shape: str, batches: str, prompt_tokens: int, gen_tokens: int, repeat: 
         f"transformers {transformers.__version__}"
     )
     config = transformers.LlamaConfig(
-        **_COMMON, **SHAPES[shape], max_position_embeddings=8192, dtype=torch.bfloat16
+        **COMMON, **SHAPES[shape], max_position_embeddings=8192, dtype=torch.bfloat16
     )
     with torch.device("cuda"):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()

@@ -54,3 +54,26 @@ def _draw_ceilings(axes: Any, left: float, right: float, limits: dict[str, Any])
             f"{name} peak", (max(right, ridge), peak), ha="right", va="bottom", fontsize=7
         )
     axes.annotate("memory", (left, left * slope), va="bottom", fontsize=7)
+
+
+def plot_points(
+    title: str,
+    series: dict[str, list[tuple[float, float, str]]],
+    bandwidth: float,
+    peak: float,
+    out: Path,
+) -> None:
+    """Draws (operations per byte, operations a second, name) of each series under two ceilings."""
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for label, points in series.items():
+        axes.scatter([x for x, _, _ in points], [y / 1e9 for _, y, _ in points], label=label)
+        for x, y, name in points:
+            axes.annotate(name, (x, y / 1e9), fontsize=7)
+    xs = [x for points in series.values() for x, _, _ in points]
+    limits = {"memory_bytes_per_s": bandwidth, "operations_per_s": {"matrix": peak}}
+    _draw_ceilings(axes, min(xs) / 2, max(xs) * 2, limits)
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="Gop/s", title=title)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out, metadata={"Date": None})
+    plt.close(figure)

@@ -4,8 +4,8 @@ A kernel of a decode step runs for microseconds, as long as it takes to launch t
 ahead, the next one has its blocks in place, and first weights on their way, by the time its input
 is there. Every kernel says when that is: it waits for what the launch before wrote, then allows the
 launch behind. Code of ours does so where it wants to (`await_inputs` in fragments.cuh); the others
-begin with it. To allow before waiting, so that several launches have begun, computed wrong numbers
-in prompts of whole models (H200), and decoded no faster.
+begin with it. That a launch waits for the one before, which waited itself, orders it behind all: so
+each has to wait, in every block. To allow before waiting is as right, but took longer (H200).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _WAIT = (
 )
 # What calls await_inputs itself.
 _AWAITS = (
-    *("llmc::gemv<", "llmc::stream<", "llmc::attend<", "llmc::merge_parts<"),
-    *("llmc::arrange_wide<", "llmc::multiply_wide<"),
+    *("llmc::gemv<", "llmc::stream<", "llmc::arrange_wide<", "llmc::multiply_wide<"),
+    *("llmc::attend<", "llmc::attend_one<", "llmc::merge_parts<"),
 )
 
 

@@ -153,8 +153,12 @@ class StreamPlan:
 
 # As many clusters of so many blocks as an H200 is sure to run at once, one block a multiprocessor.
 CLUSTERS = {1: 132, 2: 66, 4: 32}
-STREAM_BYTES = 104 * 1024
-"""Shared memory of a block, two of which have to fit beside those of attention."""
+STREAM_BYTES = 113 * 1024
+"""Shared memory of a block: two fit a multiprocessor, and all ask for as much. What is left of a
+multiprocessor's memory is cache, and to divide it anew takes one without blocks. Where products
+divided it differently, the blocks of the next went two by two to those that were free, and half of
+the multiprocessors had nothing to do.
+"""
 
 
 # Shared memory stays below 99 KiB, which devices of compute capability 8.6 and 12.0 have.

@@ -527,6 +527,7 @@ __device__ __forceinline__ void attend(const void* q, const void* q_starts, cons
                        sequences,
                        columns};
   const TileOfBatch found = find_tile<A::kGroupHeads, A::kRows>(batch, tile);
+  await_launch();  // blocks come in waves: the launch behind would be in the way
   if (found.sequence < 0) return;
   const Rule rule = {scale, softcap, window};
   A(batch, rule, found, kv_head)

@@ -162,15 +162,10 @@ struct Decode {
     return kWarps * H::kTile * (H::kDv + 2);
   }
 
-  // Has this warp's first page brought into the L2 cache.
-  static __device__ __forceinline__ void prefetch(int length, const int* table, const void* k_pages,
-                                                  const void* v_pages, int window, int tile,
-                                                  int part, int parts) {
-    const Context context(length, window, parts, kWarps);
-    const int first = part * context.share + threadIdx.x / 32;
-    if (first >= context.pages) return;
-    const size_t at =
-        (size_t)table[context.first_page + first] * H::kKvHeads + tile / H::kTiles;
+  // Has a page brought into the L2 cache.
+  static __device__ __forceinline__ void prefetch(int page, const void* k_pages,
+                                                  const void* v_pages, int tile) {
+    const size_t at = (size_t)page * H::kKvHeads + tile / H::kTiles;
     prefetch_page<H::kD>(k_pages, at);
     prefetch_page<H::kDv>(v_pages, at);
   }
@@ -185,13 +180,12 @@ struct Decode {
   }
 
   template <typename Data, typename Vector>
-  static __device__ __forceinline__ void run(const Data* q, const int* kv_lens, const int* table,
-                                             const void* k_pages, const void* v_pages,
+  static __device__ __forceinline__ void run(const Data* q, const Context& context,
+                                             const int* table, int first_page, const void* k_pages, const void* v_pages,
                                              const Vector* sinks, Data* out, float* partial,
                                              const Scoring& scoring, int row, int sequence,
                                              int tile, int part, int parts, float* shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const Context context(kv_lens[sequence], scoring.window, parts, kWarps);
     const int first = part * context.share;
     if (first >= context.pages) return;
     const int count = min(context.share, context.pages - first);
@@ -203,7 +197,8 @@ struct Decode {
     State state = {kLowest, 0.f};
     for (int i = warp; i < count; i += kWarps) {
       const int number = context.first_page + first + i;
-      const size_t at = (size_t)table[number] * H::kKvHeads + kv_head;
+      const size_t page_number = i == warp ? first_page : table[number];
+      const size_t at = page_number * H::kKvHeads + kv_head;
       page(state, queries, static_cast<const uint4*>(k_pages) + at * (H::kD * H::kPage / 8),
            static_cast<const uint4*>(v_pages) + at * (H::kDv * H::kPage / 8), number * H::kPage,
            context, scoring);
@@ -301,7 +296,7 @@ __device__ __forceinline__ int decode_row(const int* q_starts, int sequence) {
 }
 
 template <class H, int kWarps, bool kSinks, typename Data, typename Vector>
-__device__ __forceinline__ void attend(const void* q, const void* q_starts, const void* kv_lens,
+__device__ __forceinline__ void attend_one(const void* q, const void* q_starts, const void* kv_lens,
                                        const void* tables, const void* k_pages,
                                        const void* v_pages, const void* sinks, void* out,
                                        void* partial, float scale, float softcap,
@@ -311,14 +306,17 @@ __device__ __forceinline__ void attend(const void* q, const void* q_starts, cons
   // A step's inputs were there before its first launch, and so were all pages but the new token's.
   const int row = decode_row(static_cast<const int*>(q_starts), sequence);
   const int* table = static_cast<const int*>(tables) + ((size_t)group * sequences + sequence) * blocks;
-  if (row >= 0)
-    Decode<H, kWarps>::prefetch(static_cast<const int*>(kv_lens)[sequence], table, k_pages, v_pages,
-                                window, tile, part, parts);
+  const Context context(row < 0 ? 0 : static_cast<const int*>(kv_lens)[sequence], window, parts,
+                        kWarps);
+  const int number = part * context.share + threadIdx.x / 32;  // of this warp's first page
+  const int page = number < context.pages ? table[context.first_page + number] : 0;
+  if (number < context.pages) Decode<H, kWarps>::prefetch(page, k_pages, v_pages, tile);
   await_inputs();
   if (row < 0) return;
   const Scoring scoring = {scale, softcap, softcap_power, window};
   Decode<H, kWarps>::run(
-      static_cast<const Data*>(q), static_cast<const int*>(kv_lens), table, k_pages, v_pages, kSinks ? static_cast<const Vector*>(sinks) : nullptr, static_cast<Data*>(out),
+      static_cast<const Data*>(q), context, table, page, k_pages, v_pages,
+      kSinks ? static_cast<const Vector*>(sinks) : nullptr, static_cast<Data*>(out),
       static_cast<float*>(partial), scoring, row, sequence, tile, part, parts,
       static_cast<float*>(shared));
 }
@@ -331,7 +329,9 @@ __device__ __forceinline__ void merge_parts(const void* q_starts, const void* kv
   typedef Decode<H, kWarps> D;
   const int row = decode_row(static_cast<const int*>(q_starts), sequence);
   const Context context(static_cast<const int*>(kv_lens)[sequence], window, parts, kWarps);
-  await_inputs();
+  // The launch behind starts when this one has ended: its blocks, of which one is meant for each
+  // multiprocessor, would go two by two to those that have none of these.
+  await_launch();
   if (row < 0 || context.parts() == 1) return;
   const size_t heads = H::kKvHeads * H::kHeads;
   const float* from =

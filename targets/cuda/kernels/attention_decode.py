@@ -66,7 +66,7 @@ def decode(shape: Shape, inputs: Inputs, plan: DecodePlan) -> None:
         integers = (inputs.sequences, inputs.tables.ty.shape[2], sequence, block, part, parts)
         T.evaluate(
             cuda_func_call(
-                f"llmc::attend{template}",
+                f"llmc::attend_one{template}",
                 *(start(buffer) for buffer in buffers),
                 T.float32(shape.query_scale),
                 T.float32(softcap * LOG2E),

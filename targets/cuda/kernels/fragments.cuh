@@ -32,13 +32,22 @@ __device__ __forceinline__ float power_of_two(float x) {
   return y;
 }
 
-// Waits for what the launch before wrote, then lets the one behind start (see launches.py). What
-// stands before it must not read that, nor write.
-__device__ __forceinline__ void await_inputs() {
+// Waits for what the launch before wrote (see launches.py). What stands before it must not read that,
+// nor write.
+__device__ __forceinline__ void await_launch() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the launch behind start.
+__device__ __forceinline__ void allow_next() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+__device__ __forceinline__ void await_inputs() {
+  await_launch();
+  allow_next();
 }
 
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,

@@ -5,8 +5,9 @@
 // thread's next weights are on their way while it multiplies the last ones, from one tile to the
 // next. Weights of 16 bits are multiplied in float32. To turn codes into floats would take longer than
 // to read them: instead x becomes 16-bit integers, a scale for as many features as share a weight's
-// scale in a chunk, and its upper and lower bytes are multiplied by four codes at a time (dp4a). Such
-// sums are exact, and x keeps more of its bits than it would as a float16.
+// scale in a chunk, which are 256 times one signed byte plus another; each is multiplied by four
+// codes at a time (dp4a). Such sums are exact, and x keeps more of its bits than it would as a
+// float16.
 //
 // RMSNorm of x and a gated activation of the sums cost no pass over memory here.
 #ifndef LLMC_GEMV
@@ -34,19 +35,156 @@ struct Norm {
   float eps, offset;
 };
 
-// Four bytes of codes (signed or not) times four of x (its upper ones are signed) plus sum.
+// Four bytes of codes (signed or not) times four of x plus sum.
 template <bool kSigned>
-__device__ __forceinline__ int dot_upper(u32 codes, u32 x, int sum) {
+__device__ __forceinline__ int dot(u32 codes, u32 x, int sum) {
   if (kSigned) asm("dp4a.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(codes), "r"(x));
   else asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(codes), "r"(x));
   return sum;
 }
-template <bool kSigned>
-__device__ __forceinline__ int dot_lower(u32 codes, u32 x, int sum) {
-  if (kSigned) asm("dp4a.s32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(codes), "r"(x));
-  else asm("dp4a.u32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(codes), "r"(x));
-  return sum;
+
+// The sum of every thread's value.
+template <int kThreads>
+__device__ __forceinline__ float total(float value, float* shared) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = 0.f;
+#pragma unroll
+  for (int warp = 0; warp < kThreads / 32; ++warp) value += shared[warp];
+  return value;
 }
+
+// Eight features that lie side by side.
+template <typename Data>
+__device__ __forceinline__ void load_whole(float (&to)[8], const Data* from) {
+  uint4 raw[sizeof(Data) / 2];
+#pragma unroll
+  for (int i = 0; i < sizeof(Data) / 2; ++i)
+    raw[i] = reinterpret_cast<const uint4*>(from)[i];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) to[i] = (float)reinterpret_cast<const Data*>(raw)[i];
+}
+
+// x as a block multiplies it: its features from `begin` on, normalized where there is a norm, in
+// shared memory. Of codes, kPart features share a scale, and each kSum of them have their sum.
+template <class F, int kThreads, int kPart, int kSum, int kTogether, bool kNorm, typename Data,
+          typename Vector>
+struct Activations {
+  static const bool kFloats = F::kBits == 16;
+  const Norm<Vector> norm;
+  const int begin, features, blocks;  // superblocks that are filled up
+  float values[kTogether][8], weights[kTogether][8];
+
+  // Before the input is there: its norm's weights.
+  __device__ __forceinline__ Activations(const Norm<Vector>& norm, int begin, int features,
+                                         int blocks)
+      : norm(norm), begin(begin), features(features), blocks(blocks) {
+    if (kNorm)
+#pragma unroll
+      for (int r = 0; r < kTogether; ++r)
+        load(weights[r], norm.weight, r * kThreads + threadIdx.x);
+  }
+
+  // The i-th eight of its features; zeros behind the last.
+  template <typename From>
+  __device__ __forceinline__ void load(float (&to)[8], const From* from, int i) const {
+    if (8 * i < features) {
+      load_whole(to, from + begin + 8 * i);
+      return;
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) to[e] = 0.f;
+  }
+
+  __device__ __forceinline__ float squares(const float (&v)[8]) const {
+    float sum = 0.f;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum += v[e] * v[e];
+    return sum;
+  }
+
+  // Leaves x[K] in `to`; `shared` is a float for each warp.
+  __device__ __forceinline__ void arrange(const Data* x, int k, char* to, float* shared) {
+#pragma unroll
+    for (int r = 0; r < kTogether; ++r) load(values[r], x, r * kThreads + threadIdx.x);
+    float scale = 1.f;
+    if (kNorm) {
+      float sum = 0.f;
+#pragma unroll
+      for (int r = 0; r < kTogether; ++r) sum += squares(values[r]);
+      for (int i = threadIdx.x; i < k / 8; i += kThreads) {
+        const int mine = i - begin / 8;
+        if (mine >= 0 && mine < min(features / 8, kTogether * kThreads)) continue;
+        float others[8];
+        load_whole(others, x + 8 * i);
+        sum += squares(others);
+      }
+      scale = rsqrtf(total<kThreads>(sum, shared) / k + norm.eps);
+    }
+    // All threads come here equally often: those that share a part exchange what they found.
+    const int count = blocks * F::kBlock / 8;
+    for (int first = 0; first < count; first += kTogether * kThreads) {
+#pragma unroll
+      for (int r = 0; r < kTogether; ++r) {
+        const int i = first + r * kThreads + threadIdx.x;
+        if (first) {
+          load(values[r], x, i);
+          if (kNorm) {
+            float more[8];
+            load(more, norm.weight, i);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) values[r][e] *= scale * (more[e] + norm.offset);
+          }
+        } else if (kNorm) {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) values[r][e] *= scale * (weights[r][e] + norm.offset);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kTogether; ++r)
+        keep(values[r], to, first + r * kThreads + threadIdx.x, count);
+    }
+    __syncthreads();
+  }
+
+  // The i-th eight features of `count`: as they are, or as bytes in the order of their codes.
+  __device__ __forceinline__ void keep(const float (&v)[8], char* to, int i, int count) const {
+    if (kFloats) {
+      if (i < count)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          reinterpret_cast<float4*>(to)[2 * i + j] =
+              make_float4(v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]);
+      return;
+    }
+    float most = 0.f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) most = fmaxf(most, fabsf(v[j]));
+#pragma unroll
+    for (int other = 1; other < kPart / 8; other *= 2)
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, other));
+    const float inverse = most > 0.f ? 32512.f / most : 0.f;
+    int sum = 0;
+    u32 words[4] = {};  // bytes of four features: two of upper ones, two of lower ones
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int feature = F::kBits == 8 ? j : j / 4 * 2 + j / 2 % 2 + j % 2 * 4;
+      const int value = __float2int_rn(v[feature] * inverse);
+      sum += value;
+      words[j / 4] |= (u32)((value + 128) >> 8 & 255) << j % 4 * 8;
+      words[2 + j / 4] |= (u32)(value & 255) << j % 4 * 8;
+    }
+#pragma unroll
+    for (int other = 1; other < kSum / 8; other *= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    if (i >= count) return;
+    reinterpret_cast<uint4*>(to)[i] = make_uint4(words[0], words[1], words[2], words[3]);
+    if (i % (kSum / 8) == 0)
+      reinterpret_cast<float2*>(to + blocks * F::kBlock * 2)[i / (kSum / 8)] =
+          make_float2(most / 32512.f, (float)sum);
+  }
+};
 
 // What a thread has of `kAhead` superblocks: rows g and g + 8 of its chunk.
 template <class F, int kAhead>
@@ -62,13 +200,6 @@ struct Gemv {
   // Features of x that share a scale: those of a chunk with one scale.
   static const int kPart = F::kChunk / F::kChunkScales;
   static const int kPartWords = 4 / F::kChunkScales;
-  static const int kTogether = 2 * kAhead;  // times eight features that a thread asks for at once
-
-  // Bytes of x in shared memory: floats, or integers and, for each part, a scale and a sum.
-  static __host__ __device__ int arranged_bytes(int blocks) {
-    const int features = blocks * F::kBlock;
-    return kFloats ? features * 4 : features * 2 + features / kPart * 8;
-  }
 
   // Superblock `first` and every kWarps-th after it, of the 16 rows from `row` on.
   static __device__ __forceinline__ void load(Ahead<F, kAhead>& to, const Matrix& w, int row,
@@ -143,10 +274,10 @@ struct Gemv {
             x)[chunk * (F::kChunk / 8) + (F::kBits == 8 ? word / 2 : word)];
         const u32 low = F::kBits == 8 ? words[word] : words[word] & 0x0f0f0f0fu;
         const u32 high = F::kBits == 8 ? words[word + 1] : words[word] >> 4 & 0x0f0f0f0fu;
-        upper = dot_upper<F::kSigned>(low, bytes.x, upper);
-        upper = dot_upper<F::kSigned>(high, bytes.y, upper);
-        lower = dot_lower<F::kSigned>(low, bytes.z, lower);
-        lower = dot_lower<F::kSigned>(high, bytes.w, lower);
+        upper = dot<F::kSigned>(low, bytes.x, upper);
+        upper = dot<F::kSigned>(high, bytes.y, upper);
+        lower = dot<F::kSigned>(low, bytes.z, lower);
+        lower = dot<F::kSigned>(high, bytes.w, lower);
       }
       const float2 whole = parts[chunk * F::kChunkScales + part];  // of x: its scale, its sum
       float value = (float)(upper * 256 + lower);
@@ -157,113 +288,6 @@ struct Gemv {
       sum += value;
     }
     return sum;
-  }
-
-  // The sum of every thread's value.
-  static __device__ __forceinline__ float total(float value, float* shared) {
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = 0.f;
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) value += shared[warp];
-    return value;
-  }
-
-  static __device__ __forceinline__ float4 four(const float* x, int i) {
-    return reinterpret_cast<const float4*>(x)[i];
-  }
-  template <typename Data>
-  static __device__ __forceinline__ float4 four(const Data* x, int i) {
-    return make_float4((float)x[4 * i], (float)x[4 * i + 1], (float)x[4 * i + 2],
-                       (float)x[4 * i + 3]);
-  }
-
-  // What RMSNorm multiplies x[K] with.
-  template <bool kNorm, typename Data, typename Vector>
-  static __device__ __forceinline__ float norm_scale(const Data* x, const Norm<Vector>& norm, int k,
-                                                     float* shared) {
-    if (!kNorm) return 1.f;
-    float squares = 0.f;
-    for (int i = threadIdx.x; i < k / 4; i += kThreads) {
-      const float4 v = four(x, i);
-      squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-    }
-    return rsqrtf(total(squares, shared) / k + norm.eps);
-  }
-
-  // Normalizes x[K] and leaves it as the weights are multiplied with: eight features a thread.
-  template <bool kNorm, typename Data, typename Vector>
-  static __device__ __forceinline__ void arrange(const Data* x, const Norm<Vector>& norm,
-                                                 float scale, char* to, int k, int blocks) {
-    // All threads come here equally often: those that share a part exchange what they found.
-    const int count = blocks * F::kBlock / 8;
-    for (int begin = 0; begin < count; begin += kThreads * kTogether) {
-      float values[kTogether][8];
-#pragma unroll
-      for (int r = 0; r < kTogether; ++r)
-        eight<kNorm>(values[r], x, norm, scale, begin + r * kThreads + threadIdx.x, k);
-#pragma unroll
-      for (int r = 0; r < kTogether; ++r)
-        keep(values[r], to, begin + r * kThreads + threadIdx.x, count, blocks);
-    }
-    __syncthreads();
-  }
-
-  // Features from 8 * i on, normalized; zeros behind the last.
-  template <bool kNorm, typename Data, typename Vector>
-  static __device__ __forceinline__ void eight(float (&values)[8], const Data* x,
-                                               const Norm<Vector>& norm, float scale, int i, int k) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int at = 2 * i + j;
-      float4 v = 4 * at < k ? four(x, at) : make_float4(0.f, 0.f, 0.f, 0.f);
-      if (kNorm && 4 * at < k) {
-        const float4 f = four(norm.weight, at);
-        v.x *= scale * (f.x + norm.offset), v.y *= scale * (f.y + norm.offset);
-        v.z *= scale * (f.z + norm.offset), v.w *= scale * (f.w + norm.offset);
-      }
-      values[4 * j] = v.x, values[4 * j + 1] = v.y;
-      values[4 * j + 2] = v.z, values[4 * j + 3] = v.w;
-    }
-  }
-
-  // The i-th eight features of `count`: as they are, or as bytes in the order of their codes.
-  static __device__ __forceinline__ void keep(const float (&values)[8], char* to, int i, int count,
-                                              int blocks) {
-    if (kFloats) {
-      if (i < count)
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-          reinterpret_cast<float4*>(to)[2 * i + j] = make_float4(
-              values[4 * j], values[4 * j + 1], values[4 * j + 2], values[4 * j + 3]);
-      return;
-    }
-    float most = 0.f;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) most = fmaxf(most, fabsf(values[j]));
-#pragma unroll
-    for (int other = 1; other < kPart / 8; other *= 2)
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, other));
-    const float inverse = most > 0.f ? 32512.f / most : 0.f;
-    int sum = 0;
-    u32 words[4] = {};
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int feature = F::kBits == 8 ? j : j / 4 * 2 + j / 2 % 2 + j % 2 * 4;
-      const int value = __float2int_rn(values[feature] * inverse);
-      sum += value;
-      words[j / 4] |= (u32)(value >> 8 & 255) << j % 4 * 8;
-      words[2 + j / 4] |= (u32)(value & 255) << j % 4 * 8;
-    }
-#pragma unroll
-    for (int other = 1; other < kPart / 8; other *= 2) sum += __shfl_xor_sync(~0u, sum, other);
-    if (i >= count) return;
-    reinterpret_cast<uint4*>(to)[i] = make_uint4(words[0], words[1], words[2], words[3]);
-    if (i % (kPart / 8) == 0)
-      reinterpret_cast<float2*>(to + blocks * F::kBlock * 2)[i / (kPart / 8)] =
-          make_float2(most / 32512.f, (float)sum);
   }
 
   template <bool kNorm, int kGate, typename Data, typename Vector, typename NormVector>
@@ -280,9 +304,10 @@ struct Gemv {
     // Rows of part 1 of a gated activation's tile are those of `up`.
     int tile = first_tile, part = 0, first = warp;
     if (tile < tiles) load(now, w, tile * 16, first);
+    Activations<F, kThreads, kPart, kPart, 2 * kAhead, kNorm, Data, NormVector> activations(
+        norm, 0, w.k, blocks);
     await_inputs();
-    const float scale = norm_scale<kNorm>(x, norm, w.k, sums_of_warps);
-    arrange<kNorm>(x, norm, scale, arranged, w.k, blocks);
+    activations.arrange(x, w.k, arranged, sums_of_warps);
     float sums[2] = {}, gate = 0.f;
     int buffer = 0;
     while (tile < tiles) {

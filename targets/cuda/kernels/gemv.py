@@ -29,7 +29,7 @@ from llmc.targets.gpu.layout import (
 
 TILE = 16
 """Output rows that a block makes at a time."""
-_BARRIER_BYTES = 128
+_BARRIER_BYTES = 256
 GATES = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 
 
@@ -72,9 +72,11 @@ def gemv(
         operation = str(GATES[gate] if gate else 0)
         if isinstance(plan, StreamPlan):
             cluster, blocks = plan.cluster, plan.blocks
-            kind = [cuda_format(fmt), str(plan.chunks), str(plan.stages), operation]
+            numbers = (plan.chunks, plan.stages, cluster)
+            kind = [cuda_format(fmt), *map(str, numbers), operation]
             template = [cuda_format(fmt), *flags, *types, f"llmc::Stream<{', '.join(kind)}>"]
-            name, size = "stream", stream_bytes(fmt, m, k, plan, gate=gate is not None)
+            assert stream_bytes(fmt, m, k, plan, gate=gate is not None) <= STREAM_BYTES
+            name, size = "stream", STREAM_BYTES
             code = source("tensor_cores") + source("gemv") + source("wide") + source("stream")
         else:
             cluster, blocks = 1, min(plan.blocks, ceildiv(outputs, TILE))
@@ -139,21 +141,23 @@ def stream_bytes(fmt: WeightFormat, m: int, k: int, plan: StreamPlan, *, gate: b
         stage += kinds * ceildiv(features, fmt.group) * PANEL * size
         unit = max(unit, fmt.group // chunk_features(fmt))
     tiles = ceildiv(m, PANEL) // (2 if gate else 1)
-    panels = ceildiv(tiles, plan.blocks // plan.cluster) * (2 if gate else 1)
+    tiles = ceildiv(ceildiv(tiles, plan.blocks // plan.cluster), plan.cluster) * plan.cluster
+    panels = tiles * (2 if gate else 1)
     chunks = ceildiv(ceildiv(num_chunks(fmt, k), unit), plan.cluster) * unit
-    x = _arranged_bytes(fmt, chunks * chunk_features(fmt))
+    run = CHUNKS * chunk_features(fmt)
+    if 0 < fmt.group < run:  # scales of 16 features share a run of 32
+        run = fmt.group
+    x = _arranged_bytes(fmt, chunks * chunk_features(fmt), run)
     return _BARRIER_BYTES + 2 * 256 * 4 + plan.stages * stage + panels * PANEL * 4 + x
 
 
 def shared_bytes(fmt: WeightFormat, k: int, plan: GemvPlan) -> int:
     """Shared memory of a block, as gemv.cuh divides it."""
     features = ceildiv(k, CHUNKS * chunk_features(fmt)) * CHUNKS * chunk_features(fmt)
-    return 2 * plan.warps * TILE * 4 + _arranged_bytes(fmt, features)
+    part = 1 if fmt.is_float else chunk_features(fmt) // groups_per_chunk(fmt)
+    return 2 * plan.warps * TILE * 4 + _arranged_bytes(fmt, features, part)
 
 
-def _arranged_bytes(fmt: WeightFormat, features: int) -> int:
+def _arranged_bytes(fmt: WeightFormat, features: int, part: int) -> int:
     """Of x as it is multiplied: floats, or integers and, for each part, a scale and a sum."""
-    if fmt.is_float:
-        return features * 4
-    part = chunk_features(fmt) // groups_per_chunk(fmt)
-    return features * 2 + features // part * 8
+    return features * 4 if fmt.is_float else features * 2 + features // part * 8

@@ -14,10 +14,10 @@ from llmc.targets.cuda.kernels.source import source
 
 needs_gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="apt-get install g++")
 _DOT = """
-  for (int i = 0; i < 4; ++i) {{
+  for (int i = 0; i < 4; ++i) {
     const u32 code = codes >> 8 * i & 255, byte = x >> 8 * i & 255;
-    sum += (kSigned ? (int)(signed char)code : (int)code) * (int)({kind})byte;
-  }}
+    sum += (kSigned ? (int)(signed char)code : (int)code) * (int)(signed char)byte;
+  }
 """
 _MMA = """
   multiply_tile(d, {{a0, a1, a2, a3}}, {{b0, b1}},
@@ -29,13 +29,12 @@ _MMA = """
 def build(names, code, folder):
     """The library of `code` behind the sources of these names."""
     text = "".join(source(name) for name in names)
-    for upper, kind in (("upper", "signed char"), ("lower", "u32")):
-        text = re.sub(
-            rf"(int dot_{upper}\(.*?\{{\n).*?(  return sum;)",
-            lambda m, kind=kind: m[1] + _DOT.format(kind=kind) + m[2],
-            text,
-            flags=re.DOTALL,
-        )
+    text = re.sub(
+        r"(int dot\(.*?\{\n).*?(  return sum;)",
+        lambda m: m[1] + _DOT + m[2],
+        text,
+        flags=re.DOTALL,
+    )
     text = re.sub(
         r"(void mma\([^{]*?(half|__nv_bfloat16)\) \{\n).*?\n\}\n",
         lambda m: m[1] + _MMA.format(kind=m[2]),

@@ -54,7 +54,7 @@ extern "C" void run_{name}(void** p, float scale, int sequences, int blocks, voi
   for (sequence = 0; sequence < sequences; ++sequence) {{
     for (tile = 0; tile < {case.kv_heads * case.heads // case.tile}; ++tile)
       for (part = 0; part < {PARTS}; ++part) shim::run({32 * WARPS}, [] {{
-        llmc::attend{template}(
+        llmc::attend_one{template}(
             given[0], given[1], given[2], given[3], given[4], given[5], given[6], given[7],
             given[8], factor, {case.softcap * LOG2E:f}f,
             {2 * LOG2E / case.softcap if case.softcap else 0.0:f}f, {case.window}, 0,
