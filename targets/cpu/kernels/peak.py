@@ -13,9 +13,11 @@ import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.cpu.kernels import amx
 from llmc.targets.cpu.kernels.panels import argument, i64
 
 CHAINS = 16
+TILE_CHAINS = amx.PANELS * amx.PANELS
 _FUNCTION = "llmc_multiply_add"
 
 
@@ -98,6 +100,70 @@ INSTRUCTIONS = (
     _entry("bf16", "aarch64", "bf16", "bf16", "llvm.aarch64.neon.bfdot.v4f32.v8bf16", lanes=4),
     _entry("f32", "aarch64", "asimd", "neon", "llvm.fma.v4f32", lanes=4),
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileInstruction:
+    """One product of matrix registers: sums `[16, 16]` of 64 bytes of factors each."""
+
+    precision: str  # of the factors, as a PeakInstruction's
+    feature: str
+    name: str
+
+    @property
+    def factors(self) -> int:
+        """Products added to one sum at once."""
+        return {"int8": 64, "bf16": 32}[self.precision]
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of one instruction."""
+        return 2 * amx.TILE_ROWS * amx.TILE_ROWS * self.factors
+
+    @property
+    def sum_dtype(self) -> str:
+        """Of the sums."""
+        return "int32" if self.precision == "int8" else "float32"
+
+
+TILE_INSTRUCTIONS = (
+    TileInstruction(precision="int8", feature="amx_int8", name="tdpbssd"),
+    TileInstruction(precision="bf16", feature="amx_bf16", name="tdpbf16ps"),
+)
+
+
+def tile_peak(instruction: TileInstruction, turns: int, tasks: int) -> tvm.tirx.PrimFunc:
+    """`tasks` parallel loops of `turns` · TILE_CHAINS products of two tiles.
+
+    Buffers: factors `[2, 16, 16]` int32 (any bits), sums `[tasks, TILE_CHAINS, 16, 16]`, which are
+    set.
+    """
+    rows = amx.TILE_ROWS
+    chains = [(g, p) for g in range(amx.PANELS) for p in range(amx.PANELS)]
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("peak")
+            T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+            factors = argument("factors", (2, rows, rows), "int32")
+            sums = argument("sums", (tasks, TILE_CHAINS, rows, rows), instruction.sum_dtype)
+            tiles = (amx.activation_tile, amx.weight_tile)
+            with T.parallel(i64(tasks)) as task:
+                amx.configure(amx.TILE_BYTES)
+                for side, tile in enumerate(tiles):
+                    for i in range(amx.PANELS):
+                        address = T.address_of(factors[i64(side), i64(0), i64(0)])
+                        amx.load(tile(i), address, amx.TILE_BYTES)
+                for g, p in chains:
+                    amx.clear(amx.sum_tile(g, p))
+                with T.serial(i64(turns)):
+                    for g, p in chains:
+                        x, w = amx.activation_tile(g), amx.weight_tile(p)
+                        amx.multiply(instruction.name, amx.sum_tile(g, p), x, w)
+                for i, (g, p) in enumerate(chains):
+                    address = T.address_of(sums[task, i64(i), i64(0), i64(0)])
+                    amx.store(amx.sum_tile(g, p), address, amx.TILE_BYTES)
+                amx.release()
+    return builder.get()
 
 
 def peak(instruction: PeakInstruction, turns: int, tasks: int, triple: str) -> tvm.tirx.PrimFunc:
