@@ -63,7 +63,7 @@ def bfloat16_tiles(product: Product, values: Values, count: Expr, params: TilePa
             depth=depth,
             steps=steps,
             first_group=first,
-            num_groups=T.Bind(T.max(i64(0), T.min(fair, groups - first))),
+            num_groups=T.Bind(T.min(fair, groups - first)),
             num_rows=count,
             first_slot=slot,
             num_panels=T.Bind(T.min(i64(width), i64(weights.panels) - slot)),
@@ -124,7 +124,7 @@ class _Task:
 
     def emit(self) -> None:
         """Multiplies and stores them."""
-        weights = self.product.weights
+        weights, pairs = self.product.weights, amx.PANELS
         amx.configure(2 * self.depth)
         chunk, chunks = self._chunk()
         # What one chunk sums up leaves each block's sums at once, if it is an output by itself.
@@ -134,61 +134,33 @@ class _Task:
         totals = scratch((*blocks, amx.TILE_ROWS, PANEL))
         unpacked = None
         if not weights.fmt.is_float:
-            shape = (2, amx.PANELS, chunk, self.depth // 2, PANEL)
-            unpacked = _Unpacked(self, scratch(shape, "int32"))
-        pairs = T.Bind(T.floordiv(self.num_panels + i64(amx.PANELS - 1), i64(amx.PANELS)))
-
-        def stage(number: Expr, pair: Expr) -> _Stage:
+            unpacked = scratch((self.width, chunk, self.depth // 2, PANEL), "int32")
+        with T.serial(i64(chunks)) as number:
             start = T.Bind(number * i64(chunk))
             steps = T.Bind(T.min(i64(chunk), i64(self.steps) - start))
-            first = T.Bind(pair * i64(amx.PANELS))
-            panels = T.Bind(T.min(i64(amx.PANELS), self.num_panels - first))
-            parity = T.Bind(T.floormod(number * pairs + pair, i64(2)))
-            return _Stage(start=start, steps=steps, first=first, panels=panels, parity=parity)
-
-        if unpacked is not None:
-            first = stage(i64(0), i64(0))
-            with T.serial(first.panels * first.steps) as unit:
-                unpacked.unpack(first, unit)
-        with T.serial(i64(chunks)) as number, T.serial(pairs) as pair:
-            this = stage(number, pair)
-            ends = T.Bind(T.Cast("int64", pair == pairs - i64(1)))
-            following = stage(number + ends, (pair + i64(1)) * (i64(1) - ends))
-            blocks_of_rows = T.floordiv(self.num_groups + i64(1), i64(2))
-            pace = None
             if unpacked is not None:
-                units = following.panels * T.max(following.steps, i64(0))
-                pace = _Pace.of(units, T.Bind(blocks_of_rows * this.steps))
+                with T.serial(self.num_panels) as p, T.serial(steps) as step:
+                    unpack_step(weights, self.panel(p), start + step, unpacked, p, step)
 
-            def block(q: Expr, groups: int, panels: int) -> None:
-                group = T.Bind(q * i64(amx.PANELS))
-                at = (group, this.first) if keep else (i64(0), i64(0))
-                one = _Block(self, unpacked, totals, at, group, groups, this, panels)
-
-                def meanwhile(step: Expr) -> None:
-                    if unpacked is None or pace is None:
-                        return
-                    done, due = pace.at(q * this.steps + step)
-                    with T.serial(due - done) as unit:
-                        unpacked.unpack(following, done + unit)
-
-                one.multiply(number == i64(0), meanwhile)
+            def block(group: Expr, groups: int, panel: Expr, panels: int) -> None:
+                at = (group, panel) if keep else (i64(0), i64(0))
+                one = _Block(self, unpacked, totals, at, group, groups, panel, panels)
+                one.multiply(start, steps, is_first=number == i64(0))
                 if not gated:
                     with T.If(number == i64(chunks - 1)), T.Then():
                         one.finish()
 
-            def column(panels: int) -> None:
-                with T.serial(T.floordiv(self.num_groups, i64(2))) as q:
-                    block(q, 2, panels)
-                with T.If(T.floormod(self.num_groups, i64(2)) > i64(0)), T.Then():
-                    block(T.Bind(T.floordiv(self.num_groups, i64(2))), 1, panels)
+            def column(panel: Expr, panels: int) -> None:
+                with T.serial(T.floordiv(self.num_groups, i64(pairs))) as q:
+                    block(T.Bind(q * i64(pairs)), pairs, panel, panels)
+                with T.If(T.floormod(self.num_groups, i64(pairs)) > i64(0)), T.Then():
+                    block(self.num_groups - i64(1), 1, panel, panels)
 
             # A column's weights stay in the first-level cache while activations pass.
-            with T.If(this.panels == i64(2)):
-                with T.Then():
-                    column(2)
-                with T.Else():
-                    column(1)
+            with T.serial(T.floordiv(self.num_panels, i64(pairs))) as q:
+                column(T.Bind(q * i64(pairs)), pairs)
+            with T.If(T.floormod(self.num_panels, i64(pairs)) > i64(0)), T.Then():
+                column(self.num_panels - i64(1), 1)
         if gated:
             self._gate(totals)
         amx.release()
@@ -218,74 +190,21 @@ class _Task:
         return chunk, ceildiv(self.steps, chunk)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stage:
-    """A chunk of features of two panels (or of a last one), which all rows are multiplied by."""
-
-    start: Expr  # steps
-    steps: Expr
-    first: Expr  # slot
-    panels: Expr
-    parity: Expr  # which of two places its unpacked weights take
-
-
-@dataclass(frozen=True, slots=True)
-class _Unpacked:
-    """Weights of two stages as bfloat16: one is multiplied while the other is unpacked."""
-
-    task: _Task
-    words: Expr  # `[2, panels, chunk, depth / 2, 16]` int32
-
-    def unpack(self, stage: _Stage, unit: Expr) -> None:
-        """Step unit % steps of panel unit // steps of a stage."""
-        panel = T.Bind(T.floordiv(unit, stage.steps))
-        step = T.Bind(unit - panel * stage.steps)
-        at = [stage.parity, panel, step]
-        source = T.Bind(self.task.panel(stage.first + panel))
-        unpack_step(self.task.product.weights, source, stage.start + step, self.words, at)
-
-    def address(self, stage: _Stage, panel: int, step: Expr) -> Expr:
-        """Where a tile of weights lies."""
-        return T.address_of(self.words[stage.parity, i64(panel), step, i64(0), i64(0)])
-
-
-@dataclass(frozen=True, slots=True)
-class _Pace:
-    """Spreads units of work evenly over steps."""
-
-    rate: Expr  # units a step, times 2^16, rounded up
-    units: Expr
-
-    @classmethod
-    def of(cls, units: Expr, steps: Expr) -> _Pace:
-        """All units are done when all steps are."""
-        units = T.Bind(units)
-        return cls(T.Bind(T.floordiv(units * i64(1 << 16) + steps - i64(1), steps)), units)
-
-    def at(self, step: Expr) -> tuple[Expr, Expr]:
-        """Units that are done before and after a step."""
-
-        def until(step: Expr) -> Expr:
-            return T.Bind(T.min(T.shift_right(step * self.rate, i64(16)), self.units))
-
-        return until(step), until(step + i64(1))
-
-
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Two groups of rows × the panels of a stage, or one in place of two."""
+    """Two groups of rows × two panels, or one in place of two."""
 
     task: _Task
-    unpacked: _Unpacked | None
+    unpacked: Expr | None
     totals: Expr  # `[groups, panels, 16, 16]`
     at: tuple[Expr, Expr]  # its own place in totals
-    group: Expr  # the first, counted within the task
+    group: Expr  # the first, counted within the task, as panels are
     groups: int
-    stage: _Stage
+    panel: Expr
     panels: int
 
-    def multiply(self, is_first: Expr, meanwhile: Callable[[Expr], None]) -> None:
-        """Adds the stage to the totals, with `meanwhile(step)` for vectors to do in each step."""
+    def multiply(self, start: Expr, steps: Expr, *, is_first: Expr) -> None:
+        """Adds a chunk to the totals."""
         tiles = [(g, p) for g in range(self.groups) for p in range(self.panels)]
         with T.If(is_first):
             with T.Then():
@@ -294,28 +213,27 @@ class _Block:
             with T.Else():
                 for g, p in tiles:
                     amx.load(amx.sum_tile(g, p), self._total(g, p), amx.TILE_BYTES)
-        with T.serial(self.stage.steps) as step:
+        with T.serial(steps) as step:
             # Loads stand as late as they may: one tile at a time is waited for.
             for g in range(self.groups):
                 row = self.task.first_group + self.group + i64(g)
-                values = self.task.activations[row, self.stage.start + step, i64(0), i64(0)]
+                values = self.task.activations[row, start + step, i64(0), i64(0)]
                 for p in range(self.panels):
                     if g == 0:
-                        at = self._weight(p, step)
+                        at = self._weight(p, start, step)
                         amx.load(amx.weight_tile(p), at, amx.TILE_BYTES)
                     if p == 0:
                         at = T.address_of(values)
                         amx.load_once(amx.activation_tile(g), at, 2 * self.task.depth)
                     sums, x, w = amx.sum_tile(g, p), amx.activation_tile(g), amx.weight_tile(p)
                     amx.multiply("tdpbf16ps", sums, x, w)
-            meanwhile(step)
         for g, p in tiles:
             amx.store(amx.sum_tile(g, p), self._total(g, p), amx.TILE_BYTES)
 
     def finish(self) -> None:
         """Stores the totals where the product goes."""
         task = self.task
-        panels = [task.first_slot + self.stage.first + i64(p) for p in range(self.panels)]
+        panels = [task.first_slot + self.panel + i64(p) for p in range(self.panels)]
         for g in range(self.groups):
             first = T.Bind((task.first_group + self.group + i64(g)) * i64(amx.TILE_ROWS))
             with T.serial(T.min(i64(amx.TILE_ROWS), task.num_rows - first)) as row:
@@ -329,9 +247,9 @@ class _Block:
         group, panel = self.at
         return T.address_of(self.totals[group + i64(g), panel + i64(p), i64(0), i64(0)])
 
-    def _weight(self, p: int, step: Expr) -> Expr:
+    def _weight(self, p: int, start: Expr, step: Expr) -> Expr:
+        panel = self.panel + i64(p)
         if self.unpacked is not None:
-            return self.unpacked.address(self.stage, p, step)
-        word = (self.stage.start + step) * i64(self.task.depth // 2)
-        panel = self.task.panel(self.stage.first + i64(p))
-        return self.task.product.weights.word_address(i64(0), panel, word)
+            return T.address_of(self.unpacked[panel, step, i64(0), i64(0)])
+        word = (start + step) * i64(self.task.depth // 2)
+        return self.task.product.weights.word_address(i64(0), self.task.panel(panel), word)

@@ -19,13 +19,14 @@ _MANTISSA_BITS = 23
 _EXPONENT = 0x4B000000  # of 2^23: below it the mantissa's lowest bit is one
 
 
-def unpack_step(weights: WeightPanels, panel: Expr, step: Expr, into: Expr, at: list[Expr]) -> None:
+def unpack_step(
+    weights: WeightPanels, panel: Expr, step: Expr, into: Expr, slot: Expr, place: Expr
+) -> None:
     """Features 32 · step … of a panel, rounded to bfloat16, as 16 vectors of pairs.
 
-    into: `[…, 16, 16]` int32, of which the vectors at `at`. A code becomes a float where it stands
-    in its word, as part of a mantissa whose value the fused offset takes back; its place leaves
-    enough bits for the offset (2^-9 of a scale at worst, where bfloat16 rounds codes of 8 bits to
-    2^-2).
+    into: `[slots, places, 16, 16]` int32. A code becomes a float where it stands in its word, as
+    part of a mantissa whose value the fused offset takes back; its place leaves enough bits for
+    the offset (2^-9 of a scale at worst, where bfloat16 rounds codes of 8 bits to 2^-2).
     """
     fmt, width = weights.fmt, weights.width
     span = min(fmt.group or STEP, STEP)
@@ -47,7 +48,7 @@ def unpack_step(weights: WeightPanels, panel: Expr, step: Expr, into: Expr, at: 
                     for i in range(2)
                 )
                 row = (first + 2 * pair) // 2
-                T.buffer_store(into, _rounded(low, high), [*at, i64(row), lanes(i64(0))])
+                T.buffer_store(into, _rounded(low, high), [slot, place, i64(row), lanes(i64(0))])
 
 
 def _value(
