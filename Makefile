@@ -23,6 +23,9 @@ BIN = .venv/bin
 DEMO = dist/smollm2-keep-cpu
 INSTALLED = .venv/.installed
 
+# Tests run in two processes, a file in one of them; they take up to 5 GiB each.
+WORKERS = -n 2 --dist loadfile
+
 # A driver that runs on any CPU, the tools that make SPIR-V, and what the plug-in is built with.
 VULKAN_PACKAGES = mesa-vulkan-drivers glslang-tools spirv-tools libvulkan-dev \
   vulkan-validationlayers g++
@@ -33,7 +36,7 @@ demo: $(DEMO).verified
 	$(BIN)/llmc run $(DEMO) -p "$(PROMPT)"
 
 test: $(INSTALLED) vulkan-packages
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 # Tests that lack them are skipped, so failing to install them is no failure.
 vulkan-packages:
@@ -44,7 +47,7 @@ vulkan-packages:
 
 # A later -m replaces the one in pyproject.toml.
 test-all: $(INSTALLED) vulkan-packages
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,11 +6,12 @@
  * ask for more tasks than it has threads and to hand them out as threads come: a slow or interrupted
  * core takes fewer, and a thread that does not come in time is not waited for.
  *
- * One launch at a time. Its life, in the two counters of the pool:
+ * One launch at a time. Every thread has a share of its tasks, the same one in each launch, so that
+ * it finds in its core's cache what it left there; when that is done it helps with the others' shares.
  *
- *     unclaimed     0 -> n        the launching thread, after it wrote the job
- *     unclaimed     k -> k - t    whoever takes t tasks from n - k on
- *     unfinished    n -> 0        every thread subtracts what it did when it finds nothing to take
+ *     shares[t].left   0 -> n        the launching thread, after it wrote the job
+ *                      k -> k - 1    whoever takes the task n - k of the share
+ *     unfinished       n -> 0        every thread subtracts what it did when it finds nothing to take
  *
  * A task that is claimed and not finished keeps the job from being replaced, so the job is read
  * after a claim only. A claim succeeds for the launch of that moment, whichever it is: a thread that
@@ -31,7 +32,6 @@
 
 enum {
   TASKS_PER_THREAD = 8, /* the more, the evener a loop is shared out */
-  CLAIMS_PER_ROUND = 2, /* of each thread, while half the tasks are taken: each moves a cache line */
   WORKER_SPIN_US = 100, /* how long an idle worker looks for work before it sleeps */
   LAUNCH_SPIN_US = 20,  /* how long a launch waits for the last tasks before it yields its core */
   PAUSES_PER_LOOK = 16, /* pauses between two looks at the clock */
@@ -39,8 +39,6 @@ enum {
   STACK_BYTES = 8 << 20, /* the main thread's usual size: kernels keep their tiles on the stack */
   CACHE_LINE = 128,      /* two lines on x86, which fetches them in pairs; one on Apple's cores */
 };
-
-static const int STOP = -1; /* of unclaimed: workers return */
 
 /* tvm/runtime/c_backend_api.h, which needs C++ */
 typedef struct {
@@ -54,18 +52,26 @@ extern __attribute__((weak)) int (*__TVMBackendParallelLaunch)(FTVMParallelLambd
 
 #define EXPORT __attribute__((visibility("default")))
 
+typedef struct {
+  _Alignas(CACHE_LINE) atomic_int left; /* tasks that nobody claimed; not positive: none */
+  int end;                              /* the task after the last */
+} Share;
+
+static Share shares[MAX_THREADS];
+
 static struct {
-  _Alignas(CACHE_LINE) atomic_int unclaimed; /* beside the job, which a claim reads next */
+  _Alignas(CACHE_LINE) atomic_uint launches; /* beside the job, which is read next */
   FTVMParallelLambda lambda;
   void *closure;
   TVMParallelGroupEnv env;
   int num_threads; /* the launching one included; changed while there are no workers */
 
-  _Alignas(CACHE_LINE) atomic_int unfinished;
+  _Alignas(CACHE_LINE) atomic_uint unfinished;
   atomic_int failure; /* what the first task that failed returned */
   TVMFFIObjectHandle error; /* and its error, taken from its thread */
 
   _Alignas(CACHE_LINE) atomic_bool asleep; /* a worker may be waiting for `wake` */
+  atomic_bool stopping;                    /* workers return */
   int num_workers;                         /* that run; guarded by `launching` */
   pthread_t workers[MAX_THREADS];
 } pool = {.num_threads = 1};
@@ -91,12 +97,12 @@ static int64_t now_ns(void) {
   return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
 }
 
-/* Whether `counter` became zero (or something else than zero) within `us` microseconds. */
-static bool spin_until(atomic_int *counter, bool zero, int us) {
+/* Whether `counter` became `value` (or, not `equal`, another) within `us` microseconds. */
+static bool spin_until(atomic_uint *counter, bool equal, unsigned value, int us) {
   int64_t deadline = 0;
   do {
     for (int i = 0; i < PAUSES_PER_LOOK; ++i) {
-      if ((atomic_load_explicit(counter, memory_order_acquire) == 0) == zero) return true;
+      if ((atomic_load_explicit(counter, memory_order_acquire) == value) == equal) return true;
       pause_briefly();
     }
     if (deadline == 0) deadline = now_ns() + us * INT64_C(1000);
@@ -112,25 +118,24 @@ static void keep_failure(int code) {
   }
 }
 
-/* Takes tasks of the present launch until none is left: many at a time at first, one at last. Upwards,
- * as memory is prefetched: kernels stream weights, and downwards they take twice as long. */
-static void run_tasks(void) {
+/* The next task of a share, or -1. Upwards, as memory is prefetched: kernels stream weights, and
+ * downwards they take twice as long. */
+static int claim(Share *share) {
+  if (atomic_load_explicit(&share->left, memory_order_relaxed) <= 0) return -1;
+  int left = atomic_fetch_sub_explicit(&share->left, 1, memory_order_acquire);
+  return left > 0 ? share->end - left : -1;
+}
+
+/* Takes tasks of the present launch until none is left, those of thread `number` first. */
+static void run_tasks(int number) {
   int done = 0;
-  int left = atomic_load_explicit(&pool.unclaimed, memory_order_relaxed);
-  while (left > 0) {
-    int share = left / (CLAIMS_PER_ROUND * pool.num_threads);
-    int taken = share > 0 ? share : 1;
-    if (!atomic_compare_exchange_weak_explicit(&pool.unclaimed, &left, left - taken,
-                                               memory_order_acquire, memory_order_relaxed)) {
-      continue;
-    }
-    int first = pool.env.num_task - left;
-    for (int task = first; task < first + taken; ++task) {
+  for (int i = 0; i < pool.num_threads; ++i) {
+    Share *share = &shares[(number + i) % pool.num_threads];
+    for (int task = claim(share); task >= 0; task = claim(share)) {
       int code = pool.lambda(task, &pool.env, pool.closure);
       if (code != 0) keep_failure(code);
+      ++done;
     }
-    done += taken;
-    left = atomic_load_explicit(&pool.unclaimed, memory_order_relaxed);
   }
   if (done > 0) atomic_fetch_sub_explicit(&pool.unfinished, done, memory_order_release);
 }
@@ -144,23 +149,26 @@ static void *work(void *number) {
   pthread_setname_np(pthread_self(), name);
 #endif
   pthread_setspecific(inside_task, &pool);
-  for (;;) {
-    if (!spin_until(&pool.unclaimed, false, WORKER_SPIN_US)) {
-      /* Either the launching thread sees `asleep`, or this thread sees its tasks: both sides write
+  unsigned seen = 0;
+  while (!atomic_load(&pool.stopping)) {
+    if (!spin_until(&pool.launches, false, seen, WORKER_SPIN_US)) {
+      /* Either the launching thread sees `asleep`, or this thread sees its launch: both sides write
        * first and read then, in one order for all (sequentially consistent). */
       pthread_mutex_lock(&sleeping);
       atomic_store(&pool.asleep, true);
-      if (atomic_load(&pool.unclaimed) == 0) pthread_cond_wait(&wake, &sleeping);
+      if (atomic_load(&pool.launches) == seen) pthread_cond_wait(&wake, &sleeping);
       pthread_mutex_unlock(&sleeping);
       continue; /* spin before the next sleep: launches come in dozens */
     }
-    if (atomic_load_explicit(&pool.unclaimed, memory_order_relaxed) == STOP) return NULL;
-    run_tasks();
+    seen = atomic_load(&pool.launches);
+    run_tasks((int)(intptr_t)number);
   }
+  return NULL;
 }
 
-static void publish(int unclaimed) {
-  atomic_store(&pool.unclaimed, unclaimed);
+/* Tells the workers of a launch, or that they are to return. */
+static void announce(void) {
+  atomic_fetch_add(&pool.launches, 1);
   if (atomic_load(&pool.asleep)) {
     pthread_mutex_lock(&sleeping);
     atomic_store(&pool.asleep, false);
@@ -169,11 +177,25 @@ static void publish(int unclaimed) {
   }
 }
 
+/* Shares `num_tasks` tasks out. */
+static void publish(int num_tasks) {
+  atomic_store_explicit(&pool.unfinished, num_tasks, memory_order_relaxed);
+  int begin = 0;
+  for (int t = 0; t < pool.num_threads; ++t) {
+    int end = (int)((int64_t)num_tasks * (t + 1) / pool.num_threads);
+    shares[t].end = end;
+    atomic_store_explicit(&shares[t].left, end - begin, memory_order_release);
+    begin = end;
+  }
+  announce();
+}
+
 /* In a forked child: its threads are gone, and the locks they held are held for ever. */
 static void forget_workers(void) {
-  atomic_store(&pool.unclaimed, 0);
+  for (int t = 0; t < MAX_THREADS; ++t) atomic_store(&shares[t].left, 0);
   atomic_store(&pool.failure, 0);
   atomic_store(&pool.asleep, false);
+  atomic_store(&pool.stopping, false);
   pool.num_workers = 0;
   launching = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
   sleeping = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
@@ -199,10 +221,11 @@ static void start_workers(void) {
 }
 
 static void stop_workers(void) {
-  publish(STOP);
+  atomic_store(&pool.stopping, true);
+  announce();
   for (int i = 0; i < pool.num_workers; ++i) pthread_join(pool.workers[i], NULL);
   pool.num_workers = 0;
-  atomic_store(&pool.unclaimed, 0);
+  atomic_store(&pool.stopping, false);
 }
 
 /* A forked child starts its own workers. The handler that sees to it has to go with the library,
@@ -270,12 +293,11 @@ EXPORT int llmc_parallel_launch(FTVMParallelLambda lambda, void *closure, int nu
   pool.lambda = lambda;
   pool.closure = closure;
   pool.env = (TVMParallelGroupEnv){.num_task = num_task};
-  atomic_store_explicit(&pool.unfinished, num_task, memory_order_relaxed);
   publish(num_task);
   pthread_setspecific(inside_task, &pool);
-  run_tasks();
+  run_tasks(0);
   pthread_setspecific(inside_task, NULL);
-  while (!spin_until(&pool.unfinished, true, LAUNCH_SPIN_US)) sched_yield();
+  while (!spin_until(&pool.unfinished, true, 0, LAUNCH_SPIN_US)) sched_yield();
   int code = atomic_load_explicit(&pool.failure, memory_order_relaxed);
   if (code != 0) {
     atomic_store_explicit(&pool.failure, 0, memory_order_relaxed);

