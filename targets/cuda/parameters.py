@@ -63,8 +63,7 @@ class WideTokens:
     tokens: int  # of a block, a multiple of 16
     chunks: int  # of a row in a stage
     stages: int  # in shared memory
-    blocks: int = 132  # at once: a cluster shares a tile where there are fewer
-    cluster: int = 4  # most blocks of a cluster
+    blocks: int = 132  # at once
 
     def __post_init__(self) -> None:
         assert self.tokens in (16, 32, 64, 128), self
@@ -151,6 +150,9 @@ class StreamPlan:
         return 288
 
 
+# Clusters of so many blocks, one a multiprocessor, that run at once: an H200 reported 66, 39, 30, 17
+# and 15. One more takes as long as twice as many.
+WIDE_CLUSTERS = {2: 66, 3: 39, 4: 30, 6: 16, 8: 14}
 # As many clusters of so many blocks as an H200 is sure to run at once, one block a multiprocessor.
 CLUSTERS = {1: 132, 2: 66, 4: 32}
 STREAM_BYTES = 113 * 1024
