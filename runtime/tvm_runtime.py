@@ -119,14 +119,6 @@ class _Tensor(ctypes.Structure):
 
 
 _KINDS = {"i": 0, "f": 2}
-_described: dict[int, object] = {}  # what descriptions of living tensors are made of, by address
-
-
-def _forget(address: int) -> None:
-    del _described[address]
-
-
-_FORGET = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_forget)
 
 
 class _Described:
@@ -151,23 +143,29 @@ def tensor_at(address: int, shape: tuple[int, ...], dtype: str, device: Any) -> 
 
     Kernels take no tensor that begins inside another (see `view`), but they take this one.
     """
-    extents = (ctypes.c_int64 * len(shape))(*shape)
     steps = np.cumprod([1, *shape[:0:-1]], dtype=np.int64)[::-1]
-    strides = (ctypes.c_int64 * len(shape))(*steps.tolist())
     kind = np.dtype(dtype)
+    python = ctypes.pythonapi
+    python.PyMem_RawMalloc.restype = ctypes.c_void_p
+    python.PyMem_RawMalloc.argtypes = [ctypes.c_size_t]
+    # One allocation, freed by no code in Python: tensors in cycles live longer than modules do.
+    axes = ctypes.c_int64 * (2 * len(shape))
+    block = python.PyMem_RawMalloc(ctypes.sizeof(_Tensor) + ctypes.sizeof(axes))
+    extents = block + ctypes.sizeof(_Tensor)
+    axes.from_address(extents)[:] = [*shape, *steps.tolist()]
     description = _Tensor(
         address,
         (device.dlpack_device_type(), device.index),
         len(shape),
         (_KINDS[kind.kind], 8 * kind.itemsize, 1, 0),
-        ctypes.addressof(extents),
-        ctypes.addressof(strides),
+        extents,
+        extents + ctypes.sizeof(axes) // 2,
         0,
         None,
-        ctypes.cast(_FORGET, ctypes.c_void_p),
+        ctypes.cast(python.PyMem_RawFree, ctypes.c_void_p),
     )
-    _described[ctypes.addressof(description)] = description, extents, strides
-    return tvm_ffi().from_dlpack(_Described(description))
+    ctypes.memmove(block, ctypes.byref(description), ctypes.sizeof(_Tensor))
+    return tvm_ffi().from_dlpack(_Described(_Tensor.from_address(block)))
 
 
 def copy_into(tensor: Any, array: npt.NDArray[Any]) -> None:  # noqa: ANN401

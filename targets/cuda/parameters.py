@@ -63,8 +63,7 @@ class WideTokens:
     tokens: int  # of a block, a multiple of 16
     chunks: int  # of a row in a stage
     stages: int  # in shared memory
-    blocks: int = 132  # at once: a cluster shares a tile where there are fewer
-    cluster: int = 4  # most blocks of a cluster
+    blocks: int = 132  # at once
 
     def __post_init__(self) -> None:
         assert self.tokens in (16, 32, 64, 128), self
@@ -151,7 +150,11 @@ class StreamPlan:
         return 288
 
 
-# As many clusters of so many blocks as an H200 is sure to run at once, one block a multiprocessor.
+# Clusters of so many blocks, one a multiprocessor, that run at once: an H200 reports 66, 39, 30, 17
+# and 15. One more waits until another has ended.
+WIDE_CLUSTERS = {2: 66, 3: 39, 4: 30, 6: 16, 8: 14}
+# Clusters of so many blocks for products of one token; those of four put two blocks on some of an
+# H200's multiprocessors.
 CLUSTERS = {1: 132, 2: 66, 4: 32}
 STREAM_BYTES = 113 * 1024
 """Shared memory of a block: two fit a multiprocessor, and all ask for as much. What is left of a

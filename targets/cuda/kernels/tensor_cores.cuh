@@ -94,6 +94,14 @@ __device__ __forceinline__ u32 decode_e4m3(u32 pair) {
 #endif
 }
 
+// (word & mask) | bits in one instruction: of two constants the compiler makes two.
+template <u32 kMask, u32 kBits>
+__device__ __forceinline__ u32 select_bits(u32 word) {
+  u32 out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(word), "n"(kMask), "r"(kBits));
+  return out;
+}
+
 // The 8 weights of a slab that a chunk holds, as four pairs. Or-ed into the mantissa of 1024, a code
 // becomes a float16 without a conversion.
 template <class F>
@@ -118,12 +126,14 @@ __device__ __forceinline__ void decode(const uint4& chunk, const Scales<F>& s, i
   } else {
     const __half2 low = __float2half2_rn(1024.f + F::kZero);
     const __half2 high = __float2half2_rn(-64.f - F::kZero), sixteenth = __float2half2_rn(0.0625f);
-    const u32 w = words[slab], w8 = w >> 8;
-    out[0] = weigh<F>(__hsub2(as_half2((w & 0x000f000fu) | 0x64006400u), low), s, slab);
-    out[1] = weigh<F>(__hfma2(as_half2((w & 0x00f000f0u) | 0x64006400u), sixteenth, high), s, slab);
-    out[2] = weigh<F>(__hsub2(as_half2((w8 & 0x000f000fu) | 0x64006400u), low), s, slab);
-    out[3] =
-        weigh<F>(__hfma2(as_half2((w8 & 0x00f000f0u) | 0x64006400u), sixteenth, high), s, slab);
+    const u32 w = words[slab];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const u32 byte = w >> (8 * i), lows = select_bits<0x000f000fu, 0x64006400u>(byte),
+                highs = select_bits<0x00f000f0u, 0x64006400u>(byte);
+      out[2 * i] = weigh<F>(__hsub2(as_half2(lows), low), s, slab);
+      out[2 * i + 1] = weigh<F>(__hfma2(as_half2(highs), sixteenth, high), s, slab);
+    }
   }
 }
 

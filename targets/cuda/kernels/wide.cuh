@@ -105,17 +105,26 @@ __device__ __forceinline__ float read_remote(const float* at, u32 rank) {
   return value;
 }
 
+// Two tiles of eight tokens, and 16 rows times them, by a warp.
+__device__ __forceinline__ void load_tokens(u32 (&to)[4], const char* tokens, int tokens_along) {
+  const int lane = threadIdx.x % 32;
+  load_matrices(to, tokens + lane / 8 % 2 * tokens_along + lane / 16 * 128 + lane % 8 * 16);
+}
+template <typename Float>
+__device__ __forceinline__ void multiply_pair(float (&first)[4], float (&second)[4],
+                                              const u32 (&rows)[4], const u32 (&b)[4], Float kind) {
+  mma(first, rows[0], rows[1], rows[2], rows[3], b[0], b[1], kind);
+  mma(second, rows[0], rows[1], rows[2], rows[3], b[2], b[3], kind);
+}
 // What multiply_held makes, by each warp on its own.
 template <int kTiles, typename Float>
 __device__ __forceinline__ void multiply_alone(float (&sums)[kTiles][4], const u32 (&rows)[4],
                                                const char* tokens, int tokens_along, Float kind) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < kTiles; j += 2) {
     u32 b[4];
-    load_matrices(b, tokens + lane / 8 % 2 * tokens_along + (j + lane / 16) * 128 + lane % 8 * 16);
-    mma(sums[j], rows[0], rows[1], rows[2], rows[3], b[0], b[1], kind);
-    mma(sums[j + 1], rows[0], rows[1], rows[2], rows[3], b[2], b[3], kind);
+    load_tokens(b, tokens + j * 128, tokens_along);
+    multiply_pair(sums[j], sums[j + 1], rows, b, kind);
   }
 }
 // Rows of 16 features in shared memory, or held as mma's fragments, times as many of N tokens. `across`
@@ -307,6 +316,10 @@ struct Wide {
   // Of few tokens, wgmma costs more than mma.sync: it takes a set's weights as long as for many.
   static const bool kAlone = kTokens <= 16;
   static const int kWordSteps = F::kBits == 4 ? 2 : 1;  // of 16 features, in a quad's words
+  // There a scale multiplies sums of kRun chunks, where they share it: fewer than their weights.
+  static const int kRun = 4;
+  static const bool kLate = kAlone && F::kBits == 4 && F::kGroup >= kRun * F::kChunk && !F::kMin;
+  typedef Format<typename F::Float, F::kBits, F::kSigned, F::kZero, typename F::Scale, 0, false> Codes;
 
   // Codes become fragments of a chunk while those of the chunk before are multiplied.
   static __device__ __forceinline__ void multiply_codes(Sums& sums, const char* stage, int group,
@@ -349,6 +362,53 @@ struct Wide {
             multiply_held(sums[i], to[i][step], tokens, kTokens * 16, typename F::Float());
       }
       if (!kAlone) commit_groups();
+    }
+  }
+
+  // The same where scales multiply sums.
+  static __device__ __forceinline__ void multiply_late(Sums& sums, const char* stage, int group) {
+    static_assert(!kLate || kChunks % kRun == 0, "a run ends within its stage");
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const char* scales = stage + kCodeBytes + kTokenBytes;
+#pragma unroll
+    for (int first = 0; first < kChunks; first += kRun) {
+      Sums run = {};
+#pragma unroll
+      for (int c = first; c < first + kRun; ++c) {
+        u32 words[4], rows[kSets][2][4];
+        load_matrices(words, stage + (2 * warp + lane / 8 % 2) * kPanelBytes + c * 512 +
+                                 ((group * kSets + lane / 16) * 8 + lane % 8) * 16);
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+          u32 pairs[4];
+          decode<Codes>(make_uint4(words[part], 0, 0, 0), Scales<Codes>(), 0, pairs);
+#pragma unroll
+          for (int pair = 0; pair < 4; ++pair)
+            rows[part / 2][pair / 2][pair % 2 * 2 + part % 2] = pairs[pair];
+        }
+#pragma unroll
+        for (int step = 0; step < 2; ++step)
+#pragma unroll
+          for (int j = 0; j < kTiles; j += 2) {
+            u32 tokens[4];
+            load_tokens(tokens, stage + kCodeBytes + (c * 4 + 2 * step) * kTokens * 16 + j * 128,
+                        kTokens * 16);
+#pragma unroll
+            for (int i = 0; i < kSets; ++i)
+              multiply_pair(run[i][j], run[i][j + 1], rows[i][step], tokens, typename F::Float());
+          }
+      }
+#pragma unroll
+      for (int i = 0; i < kSets; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {  // two tokens of a row, two of one in the next panel
+          const char* panel = scales + (2 * warp + e / 2) * kScalePanel;
+          const int at = first * F::kChunk / (F::kScaled ? F::kGroup : 1) * 32;
+          const float scale = (float)reinterpret_cast<const typename F::Scale*>(
+              panel)[at + (group * kSets + i) * 8 + lane / 4];
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j) sums[i][j][e] += run[i][j][e] * scale;
+        }
     }
   }
 
@@ -418,6 +478,8 @@ struct Wide {
         if (F::kBits == 16) {
           multiply_floats(sums, stage, group);
           wait_groups<1>();
+        } else if constexpr (kLate) {
+          multiply_late(sums, stage, group);
         } else {
           multiply_codes(sums, stage, group, rows);
         }
@@ -521,11 +583,12 @@ __device__ __forceinline__ void load_eight(float* to, const Data* from, int firs
   }
 }
 
-// x[tokens, K], normalized where there is a norm, into x16: two tokens a block of 256 threads.
+// x[tokens, K], normalized where there is a norm, into x16: two tokens a block of 256 threads, whose
+// features `shares` blocks divide among them.
 template <class F, bool kNorm, int kTokens, typename Data, typename NormVector>
 __device__ __forceinline__ void arrange_wide(const void* from, const void* norms, void* x16, int k,
                                              int tokens, int features, float eps, float offset,
-                                             int block) {
+                                             int block, int share, int shares) {
   const int kShare = 128, kEights = F::kBits == 16 ? 1 : F::kChunk / 8;
   __shared__ float parts[8];
   await_inputs();
@@ -556,7 +619,8 @@ __device__ __forceinline__ void arrange_wide(const void* from, const void* norms
   const Data* x = static_cast<const Data*>(from) + (size_t)token * k;
   uint4* to = static_cast<uint4*>(x16) + (size_t)(token / kTokens) * (features / 8) * kTokens +
               token % kTokens;
-  for (int first = threadIdx.x / 2 * kEights; first < features / 8; first += kShare * kEights) {
+  for (int first = (share * kShare + threadIdx.x / 2) * kEights; first < features / 8;
+       first += shares * kShare * kEights) {
     float values[kEights * 8];
 #pragma unroll
     for (int q = 0; q < kEights; ++q) {

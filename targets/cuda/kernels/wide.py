@@ -17,7 +17,7 @@ from llmc.formats import WeightFormat
 from llmc.targets.cuda.kernels.gemv import GATES
 from llmc.targets.cuda.kernels.source import NAMES, source
 from llmc.targets.cuda.kernels.tensor_cores import cuda_format, start
-from llmc.targets.cuda.parameters import TensorCorePlan, WideTokens
+from llmc.targets.cuda.parameters import WIDE_CLUSTERS, TensorCorePlan, WideTokens
 from llmc.targets.gpu.kernels.block import (
     argument,
     i64,
@@ -33,6 +33,7 @@ from llmc.targets.gpu.layout import PANEL, ceildiv, chunk_features, num_chunks, 
 Expr = Any
 
 _ARRANGED = 2  # tokens of a block that orders them
+_FEW = 64  # tokens that would leave most of the device without such blocks
 _BARRIER_BYTES = 128
 
 
@@ -89,18 +90,22 @@ def linear_wide(
             features = _features(fmt, k, step)
             tiles = quotient_up(tokens, step.tokens)
             name = f"{cuda_format(fmt)}, {str(norm is not None).lower()}, {step.tokens}"
-            with launch((tiles * i64(step.tokens // _ARRANGED),), (128 * _ARRANGED,)) as (block, _):
+            pairs = tiles * i64(step.tokens // _ARRANGED)
+            few = limit is not None and limit <= _FEW and norm is None
+            shares = ceildiv(features, 128 * chunk_features(fmt)) if few else 1
+            with launch((pairs, i64(shares)), (128 * _ARRANGED,)) as (block, share, _):
                 T.evaluate(
                     cuda_func_call(
                         f"llmc::arrange_wide<{name}, {NAMES[dtype]}, {NAMES[norm_dtype]}>",
                         *(start(b) for b in (x, x if norms is None else norms, arranged)),
                         *(_int(n) for n in (k, tokens, features)),
                         *(T.float32(number) for number in norm or (0.0, 0.0)),
-                        _int(block),
+                        *(_int(n) for n in (block, share, shares)),
                         source_code=_source(),
                     )
                 )
-            cluster = cluster_of(step, m, limit)
+            stages = ceildiv(weights.chunks, step.chunks)
+            cluster = cluster_of(step, m, stages, limit)
             all_tiles = tiles * i64(ceildiv(m, step.rows))
             blocks = all_tiles * i64(cluster) if cluster > 1 else T.min(all_tiles, i64(step.blocks))
             numbers = (step.tokens, step.chunks, step.stages, GATES[gate] if gate else 0)
@@ -135,15 +140,13 @@ def linear_wide(
     return built.func
 
 
-def cluster_of(step: WideTokens, m: int, limit: int | None) -> int:
-    """Blocks that share a tile of at most `limit` tokens: as many as the device has left."""
+def cluster_of(step: WideTokens, m: int, stages: int, limit: int | None) -> int:
+    """Blocks that share a tile of at most `limit` tokens, of as many stages: all begin at once."""
     if limit is None:
         return 1
     tiles = ceildiv(m, step.rows) * ceildiv(limit, step.tokens)
-    size = step.cluster
-    while size > 1 and tiles * size > step.blocks:
-        size //= 2
-    return size
+    sizes = (n for n, most in WIDE_CLUSTERS.items() if tiles <= most and n <= stages)
+    return max(sizes, default=1)
 
 
 def shared_bytes(fmt: WeightFormat, step: WideTokens) -> int:

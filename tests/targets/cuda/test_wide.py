@@ -54,8 +54,13 @@ def rounded(fmt, values):
     return values.astype(np.float16).astype(np.float64)
 
 
+def scales_sums(fmt, tokens):
+    """Whether weights are not rounded, because their scales multiply sums of so few tokens."""
+    return fmt.bits == 4 and fmt.group >= 128 and not fmt.has_min and tokens <= 16
+
+
 @needs_nvcc
-@pytest.mark.parametrize("name", ["bf16", "q4_1"])
+@pytest.mark.parametrize("name", ["bf16", "q4_1", "w4-g128"])
 def test_products_take_wgmma_bulk_copies_and_no_local_memory(name, tmp_path):
     functions = {"w": product(FORMATS[name], 4096, 4096, norm=(1e-5, 0.0), gate="silu")}
     listing = sass_by_kernel(machine_code(functions, "sm_90"), tmp_path)
@@ -68,6 +73,8 @@ def test_products_take_wgmma_bulk_copies_and_no_local_memory(name, tmp_path):
     for text in products:
         assert "HGMMA" in text or "HMMA.16816" in text
         assert "SYNCS.PHASECHK" in text  # copies are awaited by barriers in shared memory
+        # A code is masked and made a float16 by one instruction, of which there are few a cycle.
+        assert not re.search(r"LOP3\.LUT R\d+, R\d+, 0x64006400, RZ", text)
     assert all(not re.search(r"\b(STL|LDL)\b", text) for text in listing.values())
 
 
@@ -79,10 +86,12 @@ def test_stages_fit_the_shared_memory():
 
 def test_blocks_share_a_tile_until_the_device_is_full():
     step = WideTokens(tokens=16, chunks=8, stages=4)
-    assert wide.cluster_of(step, 4096, 16) == 4
-    assert wide.cluster_of(step, 4096, 64) == 2
-    assert wide.cluster_of(step, 28672, 16) == 1
-    assert wide.cluster_of(step, 4096, None) == 1
+    assert wide.cluster_of(step, 2048, 16, 16) == 8
+    assert wide.cluster_of(step, 4096, 16, 16) == 6
+    assert wide.cluster_of(step, 4096, 5, 16) == 4  # none without a stage
+    assert wide.cluster_of(step, 4096, 16, 64) == 2
+    assert wide.cluster_of(step, 28672, 16, 16) == 1
+    assert wide.cluster_of(step, 4096, 16, None) == 1
 
 
 @pytest.mark.parametrize("wrong", [{"tokens": 24}, {"chunks": 6}, {"stages": 9}])
@@ -141,7 +150,7 @@ def test_products_and_what_is_around_them_match_float64(kernels, fmt, tokens, ga
     norm, bias = rng.standard_normal(k), rng.standard_normal(M)
     residual = rng.standard_normal((1, tokens, M))
     weights = layout.pack(fmt, [matrix])
-    if fmt.group:  # scales of whole rows multiply the sums
+    if fmt.group and not scales_sums(fmt, tokens):
         exact = rounded(fmt, exact)
     if gate:
         normed = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * (norm + 1)
