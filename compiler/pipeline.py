@@ -13,6 +13,7 @@ from llmc.compiler import weight_plan
 from llmc.compiler.passes.canonicalize import canonicalize
 from llmc.compiler.passes.check_packing import check_packing
 from llmc.compiler.passes.dispatch import RULE, dispatch
+from llmc.compiler.passes.drop_state_checks import drop_state_checks
 from llmc.compiler.passes.fuse_around import fuse_around
 from llmc.compiler.passes.fuse_epilogue import fuse_epilogue
 from llmc.compiler.passes.fuse_gated_activation import fuse_gated_activation
@@ -25,7 +26,9 @@ from llmc.compiler.passes.lower_attention import Page, lower_attention
 from llmc.compiler.passes.quantize import Chooser, quantize
 from llmc.compiler.passes.quantize_activations import quantize_activations, round_activations
 from llmc.compiler.passes.rewrite_gqa import rewrite_gqa
+from llmc.compiler.passes.share_tensors import share_tensors
 from llmc.compiler.passes.specialize import specialize
+from llmc.compiler.passes.view_result import view_result
 from llmc.compiler.rewriter import count_uses, relax_functions, with_params
 from llmc.models.trace import Trace
 from llmc.targets.base import Target
@@ -123,7 +126,7 @@ def graph_phases(
         ),
         ("specialize", [split, lambda mod: fuse_around(mod, target.fuses)]),
         ("dispatch", [lambda mod: dispatch(mod, target)]),
-        ("fuse-rest", [_fuse_rest, lambda mod: _schedule(mod, target)]),
+        ("fuse-rest", [view_result, _fuse_rest, lambda mod: _schedule(mod, target)]),
     ]
     return [(name, _chain(passes)) for name, passes in phases]
 
@@ -198,7 +201,7 @@ def lower_to_vm(mod: tvm.IRModule) -> tvm.IRModule:
             relax.transform.StaticPlanBlockMemory(),
         ]
     )
-    return passes(mod)
+    return share_tensors(passes(mod))
 
 
 def lower_memory(mod: tvm.IRModule) -> tvm.IRModule:
@@ -213,7 +216,7 @@ def lower_memory(mod: tvm.IRModule) -> tvm.IRModule:
             relax.transform.AttachGlobalSymbol(),
         ]
     )
-    return passes(mod)
+    return drop_state_checks(passes(mod))
 
 
 def planned_bytes(func: relax.Function) -> int:

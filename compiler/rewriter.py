@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import tvm
@@ -102,6 +102,14 @@ def relax_functions(mod: tvm.IRModule) -> Iterator[tuple[tvm.ir.GlobalVar, relax
 def with_params(func: relax.Function, params: list[relax.Var]) -> relax.Function:
     """`func` with other parameters; its body is left alone."""
     return relax.Function(params, func.body, func.ret_ty, func.is_pure, func.attrs)
+
+
+def with_bindings(
+    func: relax.Function, kept: Sequence[relax.Binding], result: Expr | None = None
+) -> relax.Function:
+    """`func` with other bindings in one block, and another result where one is given."""
+    body = relax.SeqExpr([relax.BindingBlock(kept)], func.body.body if result is None else result)
+    return relax.Function(func.params, body, func.ret_ty, func.is_pure, func.attrs)
 
 
 def bindings(func: relax.Function) -> Iterator[relax.VarBinding]:

@@ -135,8 +135,8 @@ class BlockManager:
         """Slots `[G, T]` int32 of tokens at `positions` `[T]` of the sequences in `rows` `[T]`."""
         slots = np.empty((len(self.groups), len(positions)), np.int32)
         for g, group in enumerate(self.groups):
-            pages = self._tables[g, rows, positions // group.page_size]
-            slots[g] = pages * group.page_size + positions % group.page_size
+            columns, places = np.divmod(positions, group.page_size)
+            slots[g] = self._tables[g, rows, columns] * group.page_size + places
         return slots
 
     def check_invariants(self, lengths: dict[int, int]) -> None:

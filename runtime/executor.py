@@ -15,7 +15,7 @@ import numpy.typing as npt
 from llmc.artifact import Manifest
 from llmc.errors import ArtifactError, LlmcError
 from llmc.runtime import tvm_runtime
-from llmc.runtime.device_inputs import DeviceInputs
+from llmc.runtime.device_inputs import DeviceInputs, HostInputs
 from llmc.runtime.devices import Place
 from llmc.runtime.devices.cpu import num_threads
 from llmc.runtime.devices.device import Device
@@ -106,7 +106,11 @@ class Executor:
             for c in manifest.caches
         ]
         self._graphs = place.device.graphs(place.index)
-        self._inputs = DeviceInputs(self._device) if self._graphs is None else None
+        self._inputs: HostInputs | DeviceInputs | None = None
+        if place.device.is_host:
+            self._inputs = HostInputs()
+        elif self._graphs is None:
+            self._inputs = DeviceInputs(self._device)
         can_begin = self.chooses and self._graphs is not None
         self.begin: BeginStep | None = self._begin_ahead if can_begin else None
         self._last: _Begun | None = None
@@ -219,9 +223,7 @@ class Executor:
         return result
 
     def _copied(self, arrays: list[Int32 | Float32]) -> list[Any]:
-        """The arrays as tensors of the device, in place on the host."""
-        if self._place.device.is_host:
-            return [tvm_runtime.from_numpy(array) for array in arrays]
+        """The arrays as tensors of the device."""
         if self._graphs is not None:
             return self._graphs.transfers.to_device(arrays)
         assert self._inputs is not None

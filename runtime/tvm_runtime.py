@@ -84,7 +84,7 @@ def empty(shape: tuple[int, ...], dtype: str, device: Any) -> Any:  # noqa: ANN4
 def from_numpy(array: npt.NDArray[Any]) -> Any:  # noqa: ANN401
     """A CPU tensor over the array's memory, or over a copy where that is not aligned."""
     if array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous:
-        array = _aligned_copy(array)
+        array = aligned_copy(array)
     return tvm_ffi().from_dlpack(array)
 
 
@@ -215,7 +215,8 @@ def wait_for(device: Any) -> None:  # noqa: ANN401
     tvm_ffi().get_global_func("runtime.Device_StreamSync")(device, 0)
 
 
-def _aligned_copy(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def aligned_copy(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A copy that `from_numpy` takes as it is."""
     raw = np.empty(array.nbytes + ALIGNMENT, np.uint8)
     begin = -raw.ctypes.data % ALIGNMENT
     copy = raw[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)

@@ -32,7 +32,7 @@
 
 enum {
   TASKS_PER_THREAD = 8, /* the more, the evener a loop is shared out */
-  WORKER_SPIN_US = 100, /* how long an idle worker looks for work before it sleeps */
+  WORKER_SPIN_US = 1000, /* how long an idle worker looks for work before it sleeps */
   LAUNCH_SPIN_US = 20,  /* how long a launch waits for the last tasks before it yields its core */
   PAUSES_PER_LOOK = 16, /* pauses between two looks at the clock */
   MAX_THREADS = 1024,
