@@ -7,11 +7,13 @@
  * core takes fewer, and a thread that does not come in time is not waited for.
  *
  * One launch at a time. Every thread has a share of its tasks, the same one in each launch, so that
- * it finds in its core's cache what it left there; when that is done it helps with the others' shares.
+ * it finds in its core's cache what it left there; when that is done it helps with the others' shares,
+ * from their ends, which their threads come to last.
  *
- *     shares[t].left   0 -> n        the launching thread, after it wrote the job
- *                      k -> k - 1    whoever takes the task n - k of the share
- *     unfinished       n -> 0        every thread subtracts what it did when it finds nothing to take
+ *     shares[t]        none -> a … b    the launching thread, after it wrote the job
+ *                      -> a + 1 … b     its thread, which takes the task a
+ *                      -> a … b - 1     another, which takes the task b - 1
+ *     unfinished       n -> 0           every thread subtracts what it did when it finds no more
  *
  * A task that is claimed and not finished keeps the job from being replaced, so the job is read
  * after a claim only. A claim succeeds for the launch of that moment, whichever it is: a thread that
@@ -53,8 +55,7 @@ extern __attribute__((weak)) int (*__TVMBackendParallelLaunch)(FTVMParallelLambd
 #define EXPORT __attribute__((visibility("default")))
 
 typedef struct {
-  _Alignas(CACHE_LINE) atomic_int left; /* tasks that nobody claimed; not positive: none */
-  int end;                              /* the task after the last */
+  _Alignas(CACHE_LINE) atomic_ullong open; /* the task after the last << 32 | the first unclaimed */
 } Share;
 
 static Share shares[MAX_THREADS];
@@ -118,12 +119,19 @@ static void keep_failure(int code) {
   }
 }
 
-/* The next task of a share, or -1. Upwards, as memory is prefetched: kernels stream weights, and
- * downwards they take twice as long. */
-static int claim(Share *share) {
-  if (atomic_load_explicit(&share->left, memory_order_relaxed) <= 0) return -1;
-  int left = atomic_fetch_sub_explicit(&share->left, 1, memory_order_acquire);
-  return left > 0 ? share->end - left : -1;
+/* A task of a share, or -1: the next, upwards, as memory is prefetched (kernels stream weights, and
+ * downwards they take twice as long), or the last. */
+static int claim(Share *share, bool last) {
+  unsigned long long open = atomic_load_explicit(&share->open, memory_order_relaxed);
+  for (;;) {
+    unsigned first = (unsigned)open, end = (unsigned)(open >> 32);
+    if (first >= end) return -1;
+    unsigned long long rest = last ? open - (1ull << 32) : open + 1;
+    if (atomic_compare_exchange_weak_explicit(&share->open, &open, rest, memory_order_acquire,
+                                              memory_order_relaxed)) {
+      return (int)(last ? end - 1 : first);
+    }
+  }
 }
 
 /* Takes tasks of the present launch until none is left, those of thread `number` first. */
@@ -131,7 +139,7 @@ static void run_tasks(int number) {
   int done = 0;
   for (int i = 0; i < pool.num_threads; ++i) {
     Share *share = &shares[(number + i) % pool.num_threads];
-    for (int task = claim(share); task >= 0; task = claim(share)) {
+    for (int task = claim(share, i > 0); task >= 0; task = claim(share, i > 0)) {
       int code = pool.lambda(task, &pool.env, pool.closure);
       if (code != 0) keep_failure(code);
       ++done;
@@ -180,11 +188,10 @@ static void announce(void) {
 /* Shares `num_tasks` tasks out. */
 static void publish(int num_tasks) {
   atomic_store_explicit(&pool.unfinished, num_tasks, memory_order_relaxed);
-  int begin = 0;
+  unsigned long long begin = 0;
   for (int t = 0; t < pool.num_threads; ++t) {
-    int end = (int)((int64_t)num_tasks * (t + 1) / pool.num_threads);
-    shares[t].end = end;
-    atomic_store_explicit(&shares[t].left, end - begin, memory_order_release);
+    unsigned long long end = (unsigned long long)num_tasks * (t + 1) / pool.num_threads;
+    atomic_store_explicit(&shares[t].open, end << 32 | begin, memory_order_release);
     begin = end;
   }
   announce();
@@ -192,7 +199,7 @@ static void publish(int num_tasks) {
 
 /* In a forked child: its threads are gone, and the locks they held are held for ever. */
 static void forget_workers(void) {
-  for (int t = 0; t < MAX_THREADS; ++t) atomic_store(&shares[t].left, 0);
+  for (int t = 0; t < MAX_THREADS; ++t) atomic_store(&shares[t].open, 0);
   atomic_store(&pool.failure, 0);
   atomic_store(&pool.asleep, false);
   atomic_store(&pool.stopping, false);
