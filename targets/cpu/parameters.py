@@ -68,7 +68,6 @@ class TileParameters:
 
     crossover: int  # products of more tokens than this use them
     rows: int = 256  # of a task, at most: weights are unpacked once for all of them
-    gated_rows: int = 512  # the same where outputs are gated, which leaves little to store
     panels: int = 16  # of a task, at most: activations are read once for all of them
     min_columns: int = 8  # tasks that a matrix' rows are shared out to, at least
     steps: int = 18  # of 32 features, that are multiplied before sums go to memory

@@ -48,8 +48,7 @@ def bfloat16_tiles(product: Product, values: Values, count: Expr, params: TilePa
 
     width = _panels_of_a_task(product, params)
     columns = ceildiv(weights.panels, width)
-    rows = params.rows if product.gated is None else params.gated_rows
-    size = rows // amx.TILE_ROWS
+    size = params.rows // amx.TILE_ROWS
     row_blocks = T.Bind(T.floordiv(groups + i64(size - 1), i64(size)))
     # Blocks of equal size, of whole pairs.
     pairs = T.floordiv(groups + i64(1), i64(2))

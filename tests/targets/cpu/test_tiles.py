@@ -32,7 +32,7 @@ from llmc.targets.cpu.parameters import PARAMETERS, CodeTileParameters, TilePara
 from llmc.targets.cpu.target import CpuTarget
 
 # Row blocks of 32 rows, columns of four panels and four chunks of features: several of each.
-TILES = TileParameters(crossover=8, rows=32, gated_rows=32, panels=4, min_columns=1, steps=7)
+TILES = TileParameters(crossover=8, rows=32, panels=4, min_columns=1, steps=7)
 VECTORS = Tiling(panels=1, token_tiles=(1,))  # which are tested elsewhere, and quickly compiled
 INTEGER = replace(PARAMETERS["amx"].integer, tiles=TILES, code_tiles=None, tiling=VECTORS)
 # Three chunks or more, tasks of two panels and of one; every number of rows.
