@@ -222,19 +222,23 @@ class Manifest:
             )
         return cls.from_json(read_text(path))
 
-    def check_files(self, directory: Path) -> None:
-        """Checks every file's SHA-256; raises ArtifactError naming the first that differs."""
-        for name in self.files:
-            self.check_file(directory, name)
-
     def check_file(self, directory: Path, name: str) -> None:
         """Checks the SHA-256 of one of `files`; raises ArtifactError where it differs."""
+        path = self.path_of(directory, name)
+        self.check_digest(path, name, sha256_of(path))
+
+    def path_of(self, directory: Path, name: str) -> Path:
+        """Where one of `files` is; raises ArtifactError where it is not, or is outside."""
         path = directory / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ArtifactError(f"{MANIFEST_FILE}: file name {name!r} leaves the artifact")
         if not path.is_file():
             raise ArtifactError(f"{path}: missing", hint="copy the whole artifact folder again")
-        actual, expected = sha256_of(path), self.files[name]
+        return path
+
+    def check_digest(self, path: Path, name: str, actual: str) -> None:
+        """Raises ArtifactError where `actual` is not the SHA-256 of one of `files`."""
+        expected = self.files[name]
         if actual != expected:
             raise ArtifactError(
                 f"{path}: SHA-256 is {actual[:16]}…, the manifest says {expected[:16]}…",

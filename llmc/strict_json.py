@@ -6,6 +6,7 @@ import dataclasses
 import json
 import types
 import typing
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,21 +82,27 @@ def decode(expected: Any, value: Any, *, file: str, where: str = "") -> Any:  # 
 def _decode_dataclass(expected: Any, value: object, *, file: str, where: str) -> Any:  # noqa: ANN401
     if not isinstance(value, dict):
         raise _wrong(file, where, "an object", value)
-    hints = typing.get_type_hints(expected)
-    required = {
-        f.name
-        for f in dataclasses.fields(expected)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    for name in sorted(set(value) - set(hints)):
+    hints, required = _fields(expected)
+    for name in sorted(value.keys() - hints.keys()):
         raise ArtifactError(f"{file}: unknown field {_join(where, name)!r}")
-    for name in sorted(required - set(value)):
+    for name in sorted(required - value.keys()):
         raise ArtifactError(f"{file}: missing field {_join(where, name)!r}")
     fields = {
         name: decode(hints[name], item, file=file, where=_join(where, name))
         for name, item in value.items()
     }
     return expected(**fields)
+
+
+@cache
+def _fields(expected: Any) -> tuple[dict[str, Any], frozenset[str]]:  # noqa: ANN401
+    """Types of a dataclass's fields, and the names of those without a default."""
+    required = frozenset(
+        f.name
+        for f in dataclasses.fields(expected)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    )
+    return typing.get_type_hints(expected), required
 
 
 def _refuse_constant(name: str) -> NoReturn:

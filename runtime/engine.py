@@ -15,7 +15,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from llmc.artifact import Manifest
 from llmc.errors import CapacityError, RequestError, UsageError
 from llmc.runtime.batch import build_batch
 from llmc.runtime.block_manager import BlockManager
-from llmc.runtime.chat_template import ChatTemplate
 from llmc.runtime.generation import Generation
 from llmc.runtime.load import Limits, load_model
 from llmc.runtime.outputs import ChoiceOutput, Delta, EngineStats, RequestOutput
@@ -33,7 +32,10 @@ from llmc.runtime.scheduler import Chunk, Scheduler
 from llmc.runtime.scoring import score_text
 from llmc.runtime.sequence import Sequence
 from llmc.runtime.step import Draws, Float32, Int32, StepExecutor, StepOutput
-from llmc.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llmc.runtime.chat_template import ChatTemplate
+    from llmc.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from llmc.runtime.devices import Place
 from llmc.runtime.devices.cpu import num_threads
 from llmc.runtime.devices.device import Device
 from llmc.runtime.step import BeginStep, Draws, Float32, Int32, StepInputs, StepOutput
-from llmc.runtime.weights import load_weights, random_tensors
+from llmc.runtime.weights import MakeTensor
 
 _NUM_INPUTS = 8  # tensors that every step begins with
 _BLOCKS = 32  # what recorded steps have block tables in multiples of
@@ -32,15 +32,16 @@ def load_executor(
     *,
     num_pages: list[int],
     place: Place,
-    random_weights: bool = False,
+    weights: Callable[[MakeTensor], list[Any]],
 ) -> Executor:
     """Loads the artifact's variant for `place` with pools of `num_pages` pages a group.
 
+    `weights` gives the weights in argument order, each made by the function that it is given.
     Raises ArtifactError where the library does not load, and CapacityError where the device has
     less memory than it said.
     """
     with _explained(place.device):
-        return Executor(directory, manifest, num_pages, place, random_weights)
+        return Executor(directory, manifest, num_pages, place, weights)
 
 
 @contextmanager
@@ -86,7 +87,7 @@ class Executor:
         manifest: Manifest,
         num_pages: list[int],
         place: Place,
-        random_weights: bool,
+        weights: Callable[[MakeTensor], list[Any]],
     ) -> None:
         ffi = tvm_runtime.tvm_ffi()
         library = place.variant.library
@@ -118,11 +119,7 @@ class Executor:
         self._vm = vm
         self._shape = ffi.Shape
         self.caches = caches
-        self.weights = (
-            random_tensors(manifest, self._tensor)
-            if random_weights
-            else load_weights(directory, manifest, self._tensor, resident=place.device.is_host)
-        )
+        self.weights = weights(self._tensor)
         self._state = [*caches, *self.weights]
 
     def _tensor(self, array: npt.NDArray[Any]) -> Any:  # noqa: ANN401 - a tensor of TVM's

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmc.artifact import (
     CHAT_TEMPLATE_FILE,
@@ -13,13 +16,16 @@ from llmc.artifact import (
     Manifest,
 )
 from llmc.errors import ArtifactError, UsageError
-from llmc.runtime.chat_template import ChatTemplate
-from llmc.runtime.devices import choose_place
+from llmc.runtime.devices import Place, choose_place
 from llmc.runtime.generation_config import load_sampling_defaults
 from llmc.runtime.memory import plan_num_pages
 from llmc.runtime.step import StepExecutor
-from llmc.runtime.tokenizer import Tokenizer
+from llmc.runtime.weights import MakeTensor, WeightFiles, random_tensors
 from llmc.strict_json import read_text
+
+if TYPE_CHECKING:
+    from llmc.runtime.chat_template import ChatTemplate
+    from llmc.runtime.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +77,8 @@ def load_model(
     is damaged, CapacityError where it does not fit into memory.
     """
     manifest = Manifest.load(directory)
-    # Compiled artifacts are code: nothing of them is used before the hashes are right.
+    # Compiled artifacts are code: nothing of them is used before the hashes are right. Weights, by
+    # far the largest, are read and hashed while the rest is loaded.
     weight_files = {weight.file for weight in manifest.weights}
     if not random_weights and not weight_files <= manifest.files.keys():
         raise ArtifactError(
@@ -79,7 +86,7 @@ def load_model(
             hint="leave out --no-weights; llmc bench --random-weights measures it as it is",
         )
     for name in manifest.files:
-        if not (random_weights and name in weight_files):
+        if name not in weight_files:
             manifest.check_file(directory, name)
     limits = Limits.of(manifest, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
     place = choose_place(manifest, device)
@@ -90,8 +97,29 @@ def load_model(
         max_batch_tokens=limits.max_batch_tokens,
         available_bytes=place.device.available_bytes(place.index),
     )
+    with ExitStack() as stack:
+        weights: Callable[[MakeTensor], list[Any]] = partial(random_tensors, manifest)
+        if not random_weights:
+            files = WeightFiles(directory, manifest, resident=place.device.is_host)
+            weights = stack.enter_context(files).tensors
+        return _load_parts(directory, manifest, num_pages=num_pages, place=place, weights=weights)
+
+
+def _load_parts(
+    directory: Path,
+    manifest: Manifest,
+    *,
+    num_pages: list[int],
+    place: Place,
+    weights: Callable[[MakeTensor], list[Any]],
+) -> LoadedModel:
+    # What takes long to import is imported here, while other threads read the weights.
+    from llmc.runtime.executor import load_executor
+
     tokenizer = None
     if TOKENIZER_FILE in manifest.files:
+        from llmc.runtime.tokenizer import Tokenizer
+
         tokenizer = Tokenizer.from_file(directory / TOKENIZER_FILE)
     chat_template = None
     if CHAT_TEMPLATE_FILE in manifest.files:
@@ -99,12 +127,7 @@ def load_model(
     sampling_defaults = {}
     if GENERATION_CONFIG_FILE in manifest.files:
         sampling_defaults = load_sampling_defaults(directory / GENERATION_CONFIG_FILE)
-    # TVM is imported here and not with this module: the engine's other parts do without it.
-    from llmc.runtime.executor import load_executor
-
-    executor = load_executor(
-        directory, manifest, num_pages=num_pages, place=place, random_weights=random_weights
-    )
+    executor = load_executor(directory, manifest, num_pages=num_pages, place=place, weights=weights)
     return LoadedModel(
         manifest=manifest,
         executor=executor,
@@ -116,6 +139,8 @@ def load_model(
 
 
 def _load_template(path: Path, manifest: Manifest, tokenizer: Tokenizer | None) -> ChatTemplate:
+    from llmc.runtime.chat_template import ChatTemplate
+
     source = read_text(path)
     special_tokens = {"bos_token": "", "eos_token": ""}
     if tokenizer is not None:

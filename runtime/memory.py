@@ -23,7 +23,7 @@ def available_host_bytes(control_group: Path = Path("/sys/fs/cgroup")) -> int:
         if limit != "max":
             used = int((control_group / "memory.current").read_text())
             fields = (control_group / "memory.stat").read_text().split()
-            # Files read but no longer in use, such as weights just hashed, are given up on demand.
+            # Files read but no longer in use are given up on demand.
             used -= int(fields[fields.index("inactive_file") + 1])
             available = min(available, max(0, int(limit) - used))
     except (OSError, ValueError):  # no control group, or another system

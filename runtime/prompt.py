@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmc.errors import CapacityError, RequestError
 from llmc.runtime.sampling_params import SamplingParams
 from llmc.runtime.step import Int32
-from llmc.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llmc.runtime.tokenizer import Tokenizer
 
 Prompt = str | Seq[int]
 

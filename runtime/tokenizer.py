@@ -26,7 +26,10 @@ class Tokenizer:
         self._special = frozenset(
             i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special
         )
-        self._token_bytes = TokenBytes.from_decoder(json.loads(tokenizer.to_str())["decoder"])
+        decoder = tokenizer.decoder  # its state is its part of tokenizer.json
+        self._token_bytes = TokenBytes.from_decoder(
+            None if decoder is None else json.loads(decoder.__getstate__())
+        )
         self._bytes: dict[int, bytes] = {}
         self._longest: int | None = None
 

@@ -2,42 +2,92 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from llmc.artifact import Manifest, WeightTensor
+from llmc.cpu_features import num_cores
 from llmc.errors import ArtifactError
 
 _ALIGNMENT = 4096  # of a file in memory: its tensors are then aligned as they are in it
+# That are read, then hashed, at a time: between them a thread waits for Python's lock, which
+# parsing a tokenizer holds for a tenth of a second.
+_PART_BYTES = 256 * 2**20
+
+MakeTensor: TypeAlias = Callable[[npt.NDArray[Any]], Any]
 
 
-def load_weights(
-    directory: Path,
-    manifest: Manifest,
-    tensor: Callable[[npt.NDArray[Any]], Any],
-    *,
-    resident: bool,
-) -> list[Any]:
-    """The weights in argument order, each made a tensor of the device's by `tensor`.
+class WeightFiles:
+    """An artifact's weight files, which other threads read and hash while the caller goes on.
 
-    With `resident` that tensor is the array itself: files are read rather than mapped, into pages
-    of 2 MiB where the system has them, from which a processor reads a quarter faster. Raises
-    ArtifactError where file and manifest disagree.
+    A context manager: the threads end with it.
     """
-    files = {
-        name: _File(directory / name, resident)
-        for name in dict.fromkeys(w.file for w in manifest.weights)
-    }
-    # Large tensors lie aligned in the file and are not copied; small odd-sized ones may be.
-    return [tensor(files[w.file].view(w)) for w in manifest.weights]
+
+    def __init__(self, directory: Path, manifest: Manifest, *, resident: bool) -> None:
+        """Begins. With `resident` tensors lie in memory of the process: files are read rather than
+        mapped, into pages of 2 MiB where the system has them, from which a processor reads a
+        quarter faster. ArtifactError where a file is missing.
+        """
+        self._manifest = manifest
+        self._resident = resident
+        names = dict.fromkeys(w.file for w in manifest.weights)
+        paths = {name: manifest.path_of(directory, name) for name in names}
+        workers = max(1, num_cores() // 2)  # the caller has work to do as well
+        self._readers = ThreadPoolExecutor(workers)
+        self._hashers = ThreadPoolExecutor(workers)
+        self._files = {
+            name: self._hashers.submit(self._open, name, path) for name, path in paths.items()
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hashers.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
+
+    def tensors(self, tensor: MakeTensor) -> list[Any]:
+        """The weights in argument order, each made a tensor of the device's by `tensor`.
+
+        With `resident` that tensor is the array itself. Waits for the files; raises ArtifactError
+        where one is damaged or disagrees with the manifest.
+        """
+        files = {name: file.result() for name, file in self._files.items()}
+        # Large tensors lie aligned in the file and are not copied; small odd-sized ones may be.
+        return [tensor(files[w.file].view(w)) for w in self._manifest.weights]
+
+    def _open(self, name: str, path: Path) -> _File:
+        try:
+            if self._resident:
+                data = _aligned(path.stat().st_size)
+            else:
+                data = np.memmap(path, np.uint8, "r")
+            ranges = [data[i : i + _PART_BYTES] for i in range(0, data.nbytes, _PART_BYTES)]
+            reads = [
+                self._readers.submit(_read, path, i * _PART_BYTES, part)
+                for i, part in enumerate(ranges)
+                if self._resident
+            ]
+            digest = hashlib.sha256()
+            for part, read in zip_longest(ranges, reads):
+                if read is not None:
+                    read.result()
+                digest.update(part.data)
+        except (OSError, ValueError) as exc:
+            raise ArtifactError(f"{path}: not readable as weights: {exc}") from exc
+        self._manifest.check_digest(path, name, digest.hexdigest())
+        return _File(path, data)
 
 
-def random_tensors(manifest: Manifest, tensor: Callable[[npt.NDArray[Any]], Any]) -> list[Any]:
+def random_tensors(manifest: Manifest, tensor: MakeTensor) -> list[Any]:
     """Tensors of the weights' shapes and types, floats small, integers of any bits: for speed."""
     generator = np.random.default_rng(0)
     return [tensor(_random(weight, generator)) for weight in manifest.weights]
@@ -62,15 +112,14 @@ def _random(weight: WeightTensor, generator: np.random.Generator) -> npt.NDArray
 class _File:
     """One safetensors file."""
 
-    def __init__(self, path: Path, resident: bool) -> None:
+    def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
         self.path = path
+        size = int.from_bytes(data[:8].tobytes(), "little")
+        if size > data.nbytes - 8:
+            raise ArtifactError(f"{path}: header of {size} bytes exceeds the file")
         try:
-            data = _read(path) if resident else np.memmap(path, np.uint8, "r")
-            size = int.from_bytes(data[:8].tobytes(), "little")
-            if size > data.nbytes - 8:
-                raise ArtifactError(f"{path}: header of {size} bytes exceeds the file")
             self.header = json.loads(data[8 : 8 + size].tobytes())
-        except (OSError, ValueError) as exc:
+        except ValueError as exc:
             raise ArtifactError(f"{path}: not readable as weights: {exc}") from exc
         self.data = data[8 + size :]
 
@@ -88,17 +137,20 @@ class _File:
         return raw.view(weight.dtype).reshape(weight.shape)
 
 
-def _read(path: Path) -> npt.NDArray[np.uint8]:
-    """The file's bytes; NumPy asks for large pages for arrays of their size."""
-    size = path.stat().st_size
+def _aligned(size: int) -> npt.NDArray[np.uint8]:
+    """Memory for a file; NumPy asks for large pages for arrays of their size."""
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % _ALIGNMENT
-    data = memory[begin : begin + size]
+    return memory[begin : begin + size]
+
+
+def _read(path: Path, start: int, data: npt.NDArray[np.uint8]) -> None:
+    """Fills `data` with the file's bytes from `start` on."""
     with path.open("rb", buffering=0) as file:
+        file.seek(start)
         done = 0
-        while done < size:
+        while done < data.nbytes:
             count = file.readinto(data[done:].data)
             if not count:
-                raise OSError(f"ends after {done} of {size} bytes")
+                raise OSError(f"ends after {start + done} bytes")
             done += count
-    return data

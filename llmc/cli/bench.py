@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from llmc import __version__
-from llmc.cli.console import console, format_bytes, print_json, say, table
+from llmc.cli.console import console, format_bytes, print_json, say, table, working
 from llmc.cli.options import artifact_argument, device_option, json_option, open_engine
 from llmc.errors import UsageError
 
@@ -98,7 +98,7 @@ def _profile(
     from llmc.runtime.engine import Engine
     from llmc.runtime.load import load_model
 
-    with console(err=True).status(f"loading {directory}"):
+    with working(f"loading {directory}"):
         model = load_model(
             directory,
             device=device,
@@ -227,9 +227,9 @@ def _measure_batch(engine: Engine, batch: int, plan: _Plan) -> _MeasuredBatch:
 
     runs = []
     num_runs = plan.warm_up + plan.repeat
-    with console(err=True).status(f"batch {batch}") as status:
+    with working(f"batch {batch}") as update:
         for index in range(num_runs):
-            status.update(f"batch {batch}: run {index + 1} of {num_runs}")
+            update(f"batch {batch}: run {index + 1} of {num_runs}")
             run = measure(
                 engine, batch=batch, prompt_tokens=plan.prompt_tokens, gen_tokens=plan.gen_tokens
             )

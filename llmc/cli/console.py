@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -21,6 +23,19 @@ def console(*, err: bool = False) -> Console:
 
     stream = sys.stderr if err else sys.stdout
     return Console(file=stream, highlight=False, width=None if stream.isatty() else _PIPE_WIDTH)
+
+
+@contextmanager
+def working(message: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr while the block runs, where a terminal is there to show it.
+
+    Gives what changes its message.
+    """
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with console(err=True).status(message) as status:
+        yield status.update
 
 
 def say(message: str) -> None:

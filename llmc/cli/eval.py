@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from llmc.cli.console import console, print_json
+from llmc.cli.console import print_json, working
 from llmc.cli.options import artifact_argument, device_option, json_option, open_engine
 from llmc.errors import UsageError
 
@@ -39,12 +39,12 @@ def eval_command(
     from llmc.cli.perplexity import perplexity
 
     engine = open_engine(directory, device=device, kv_cache_tokens=window + 64)
-    with console(err=True).status("scoring") as status:
+    with working("scoring") as update:
         result = perplexity(
             engine,
             text,
             window=window,
-            on_window=lambda done, of: status.update(f"scoring: window {done} of {of}"),
+            on_window=lambda done, of: update(f"scoring: window {done} of {of}"),
         )
     if as_json:
         print_json(

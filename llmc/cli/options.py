@@ -93,8 +93,8 @@ def sampling_params(engine: Engine, given: dict[str, Any], *, temperature: float
 
 def open_engine(directory: Path, **options: Any) -> Engine:  # noqa: ANN401 - the engine's options
     """Loads an artifact, with a spinner on stderr where a terminal is there to show it."""
-    from llmc.cli.console import console
+    from llmc.cli.console import working
     from llmc.runtime.engine import Engine
 
-    with console(err=True).status(f"loading {directory}"):
+    with working(f"loading {directory}"):
         return Engine(directory, **options)

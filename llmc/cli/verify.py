@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llmc.cli.console import console, print_json, say, table
+from llmc.cli.console import console, print_json, say, table, working
 from llmc.cli.options import artifact_argument, device_option, json_option
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def verify_command(directory: Path, device: str | None, as_json: bool) -> None:
     """
     from llmc.runtime.verify import verify
 
-    with console(err=True).status(f"verifying {directory}"):
+    with working(f"verifying {directory}"):
         report = verify(directory, device=device)
     if as_json:
         print_json(report.to_json())

@@ -115,7 +115,7 @@ class SlowExecutor(FakeExecutor):
 def install_fake_executor(monkeypatch=None, *, delay_s: float = 0.0) -> None:
     """Has the loader take the toy instead of compiled code."""
 
-    def load_executor(directory, manifest, *, num_pages, place, random_weights):
+    def load_executor(directory, manifest, *, num_pages, place, weights):
         executor = SlowExecutor(manifest, list(num_pages))
         executor.delay_s = delay_s
         return executor

@@ -28,6 +28,7 @@ from llmc.runtime.engine import Engine
 from llmc.runtime.executor import load_executor
 from llmc.runtime.sampling_params import SamplingParams
 from llmc.runtime.verify import verify
+from llmc.runtime.weights import random_tensors
 
 pytestmark = pytest.mark.usefixtures("vulkan")
 VALIDATION = "VK_LAYER_KHRONOS_validation"
@@ -235,7 +236,13 @@ def test_memory_that_the_device_promised_and_does_not_give_is_an_error_too(on_vu
     place = choose_place(manifest, "vulkan")
     pages = [2**48 // cache.page_bytes for cache in manifest.caches[:1]]
     with pytest.raises(CapacityError, match=r"VK_ERROR_OUT_OF_DEVICE_MEMORY: \d+ bytes asked of"):
-        load_executor(on_vulkan, manifest, num_pages=pages, place=place)
+        load_executor(
+            on_vulkan,
+            manifest,
+            num_pages=pages,
+            place=place,
+            weights=partial(random_tensors, manifest),
+        )
     assert verify(on_vulkan).passed  # the device is as good as before
 
 

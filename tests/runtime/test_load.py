@@ -103,7 +103,7 @@ def test_what_cannot_fit_is_refused_before_the_model_is_loaded(tmp_path):
 def test_an_artifact_opens_with_its_pages_tokenizer_and_template(tmp_path, monkeypatch):
     opened = {}
 
-    def load_executor(directory, manifest, *, num_pages, place, random_weights):
+    def load_executor(directory, manifest, *, num_pages, place, weights):
         opened.update(directory=directory, num_pages=num_pages, device=place.kind)
         return FakeExecutor(manifest, num_pages)
 
