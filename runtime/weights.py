@@ -82,7 +82,10 @@ class WeightFiles:
                     read.result()
                 digest.update(part.data)
         except (OSError, ValueError) as exc:
-            raise ArtifactError(f"{path}: not readable as weights: {exc}") from exc
+            raise ArtifactError(
+                f"{path}: not readable as weights: {exc}",
+                hint="the file is damaged: copy or compile the artifact again",
+            ) from exc
         self._manifest.check_digest(path, name, digest.hexdigest())
         return _File(path, data)
 

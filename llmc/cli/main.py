@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections import UserDict
@@ -62,10 +61,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `llmc` script."""
-    code = invoke(sys.argv[1:])
-    # The interpreter looks for garbage before it exits: 50 ms, for memory that goes back anyway.
-    gc.freeze()
-    sys.exit(code)
+    sys.exit(invoke(sys.argv[1:]))
 
 
 def invoke(arguments: Sequence[str]) -> int:

@@ -43,6 +43,20 @@ def test_help_imports_nothing_that_takes_time() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_a_prompt_on_a_pipe_imports_neither_a_spinner_nor_other_commands() -> None:
+    unused = ["rich", "fastapi", "pydantic", "tvm", "torch", "llmc.cli.bench", "llmc.cli.serve"]
+    code = (
+        "import sys; from llmc.cli.main import invoke;"
+        "code = invoke(['run', '/nowhere', '-p', 'a']);"
+        f"used = [m for m in {unused} if m in sys.modules];"
+        "print(code, 'llmc.runtime.engine' in sys.modules, used)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "6 True []"
+
+
 def test_version_and_help_go_to_stdout(llmc) -> None:
     assert llmc("--version") == (0, f"llmc, version {__version__}\n", "")
     code, out, err = llmc("-h")
