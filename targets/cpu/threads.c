@@ -199,7 +199,7 @@ static void publish(int num_tasks) {
 
 /* In a forked child: its threads are gone, and the locks they held are held for ever. */
 static void forget_workers(void) {
-  for (int t = 0; t < MAX_THREADS; ++t) atomic_store(&shares[t].open, 0);
+  for (int t = 0; t < pool.num_threads; ++t) atomic_store(&shares[t].open, 0);
   atomic_store(&pool.failure, 0);
   atomic_store(&pool.asleep, false);
   atomic_store(&pool.stopping, false);

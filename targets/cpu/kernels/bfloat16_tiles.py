@@ -138,8 +138,7 @@ class _Task:
                     unpack_step(weights, self.panel(slot + p), start + step, unpacked, p, step)
 
             def block(group: Expr, groups: int, panels: int) -> None:
-                at = (group, slot) if keep else (i64(0), i64(0))
-                one = _Block(self, unpacked, totals, at, keep, group, groups, slot, panels)
+                one = _Block(self, unpacked, totals, keep, group, groups, slot, panels)
                 one.multiply(start, steps, is_first=number == i64(0))
                 if not gated:
                     with T.If(number == i64(chunks - 1)), T.Then():
@@ -199,9 +198,8 @@ class _Block:
 
     task: _Task
     unpacked: Expr | None  # `[panels, steps, depth / 2, 16]` int32
-    totals: Expr  # `[groups, panels, 16, 16]`
-    at: tuple[Expr, Expr]  # its own place in totals
-    kept: bool  # whether totals hold all blocks
+    totals: Expr  # `[groups, slots, 16, 16]`
+    kept: bool  # whether totals hold all blocks, or this one
     group: Expr  # the first, counted within the task, as slots are
     groups: int
     slot: Expr
@@ -216,7 +214,7 @@ class _Block:
                     amx.clear(amx.sum_tile(g, p))
             with T.Else():
                 for g, p in tiles:
-                    amx.load(amx.sum_tile(g, p), self._total(g, p), amx.TILE_BYTES)
+                    amx.load(amx.sum_tile(g, p), self._total(g, p, i64(0)), amx.TILE_BYTES)
         with T.serial(steps) as step:
             if self.kept:
                 # The next block's sums, whose loads nothing else would hide.
@@ -236,7 +234,7 @@ class _Block:
                     sums, x, w = amx.sum_tile(g, p), amx.activation_tile(g), amx.weight_tile(p)
                     amx.multiply("tdpbf16ps", sums, x, w)
         for g, p in tiles:
-            amx.store(amx.sum_tile(g, p), self._total(g, p), amx.TILE_BYTES)
+            amx.store(amx.sum_tile(g, p), self._total(g, p, i64(0)), amx.TILE_BYTES)
 
     def finish(self) -> None:
         """Stores the totals where the product goes."""
@@ -246,15 +244,17 @@ class _Block:
             first = T.Bind((task.first_group + self.group + i64(g)) * i64(amx.TILE_ROWS))
             with T.serial(T.min(i64(amx.TILE_ROWS), task.num_rows - first)) as row:
                 found = [
-                    self.totals[self.at[0] + i64(g), self.at[1] + i64(p), row, lanes(i64(0))]
-                    for p in range(self.panels)
+                    self.totals[*self._place(g, p), row, lanes(i64(0))] for p in range(self.panels)
                 ]
                 store_tile(task.product, panels, [first + row], [found])
 
-    def _total(self, g: int, p: int, row: Expr = None) -> Expr:
-        group, place = self.at
-        row = i64(0) if row is None else row
-        return T.address_of(self.totals[group + i64(g), place + i64(p), row, i64(0)])
+    def _place(self, g: int, p: int) -> tuple[Expr, Expr]:
+        """Where totals hold a group and panel of this block, or of those behind it."""
+        group, slot = (self.group, self.slot) if self.kept else (i64(0), i64(0))
+        return group + i64(g), slot + i64(p)
+
+    def _total(self, g: int, p: int, row: Expr) -> Expr:
+        return T.address_of(self.totals[*self._place(g, p), row, i64(0)])
 
     def _weight(self, p: int, start: Expr, step: Expr) -> Expr:
         if self.unpacked is not None:
