@@ -108,7 +108,9 @@ class IntegerParameters:
     prefetch_cache: int = 1  # the level that they are brought to
     next_panels: int = 2  # panels ahead whose words a tile of several tokens asks for; 0: none
     tiles: TileParameters | None = None  # None: there are no matrix registers
+    byte_tiles: TileParameters | None = None
     code_tiles: CodeTileParameters | None = None
+    avx512_gate: bool = False  # activations as precise as what they are rounded to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +127,7 @@ class Bfloat16Parameters:
     prefetch_words: int = 128
     next_panels: int = 2
     tiles: TileParameters | None = None  # None: there are no matrix registers
+    avx512_gate: bool = False  # as above
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,9 +204,11 @@ PARAMETERS: dict[str, CpuParameters] = {
             table=PSHUFB_512,
             prefetch_cache=2,
             tiles=TileParameters(crossover=24),
+            byte_tiles=TileParameters(crossover=24, steps=16),
             code_tiles=CodeTileParameters(first=11, last=32),
+            avx512_gate=True,
         ),
-        bfloat16=Bfloat16Parameters(tiles=TileParameters(crossover=3)),
+        bfloat16=Bfloat16Parameters(tiles=TileParameters(crossover=3), avx512_gate=True),
         # Dot products of bfloat16 pairs take such processors longer than those of floats.
         attention=AttentionTuning(matrix=MatrixTuning()),
     ),

@@ -122,13 +122,14 @@ def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | No
     params = replace(
         params,
         tiles=_tiles(site, params.tiles),
+        byte_tiles=_tiles(site, params.byte_tiles),
         code_tiles=few if few is not None and site.max_tokens >= few.first else None,
     )
     m, k = site.extents("weight")
     rows = site.types["codes"].shape[1]
     gate = None
     if isinstance(op, dialect.GatedIntegerLinear):
-        gate = partial(_quantized_gate, op, m // 2)
+        gate = partial(_quantized_gate, op, m // 2, params.avx512_gate)
     func = integer_linear(
         FORMATS[op.format],
         m,
@@ -144,11 +145,13 @@ def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | No
     return Kernel.of(func, site, operands, (None,) * (1 if gate is None else 3))
 
 
-def _quantized_gate(op: dialect.GatedIntegerLinear, features: int, count: Expr) -> Gated:
+def _quantized_gate(
+    op: dialect.GatedIntegerLinear, features: int, avx512: bool, count: Expr
+) -> Gated:
     output = Quantized.arguments(
         count, features, block=op.out_block, unit=op.out_unit, factor=op.out_factor
     )
-    return Gated(kind=op.kind, output=output)
+    return Gated(kind=op.kind, output=output, avx512=avx512)
 
 
 def _integer_grouped_linear(site: Site, params: IntegerParameters | None) -> Kernel | None:
@@ -186,7 +189,7 @@ def _bfloat16_linear(site: Site, params: Bfloat16Parameters | None) -> Kernel | 
     m, k = site.extents("weight")
     gate = None
     if isinstance(op, dialect.GatedBfloat16Linear):
-        gate = partial(_rounded_gate, op, m // 2)
+        gate = partial(_rounded_gate, op, m // 2, params.avx512_gate)
     func = bfloat16_linear(
         m,
         k,
@@ -199,8 +202,10 @@ def _bfloat16_linear(site: Site, params: Bfloat16Parameters | None) -> Kernel | 
     return Kernel.of(func, site, ("x", "weight", "bias", "residual"))
 
 
-def _rounded_gate(op: dialect.GatedBfloat16Linear, features: int, count: Expr) -> Gated:
-    return Gated(kind=op.kind, output=Rounded.arguments(count, features))
+def _rounded_gate(
+    op: dialect.GatedBfloat16Linear, features: int, avx512: bool, count: Expr
+) -> Gated:
+    return Gated(kind=op.kind, output=Rounded.arguments(count, features), avx512=avx512)
 
 
 def _round_activations(site: Site) -> Kernel | None:

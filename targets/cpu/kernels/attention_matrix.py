@@ -33,6 +33,7 @@ from llmc.targets.cpu.kernels.attention_tile import (
     MatrixTile,
     Plan,
 )
+from llmc.targets.cpu.kernels.avx512 import power_of_two
 from llmc.targets.cpu.kernels.kv_pages import PageMatrix
 from llmc.targets.cpu.kernels.math import exp2, lane_max, tanh
 from llmc.targets.cpu.kernels.panels import get, i64, lanes, put, registers, scratch, splat
@@ -43,9 +44,6 @@ LANES = 16
 GROUP = amx.TILE_ROWS
 SLACK = 8.0
 HALF_EXPONENT = 56  # float16's bits, moved, are the number times 2^-(2 · 56)
-# Minimax for 2^f on [0, 1], 1 at 0: error 9e-5, where bfloat16 rounds by 2e-3.
-_POWER = (0.0770672, 0.22764482, 0.69511682, 1.0)
-_ROUND_DOWN = 1
 
 
 class MatrixAttention:
@@ -317,7 +315,7 @@ class MatrixAttention:
             pair = T.Bind(start + turn)
             for p in range(2):
                 score = self._score_of(pair, p, row)
-                put(weights, p, _power(score * splat(unit) + T.broadcast(offset, LANES)))
+                put(weights, p, power_of_two(score * splat(unit) + T.broadcast(offset, LANES)))
                 put(acc, p, get(acc, p) + get(weights, p))
                 if self.plan.kv.scaled:
                     column = pair * i64(MATRIX_DEPTH) + i64(p * LANES)
@@ -374,25 +372,3 @@ def _pairs(matrix: PageMatrix, step: Expr, column: Expr, limit: Expr | None = No
 def _any(lanes: Expr) -> Expr:
     """Whether one of 16 is true."""
     return T.call_llvm_pure_intrin("bool", "llvm.vector.reduce.or", lanes)
-
-
-def _power(x: Expr) -> Expr:
-    """2^x, exactly 0 for -inf."""
-    mask, current = T.uint16(0xFFFF), T.int32(4)
-    fraction = T.Bind(
-        T.call_llvm_pure_intrin(
-            "float32x16",
-            "llvm.x86.avx512.mask.reduce.ps.512",
-            x,
-            T.int32(_ROUND_DOWN),
-            splat(0.0),
-            mask,
-            current,
-        )
-    )
-    value = splat(_POWER[0])
-    for coefficient in _POWER[1:]:
-        value = value * fraction + splat(coefficient)
-    return T.call_llvm_pure_intrin(
-        "float32x16", "llvm.x86.avx512.mask.scalef.ps.512", value, x, splat(0.0), mask, current
-    )

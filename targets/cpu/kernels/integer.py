@@ -82,10 +82,14 @@ class CodedRows:
         """A block's scale in all lanes."""
         return T.broadcast(self.scales[i64(0), row, block], PANEL)
 
+    def values(self, row: Expr, first: Expr) -> Expr:
+        """Sixteen features' codes from `first` on, float32x16."""
+        return T.Cast(F32X16, self.codes[i64(0), row, lanes(first)])
+
     def bfloat16(self, row: Expr, first: Expr) -> Expr:
         """Sixteen features' values from `first`, a multiple of 16, rounded to bfloat16."""
-        codes = T.Cast(F32X16, self.codes[i64(0), row, lanes(first)])
-        return from_float32(codes * self.scale(row, T.floordiv(first, i64(self.block))))
+        scale = self.scale(row, T.floordiv(first, i64(self.block)))
+        return from_float32(self.values(row, first) * scale)
 
     def sum(self, row: Expr, unit: Expr) -> Expr:
         """A unit's entry of sums, int32."""

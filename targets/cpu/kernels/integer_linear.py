@@ -20,6 +20,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.cpu.kernels import byte_tiles
 from llmc.targets.cpu.kernels.bfloat16_tiles import bfloat16_tiles
 from llmc.targets.cpu.kernels.code_tiles import code_tiles, takes
 from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
@@ -88,7 +89,10 @@ def integer_linear(
                     return
                 with T.If(count > i64(params.tiles.crossover)):
                     with T.Then():
-                        bfloat16_tiles(product, coded.bfloat16, count, params.tiles)
+                        if params.byte_tiles is not None and byte_tiles.takes(fmt, k):
+                            byte_tiles.byte_tiles(product, coded, count, params.byte_tiles)
+                        else:
+                            bfloat16_tiles(product, coded.bfloat16, count, params.tiles)
                     with T.Else():
                         vectors()
 

@@ -13,6 +13,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from llmc.errors import UnsupportedError
+from llmc.targets.cpu.kernels import avx512
 from llmc.targets.cpu.kernels.bfloat16 import from_float32
 from llmc.targets.cpu.kernels.math import gelu, gelu_tanh, lane_max, relu, silu
 from llmc.targets.cpu.kernels.panels import argument, get, i64, lanes, put, registers, splat
@@ -20,10 +21,12 @@ from llmc.targets.cpu.layout import PANEL
 
 Expr = Any
 ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
+AVX512_ACTIVATIONS = {"silu": avx512.silu}
 _LIMIT = 127.0
-# Added to a float32 of small magnitude, it leaves the nearest integer in the low mantissa bits.
-_ROUNDING = 12582912.0
-_ROUNDING_BITS = 0x4B400000
+INTEGER_OFFSET = 12582912.0
+"""Added to a float32 of small magnitude, it leaves the nearest integer in the low mantissa bits."""
+INTEGER_BITS = 0x4B400000
+"""What the other bits are then."""
 
 
 class Output(Protocol):
@@ -82,16 +85,16 @@ class Quantized:
         for u in range(self.block // self.unit):
             total = T.broadcast(T.int32(0), PANEL)
             for v in range(u * of_unit, (u + 1) * of_unit):
-                shifted = values[v] * T.broadcast(inverse, PANEL) + splat(_ROUNDING)
+                shifted = values[v] * T.broadcast(inverse, PANEL) + splat(INTEGER_OFFSET)
                 code = T.Bind(
-                    T.reinterpret("int32x16", shifted) - T.broadcast(T.int32(_ROUNDING_BITS), PANEL)
+                    T.reinterpret("int32x16", shifted) - T.broadcast(T.int32(INTEGER_BITS), PANEL)
                 )
                 at = block * i64(self.block) + i64(v * PANEL)
                 T.buffer_store(self.codes, T.Cast("int8x16", code), [i64(0), row, lanes(at)])
                 total = T.Bind(total + code)
             units = i64(self.block // self.unit)
             at = [i64(0), row, block * units + i64(u)]
-            T.buffer_store(self.sums, T.int32(self.factor) * _sum(total), at)
+            T.buffer_store(self.sums, T.int32(self.factor) * lane_sum(total), at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,10 +120,14 @@ class Rounded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gated:
-    """act(gate) · up, the two halves of a product's outputs, on their way to an output."""
+    """act(gate) · up, the two halves of a product's outputs, on their way to an output.
+
+    `avx512`: as precise as the output is, with that instruction set.
+    """
 
     kind: str
     output: Output
+    avx512: bool = False
 
     def __post_init__(self) -> None:
         check_activation(self.kind)
@@ -133,6 +140,8 @@ class Gated:
     def store(self, row: Expr, block: Expr, gates: Sequence[Expr], ups: Sequence[Expr]) -> None:
         """Stores a block of a row."""
         activate = ACTIVATIONS[self.kind]
+        if self.avx512:
+            activate = AVX512_ACTIVATIONS.get(self.kind, activate)
         values = registers(len(gates))
         for i, (gate, up) in enumerate(zip(gates, ups, strict=True)):
             put(values, i, activate(T.Bind(gate)) * up)
@@ -147,6 +156,6 @@ def check_activation(kind: str) -> None:
         )
 
 
-def _sum(vector: Expr) -> Expr:
+def lane_sum(vector: Expr) -> Expr:
     """The sum of 16 int32."""
     return tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add.v16i32", vector)

@@ -48,7 +48,7 @@ def unpack_step(
                     for i in range(2)
                 )
                 row = (first + 2 * pair) // 2
-                T.buffer_store(into, _rounded(low, high), [slot, place, i64(row), lanes(i64(0))])
+                T.buffer_store(into, rounded_pairs(low, high), [slot, place, i64(row), lanes(i64(0))])
 
 
 def _value(
@@ -94,7 +94,7 @@ def _position(found: int, bits: int) -> int:
     return 12 if found % 8 == 0 else 16
 
 
-def _rounded(low: Expr, high: Expr) -> Expr:
+def rounded_pairs(low: Expr, high: Expr) -> Expr:
     """Two numbers a lane, rounded to the nearest bfloat16, half way up: the first one lower."""
 
     def bits(value: Expr) -> Expr:

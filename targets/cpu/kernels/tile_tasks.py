@@ -1,0 +1,210 @@
+"""How products of many rows in matrix registers are cut into tasks, chunks and blocks.
+
+A task has up to `TileParameters.rows` rows and a few panels. A chunk of the features at a time, it
+prepares two panels' weights, which stay in the first-level cache while its rows pass by them: two
+groups of sixteen rows times the two panels are a block, whose sums fill four tiles.
+
+The functions here run while an IRBuilder frame is open, as those of panels.py do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from llmc.targets.cpu.kernels import amx
+from llmc.targets.cpu.kernels.panels import i64, lanes, prefetch
+from llmc.targets.cpu.kernels.register_tiles import slot_panel, store_slots, store_tile
+from llmc.targets.cpu.kernels.tiles import Product
+from llmc.targets.cpu.layout import ceildiv
+from llmc.targets.cpu.parameters import TileParameters
+
+Expr = Any
+
+
+def row_groups(count: Expr) -> Expr:
+    """Groups of sixteen rows that `count` rows make."""
+    return T.Bind(T.floordiv(count + i64(amx.TILE_ROWS - 1), i64(amx.TILE_ROWS)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunks:
+    """The steps of a row (a tile's depth each), cut into equal chunks of whole weight groups."""
+
+    steps: int
+    size: int  # steps of a chunk; the last may have fewer
+
+    @classmethod
+    def of(cls, steps: int, most: int, align: int) -> Chunks:
+        """Chunks of at most `most` steps, or of `align` steps, of which whole ones make a group."""
+        count = ceildiv(steps, most)
+        return cls(steps=steps, size=ceildiv(ceildiv(steps, count), align) * align)
+
+    @property
+    def count(self) -> int:
+        """Chunks of a row."""
+        return ceildiv(self.steps, self.size)
+
+    def start(self, number: Expr) -> Expr:
+        """A chunk's first step."""
+        return T.Bind(number * i64(self.size))
+
+    def length(self, start: Expr) -> Expr:
+        """Steps of the chunk from `start` on."""
+        return T.Bind(T.min(i64(self.size), i64(self.steps) - start))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileTask:
+    """Up to `size` groups of rows × up to `width` panels.
+
+    Panels are counted by slots, in whose order tasks take them: where the output is gated, a panel
+    of the gate and its panel of up alternate.
+    """
+
+    product: Product
+    first_group: Expr
+    num_groups: Expr
+    num_rows: Expr  # of all tasks
+    first_slot: Expr
+    num_panels: Expr
+    width: int  # panels at most
+    size: int  # groups at most
+
+    def panel(self, slot: Expr) -> Expr:
+        """The panel in a slot of this task."""
+        return slot_panel(self.product, self.first_slot + slot)
+
+    def first_row(self, group: Expr) -> Expr:
+        """The first row of a group of this task."""
+        return T.Bind((self.first_group + group) * i64(amx.TILE_ROWS))
+
+    def for_each_stage(self, chunks: int, stage: Callable[[Expr, Expr], None]) -> None:
+        """`stage(chunk, slot)` for two panels from `slot` on at a time, of every chunk."""
+        pairs = T.floordiv(self.num_panels + i64(amx.PANELS - 1), i64(amx.PANELS))
+        with T.serial(i64(chunks)) as part, T.serial(pairs) as pair:
+            stage(part, T.Bind(pair * i64(amx.PANELS)))
+
+    def stage_panels(self, slot: Expr) -> Expr:
+        """Panels of the stage from `slot` on."""
+        return T.Bind(T.min(i64(amx.PANELS), self.num_panels - slot))
+
+    def for_each_block(self, panels: Expr, block: Callable[[Expr, int, int], None]) -> None:
+        """`block(first group, groups, panels)` for all groups and so many panels of a stage."""
+
+        def column(panels: int) -> None:
+            with T.serial(T.floordiv(self.num_groups, i64(2))) as q:
+                block(T.Bind(q * i64(2)), 2, panels)
+            with T.If(T.floormod(self.num_groups, i64(2)) > i64(0)), T.Then():
+                block(self.num_groups - i64(1), 1, panels)
+
+        if self.product.weights.panels % amx.PANELS == 0:
+            column(amx.PANELS)
+            return
+        with T.If(panels == i64(amx.PANELS)):
+            with T.Then():
+                column(amx.PANELS)
+            with T.Else():
+                column(1)
+
+    def store_row(self, slot: Expr, row: Expr, values: list[Expr]) -> None:
+        """Stores a row's sums of the panels from `slot` on where the product goes."""
+        panels = [self.first_slot + slot + i64(p) for p in range(len(values))]
+        store_tile(self.product, panels, [row], [values])
+
+    def store_gated(self, totals: Expr) -> None:
+        """Stores what becomes of the totals `[groups, slots, 16, 16]`."""
+        with T.serial(self.num_groups) as group:
+            first = self.first_row(group)
+            with T.serial(T.min(i64(amx.TILE_ROWS), self.num_rows - first)) as row:
+                store_slots(
+                    self.product,
+                    first + row,
+                    self.first_slot,
+                    self.num_panels,
+                    lambda slot: totals[group, slot, row, lanes(i64(0))],
+                )
+
+
+def for_each_task(
+    product: Product, count: Expr, params: TileParameters, body: Callable[[TileTask], None]
+) -> None:
+    """`body(task)` in parallel, for blocks of `count` rows × columns of panels."""
+    weights = product.weights
+    width = _panels_of_a_task(product, params)
+    columns = ceildiv(weights.panels, width)
+    size = params.rows // amx.TILE_ROWS
+    groups = row_groups(count)
+    row_blocks = T.Bind(T.floordiv(groups + i64(size - 1), i64(size)))
+    # Blocks of equal size, of whole pairs.
+    pairs = T.floordiv(groups + i64(1), i64(2))
+    fair = T.Bind(T.floordiv(pairs + row_blocks - i64(1), row_blocks) * i64(2))
+    with T.parallel(i64(columns) * row_blocks) as task:
+        first = T.Bind(T.floordiv(task, i64(columns)) * fair)
+        slot = T.Bind(T.floormod(task, i64(columns)) * i64(width))
+        body(
+            TileTask(
+                product=product,
+                first_group=first,
+                num_groups=T.Bind(T.min(fair, groups - first)),
+                num_rows=count,
+                first_slot=slot,
+                num_panels=T.Bind(T.min(i64(width), i64(weights.panels) - slot)),
+                width=width,
+                size=size,
+            )
+        )
+
+
+def _panels_of_a_task(product: Product, params: TileParameters) -> int:
+    """Pairs of panels, fewer where the matrix has too few rows for many tasks; whole blocks of a
+    gated output.
+    """
+    width = min(params.panels, ceildiv(product.weights.panels, params.min_columns))
+    unit = amx.PANELS * (1 if product.gated is None else product.gated.panels)
+    return ceildiv(width, unit) * unit
+
+
+def place_of(row: Expr) -> tuple[Expr, Expr]:
+    """(group, place in it) of a row."""
+    group = T.Bind(T.floordiv(row, i64(amx.TILE_ROWS)))
+    return group, T.Bind(T.floormod(row, i64(amx.TILE_ROWS)))
+
+
+def multiply_step(
+    instruction: str,
+    activations: list[Expr],
+    weights: list[Expr],
+    activation_bytes: int = amx.TILE_BYTES,
+) -> None:
+    """Adds the products of groups' activation tiles and panels' weight tiles at these addresses.
+
+    Loads stand as late as they may: one tile at a time is waited for.
+    """
+    for g, activation in enumerate(activations):
+        for p, weight in enumerate(weights):
+            if g == 0:
+                amx.load(amx.weight_tile(p), weight, amx.TILE_BYTES)
+            if p == 0:
+                amx.load_once(amx.activation_tile(g), activation, activation_bytes)
+            tiles = amx.sum_tile(g, p), amx.activation_tile(g), amx.weight_tile(p)
+            amx.multiply(instruction, *tiles)
+
+
+def each_sum_tile(groups: int, panels: int) -> list[tuple[int, int]]:
+    """(group, panel) of the block's tiles."""
+    return [(g, p) for g in range(groups) for p in range(panels)]
+
+
+def first_bytes(tile: Expr, *index: Expr) -> Expr:
+    """The address of a tile `[..., 16, n]` of a buffer."""
+    return T.address_of(tile[*index, i64(0), i64(0)])
+
+
+def prefetch_row(tile: Expr, row: Expr, *index: Expr) -> None:
+    """Asks for a row of such a tile."""
+    prefetch(T.address_of(tile[*index, row, i64(0)]))
+
