@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 from tvm import tirx
@@ -31,6 +32,7 @@ from llmc.targets.cpu.kernels.panels import (
     get,
     i64,
     lanes,
+    local,
     prefetch,
     put,
     registers,
@@ -62,6 +64,8 @@ _SCORED_ROWS = 64  # that are looked at to find them
 _BISECTIONS = 14
 _LIMIT = 127.0
 _HALVES = 2 * PANEL  # 16-bit lanes
+_INT16 = f"int16x{_HALVES}"
+_FRACTION = 32767  # of 2^15
 
 
 def takes(fmt: WeightFormat, k: int) -> bool:
@@ -98,7 +102,7 @@ class _Rows:
             exact=scratch((groups, chunks.count, amx.TILE_ROWS, OUTLIERS), "uint16"),
             index=scratch((chunks.count, OUTLIERS), "int32"),
         )
-        kept = scratch((k,))  # zero for a feature in `exact`, one for all others
+        kept = scratch((k,), "int8")  # no bits of a feature in `exact`, all bits of others
         loop = T.serial if chunks.count == 1 else T.parallel
         with loop(i64(chunks.count)) as number:
             _choose(x, count, chunks, number, kept, rows.index)
@@ -111,47 +115,97 @@ class _Rows:
     def _fill(
         self, x: CodedRows, row: Expr, source: Expr, chunks: Chunks, number: Expr, kept: Expr
     ) -> None:
-        """A chunk of one row."""
+        """A chunk of one row, in 16-bit numbers of 8 bits behind the point."""
         group, place = place_of(row)
         start = chunks.start(number)
         steps = chunks.length(start)
+        width = gcd(x.block, STEP)
+        first = T.Bind(T.floordiv(start * i64(STEP), i64(x.block)))
+        last = T.floordiv((start + steps) * i64(STEP) + i64(x.block - 1), i64(x.block))
+        highest = registers(1)
+        at = [i64(0), i64(0)]
+        T.buffer_store(highest, T.float32(1e-30), at)
+        with T.serial(last - first) as block:
+            scale = x.scales[i64(0), source, first + block]
+            T.buffer_store(highest, T.max(highest[*at], scale), at)
+        scale = T.Bind(highest[*at])
+        unit = T.Bind(T.float32(_FRACTION) / scale)
 
-        def values(step: Expr, factor: Expr | None) -> list[Expr]:
-            found = []
-            for part in range(0, STEP, PANEL):
-                first = T.Bind((start + step) * i64(STEP) + i64(part))
-                scale = x.scale(source, T.floordiv(first, i64(x.block)))
-                if factor is not None:
-                    scale = scale * factor
-                found.append(T.Bind(x.values(source, first) * scale * kept[lanes(first)]))
-            return found
+        def values(step: Expr) -> tuple[Expr, Expr]:
+            """Features of a step in units of the chunk's highest scale: even ones, odd ones."""
+            feature = T.Bind((start + step) * i64(STEP))
+            codes = x.codes[i64(0), source, T.ramp(feature, i64(1), STEP)]
+            codes = T.bitwise_and(codes, kept[T.ramp(feature, i64(1), STEP)])
+            halves = T.Bind(T.reinterpret(f"uint16x{_HALVES}", codes))
+            shares = []
+            for part in range(0, STEP, width):
+                share = x.scales[i64(0), source, T.floordiv(feature + i64(part), i64(x.block))]
+                shares.append(T.Bind(T.Cast("int16", share * unit)))
+            factor = T.broadcast(shares[0], _HALVES)
+            if len(shares) > 1:
+                parts = [T.broadcast(share, width // 2) for share in shares]
+                factor = tirx.Shuffle(parts, list(range(_HALVES)))
+            factor = T.Bind(factor)
+            even = T.shift_left(halves, T.broadcast(T.uint16(8), _HALVES))
+            odd = T.bitwise_and(halves, T.broadcast(T.uint16(0xFF00), _HALVES))
+            found = [multiply_halves(T.reinterpret(_INT16, part), factor) for part in (even, odd)]
+            return T.Bind(found[0]), T.Bind(found[1])
 
-        largest = registers(1)
-        put(largest, 0, splat(0.0))
+        zero = T.broadcast(T.int16(0), _HALVES)
+        largest = local(_HALVES, "int16")
+        everything = T.ramp(i64(0), i64(1), _HALVES)
+        T.buffer_store(largest, zero, [everything])
         with T.serial(steps) as step:
-            for value in values(step, None):
-                put(largest, 0, T.max(get(largest, 0), T.max(value, splat(0.0) - value)))
-        peak = T.Bind(lane_max(get(largest, 0)))
-        T.buffer_store(self.scales, peak * T.float32(1 / _LIMIT), [number, group, place])
-        inverse = T.if_then_else(peak > T.float32(0), T.float32(_LIMIT) / peak, T.float32(0))
-        factor = T.Bind(T.broadcast(inverse, PANEL))
+            for value in values(step):
+                magnitude = T.max(value, zero - value)
+                T.buffer_store(largest, T.max(largest[everything], magnitude), [everything])
+        reduce = f"llvm.vector.reduce.smax.v{_HALVES}i16"
+        peak = T.call_llvm_pure_intrin("int16", reduce, largest[everything])
+        peak = T.Cast("float32", T.max(peak, T.int16(1)))
+        # The largest becomes 127: by a power of two, and a factor from 1/2 to 1, and twice that.
+        growth = T.Bind(T.float32(_LIMIT * 256) / peak)
+        power = T.Bind(T.shift_right(T.reinterpret("int32", growth), T.int32(23)) - T.int32(127))
+        inverse = T.shift_left(T.int32(126) - power, T.int32(23))
+        inverse = T.Bind(T.reinterpret("float32", inverse))
+        factor = T.Bind(T.Cast("int16", growth * inverse * T.float32(_FRACTION)))
+        found = scale * inverse * T.float32(2.0**30 / _FRACTION) / T.Cast("float32", factor)
+        T.buffer_store(self.scales, found, [number, group, place])
+        shift = T.broadcast(T.Cast("int16", power), _HALVES)
+        half = T.broadcast(T.int16(128), _HALVES)
         with T.serial(steps) as step:
-            for i, value in enumerate(values(step, factor)):
-                code = T.reinterpret("int32x16", value + splat(INTEGER_OFFSET))
-                code = T.Cast("int8x16", code - T.broadcast(T.int32(INTEGER_BITS), PANEL))
-                at = [group, start + step, place, lanes(i64(i * PANEL))]
-                T.buffer_store(self.codes, code, at)
-        outliers = registers(OUTLIERS // PANEL)
-        for i in range(OUTLIERS):
-            found = T.Bind(self.index[number, i64(i)])
-            feature = T.Bind(T.Cast("int64", T.max(found, T.int32(0))))
-            scale = x.scales[i64(0), source, T.floordiv(feature, i64(x.block))]
-            value = T.Cast("float32", x.codes[i64(0), source, feature]) * scale
-            value = T.Select(found < T.int32(0), T.float32(0), value)
-            T.buffer_store(outliers, value, [i64(i // PANEL), i64(i % PANEL)])
-        for i in range(OUTLIERS // PANEL):
-            at = [group, number, place, lanes(i64(i * PANEL))]
-            T.buffer_store(self.exact, from_float32(T.Bind(get(outliers, i))), at)
+            parts = []
+            for value in values(step):
+                part = multiply_halves(T.shift_left(value, shift), T.broadcast(factor, _HALVES))
+                part = T.Bind(part)
+                parts.append(part + part + half)
+            T.buffer_store(
+                self.codes,
+                T.reinterpret("int8x64", upper_bytes(*parts)),
+                [group, start + step, place, T.ramp(i64(0), i64(1), STEP)],
+            )
+        for i in range(0, OUTLIERS, PANEL):
+            features = T.Bind(self.index[number, lanes(i64(i))])
+            features = T.Bind(T.max(features, T.broadcast(T.int32(0), PANEL)))
+            words = T.shift_right(features, T.broadcast(T.int32(2), PANEL))
+            four = gather("int32x16", "dpi", x.codes[i64(0), source, i64(0)], words)
+            bits = T.shift_left(features, T.broadcast(T.int32(3), PANEL))
+            rest = T.broadcast(T.int32(24), PANEL) - T.bitwise_and(
+                bits, T.broadcast(T.int32(24), PANEL)
+            )
+            code = T.shift_right(T.shift_left(four, rest), T.broadcast(T.int32(24), PANEL))
+            blocks = T.floordiv(features, T.broadcast(T.int32(x.block), PANEL))
+            scale = gather(F32X16, "dps", x.scales[i64(0), source, i64(0)], T.Bind(blocks))
+            value = T.Bind(T.Cast(F32X16, code) * scale)
+            T.buffer_store(self.exact, from_float32(value), [group, number, place, lanes(i64(i))])
+
+
+def gather(dtype: str, kind: str, first: Expr, places: Expr) -> Expr:
+    """Sixteen numbers of 32 bits, at these places from the one whose value is `first`."""
+    every = T.broadcast(tirx.const(True, "bool"), PANEL)
+    nothing = T.broadcast(tirx.const(0, dtype.removesuffix("x16")), PANEL)
+    name = f"llvm.x86.avx512.mask.gather.{kind}.512"
+    address = T.address_of(first)
+    return T.Bind(T.call_llvm_intrin(dtype, name, nothing, address, places, every, T.int32(4)))
 
 
 def _choose(
@@ -192,34 +246,39 @@ def _choose(
     set_limit(1, lane_max(get(largest, 0)) * T.float32(1.001) + T.float32(1e-30))
     with T.serial(i64(_BISECTIONS)):
         middle = T.Bind((limit(0) + limit(1)) * T.float32(0.5))
-        reached = _counters()
-        T.buffer_store(reached, T.broadcast(T.int32(0), PANEL), [i64(0), lanes(i64(0))])
+        reached = local(PANEL, "int32")
+        T.buffer_store(reached, T.broadcast(T.int32(0), PANEL), [lanes(i64(0))])
         with T.serial(vectors) as vector:
             over = scores[lanes(vector * i64(PANEL))] >= T.broadcast(middle, PANEL)
             ones = T.Select(over, T.broadcast(T.int32(1), PANEL), T.broadcast(T.int32(0), PANEL))
-            total = reached[i64(0), lanes(i64(0))] + ones
-            T.buffer_store(reached, total, [i64(0), lanes(i64(0))])
-        fits = T.Bind(lane_sum(reached[i64(0), lanes(i64(0))]) <= T.int32(OUTLIERS))
+            total = reached[lanes(i64(0))] + ones
+            T.buffer_store(reached, total, [lanes(i64(0))])
+        fits = T.Bind(lane_sum(reached[lanes(i64(0))]) <= T.int32(OUTLIERS))
         set_limit(0, T.Select(fits, limit(0), middle))
         set_limit(1, T.Select(fits, middle, limit(1)))
     for i in range(0, OUTLIERS, PANEL):
         T.buffer_store(index, T.broadcast(T.int32(-1), PANEL), [number, lanes(i64(i))])
-    found = _counters()
-    T.buffer_store(found, T.int32(0), [i64(0), i64(0)])
+    found = local(1, "int64")
+    T.buffer_store(found, i64(0), [i64(0)])
     with T.serial(steps * i64(STEP)) as feature:
         is_outlier = T.Bind(scores[feature] >= limit(1))
-        one = T.Select(is_outlier, T.float32(0), T.float32(1))
-        T.buffer_store(kept, one, [first + feature])
+        T.buffer_store(kept, T.Select(is_outlier, T.int8(0), T.int8(-1)), [first + feature])
         with T.If(is_outlier), T.Then():
-            at = T.Cast("int64", found[i64(0), i64(0)])
-            T.buffer_store(index, T.Cast("int32", first + feature), [number, at])
-            T.buffer_store(found, found[i64(0), i64(0)] + T.int32(1), [i64(0), i64(0)])
+            T.buffer_store(index, T.Cast("int32", first + feature), [number, found[i64(0)]])
+            T.buffer_store(found, found[i64(0)] + i64(1), [i64(0)])
 
 
-def _counters() -> Expr:
-    """A vector of int32 that a loop carries."""
-    annotations = {"disable_lower_builtin": True}
-    return T.alloc_buffer([i64(1), i64(PANEL)], "int32", scope="local", annotations=annotations)
+def multiply_halves(value: Expr, factor: Expr) -> Expr:
+    """value · factor / 2^15, rounded, int16x32."""
+    return T.call_llvm_pure_intrin(_INT16, "llvm.x86.avx512.pmul.hr.sw.512", value, factor)
+
+
+def upper_bytes(even: Expr, odd: Expr) -> Expr:
+    """The upper bytes of 16-bit numbers, int32x16: even ones become each half's lower byte."""
+    even, odd = (T.reinterpret(f"uint16x{_HALVES}", part) for part in (even, odd))
+    even = T.shift_right(even, T.broadcast(T.uint16(8), _HALVES))
+    odd = T.bitwise_and(odd, T.broadcast(T.uint16(0xFF00), _HALVES))
+    return T.reinterpret("int32x16", T.bitwise_or(even, odd))
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +392,7 @@ class _Panels:
             number = T.Bind(number - T.broadcast(T.int32(INTEGER_BITS), PANEL))
             low = T.bitwise_and(number, T.broadcast(T.int32(0xFFFF), PANEL))
             high = T.shift_left(number, T.broadcast(T.int32(16), PANEL))
-            return T.Bind(T.reinterpret(f"int16x{_HALVES}", T.bitwise_or(low, high)))
+            return T.Bind(T.reinterpret(_INT16, T.bitwise_or(low, high)))
 
         factor = halves(scale * inverse * splat(2.0 ** (self.bits + 7)))
         half = 128.0
@@ -361,14 +420,9 @@ class _Panels:
             if at:
                 mask = 0x10000 - (1 << (16 - self.bits))
                 value = T.bitwise_and(value, T.broadcast(T.uint16(mask), _HALVES))
-            value = T.reinterpret(f"int16x{_HALVES}", value)
-            name = "llvm.x86.avx512.pmul.hr.sw.512"
-            value = T.call_llvm_pure_intrin(f"int16x{_HALVES}", name, value, factor)
-            return T.reinterpret(f"uint16x{_HALVES}", value + offset)
+            return multiply_halves(T.reinterpret(_INT16, value), factor) + offset
 
-        even = T.shift_right(product(4 * field), T.broadcast(T.uint16(8), _HALVES))
-        odd = T.bitwise_and(product(8 + 4 * field), T.broadcast(T.uint16(0xFF00), _HALVES))
-        return T.reinterpret("int32x16", T.bitwise_or(even, odd))
+        return upper_bytes(product(4 * field), product(8 + 4 * field))
 
     def unpack_exact(self, panel: Expr, index: Expr, number: Expr, into: Expr, slot: Expr) -> None:
         """The features of a chunk in `index` as pairs of bfloat16, `[slots, 16, 16]` int32."""
@@ -392,7 +446,9 @@ class _Panels:
         code = T.bitwise_and(code, T.broadcast(T.int32((1 << fmt.bits) - 1), PANEL))
         group = T.Bind(T.floordiv(at, i64(fmt.group)) if fmt.group else i64(0))
         value = T.Cast(F32X16, code) * weights.scale(i64(0), panel, group)
-        return T.Bind(value + weights.offset(i64(0), panel, group))
+        value = value + weights.offset(i64(0), panel, group)
+        exists = T.Select(feature < T.int32(0), T.float32(0), T.float32(1))
+        return T.Bind(value * T.broadcast(exists, PANEL))
 
 
 def _emit(task: TileTask, rows: _Rows, panels: _Panels) -> None:

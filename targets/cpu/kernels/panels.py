@@ -100,6 +100,13 @@ def registers(count: int) -> Expr:
     )
 
 
+def local(count: int, dtype: str) -> Expr:
+    """`count` numbers on the stack, or in registers where LLVM finds that it can."""
+    return T.alloc_buffer(
+        [i64(count)], dtype, scope="local", annotations={"disable_lower_builtin": True}
+    )
+
+
 def get(vectors: Expr, index: int) -> Expr:
     """Vector `index` of `registers`."""
     return vectors[i64(index), lanes(i64(0))]
