@@ -1,4 +1,4 @@
-"""Functions that are cheap with AVX-512, for values that are rounded to 8 bits afterwards.
+"""What AVX-512 has instructions for: approximations, 16-bit numbers and gathering.
 
 The functions here run while an IRBuilder frame is open, as those of panels.py do.
 """
@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from llmc.targets.cpu.kernels.panels import F32X16, splat
+from llmc.targets.cpu.layout import PANEL
 
 Expr = Any
+HALVES = 2 * PANEL
+"""16-bit numbers of a vector."""
+INT16 = f"int16x{HALVES}"
+UINT16 = f"uint16x{HALVES}"
 # Minimax for 2^f on [0, 1], 1 at 0: error 9e-5, where bfloat16 rounds by 2e-3.
 _POWER = (0.0770672, 0.22764482, 0.69511682, 1.0)
 _ROUND_DOWN, _CURRENT_MODE = 1, 4
@@ -48,3 +54,25 @@ def _masked(name: str, *operands: Expr) -> Expr:
         T.uint16(0xFFFF),
         T.int32(_CURRENT_MODE),
     )
+
+
+def scale_halves(value: Expr, factor: Expr) -> Expr:
+    """value · factor / 2^15, rounded, int16x32."""
+    return T.call_llvm_pure_intrin(INT16, "llvm.x86.avx512.pmul.hr.sw.512", value, factor)
+
+
+def upper_bytes(even: Expr, odd: Expr) -> Expr:
+    """The upper bytes of 16-bit numbers, int32x16: even ones become each half's lower byte."""
+    even, odd = (T.reinterpret(UINT16, part) for part in (even, odd))
+    even = T.shift_right(even, T.broadcast(T.uint16(8), HALVES))
+    odd = T.bitwise_and(odd, T.broadcast(T.uint16(0xFF00), HALVES))
+    return T.reinterpret("int32x16", T.bitwise_or(even, odd))
+
+
+def gather(dtype: str, kind: str, first: Expr, places: Expr) -> Expr:
+    """Sixteen numbers of 32 bits, at these places from the one whose value is `first`."""
+    every = T.broadcast(tirx.const(True, "bool"), PANEL)
+    nothing = T.broadcast(tirx.const(0, dtype.removesuffix("x16")), PANEL)
+    name = f"llvm.x86.avx512.mask.gather.{kind}.512"
+    address = T.address_of(first)
+    return T.Bind(T.call_llvm_intrin(dtype, name, nothing, address, places, every, T.int32(4)))

@@ -20,8 +20,9 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
-from llmc.targets.cpu.kernels import byte_tiles
 from llmc.targets.cpu.kernels.bfloat16_tiles import bfloat16_tiles
+from llmc.targets.cpu.kernels.byte_tiles import byte_tiles
+from llmc.targets.cpu.kernels.byte_tiles import takes as takes_bytes
 from llmc.targets.cpu.kernels.code_tiles import code_tiles, takes
 from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
 from llmc.targets.cpu.kernels.outputs import Gated
@@ -84,15 +85,19 @@ def integer_linear(
                 multiply_tiles(product, tokens, count, k, params.tiling, multiply, prepared)
 
             def many() -> None:
-                if params.tiles is None:
+                tiles = params.byte_tiles
+                in_bytes = tiles is not None and takes_bytes(fmt, k)
+                if not in_bytes:
+                    tiles = params.tiles
+                if tiles is None:
                     vectors()
                     return
-                with T.If(count > i64(params.tiles.crossover)):
+                with T.If(count > i64(tiles.crossover)):
                     with T.Then():
-                        if params.byte_tiles is not None and byte_tiles.takes(fmt, k):
-                            byte_tiles.byte_tiles(product, coded, count, params.byte_tiles)
+                        if in_bytes:
+                            byte_tiles(product, coded, count, tiles)
                         else:
-                            bfloat16_tiles(product, coded.bfloat16, count, params.tiles)
+                            bfloat16_tiles(product, coded.bfloat16, count, tiles)
                     with T.Else():
                         vectors()
 

@@ -16,7 +16,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.targets.cpu.kernels import amx
-from llmc.targets.cpu.kernels.panels import i64, lanes, prefetch
+from llmc.targets.cpu.kernels.panels import i64, lanes
 from llmc.targets.cpu.kernels.register_tiles import slot_panel, store_slots, store_tile
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.layout import ceildiv
@@ -82,6 +82,10 @@ class TileTask:
         """The first row of a group of this task."""
         return T.Bind((self.first_group + group) * i64(amx.TILE_ROWS))
 
+    def rows_from(self, first: Expr) -> Expr:
+        """Rows of the group that begins with row `first`."""
+        return T.min(i64(amx.TILE_ROWS), self.num_rows - first)
+
     def for_each_stage(self, chunks: int, stage: Callable[[Expr, Expr], None]) -> None:
         """`stage(chunk, slot)` for two panels from `slot` on at a time, of every chunk."""
         pairs = T.floordiv(self.num_panels + i64(amx.PANELS - 1), i64(amx.PANELS))
@@ -119,7 +123,7 @@ class TileTask:
         """Stores what becomes of the totals `[groups, slots, 16, 16]`."""
         with T.serial(self.num_groups) as group:
             first = self.first_row(group)
-            with T.serial(T.min(i64(amx.TILE_ROWS), self.num_rows - first)) as row:
+            with T.serial(self.rows_from(first)) as row:
                 store_slots(
                     self.product,
                     first + row,
@@ -194,17 +198,6 @@ def multiply_step(
             amx.multiply(instruction, *tiles)
 
 
-def each_sum_tile(groups: int, panels: int) -> list[tuple[int, int]]:
-    """(group, panel) of the block's tiles."""
-    return [(g, p) for g in range(groups) for p in range(panels)]
-
-
 def first_bytes(tile: Expr, *index: Expr) -> Expr:
     """The address of a tile `[..., 16, n]` of a buffer."""
     return T.address_of(tile[*index, i64(0), i64(0)])
-
-
-def prefetch_row(tile: Expr, row: Expr, *index: Expr) -> None:
-    """Asks for a row of such a tile."""
-    prefetch(T.address_of(tile[*index, row, i64(0)]))
-

@@ -48,7 +48,9 @@ def unpack_step(
                     for i in range(2)
                 )
                 row = (first + 2 * pair) // 2
-                T.buffer_store(into, rounded_pairs(low, high), [slot, place, i64(row), lanes(i64(0))])
+                T.buffer_store(
+                    into, rounded_pairs(low, high), [slot, place, i64(row), lanes(i64(0))]
+                )
 
 
 def _value(
