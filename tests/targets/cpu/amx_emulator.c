@@ -19,6 +19,8 @@ typedef struct {
   union {
     uint8_t u8[ROWS][BYTES];
     uint16_t bf16[ROWS][BYTES / 2];
+    int8_t i8[ROWS][BYTES];
+    int32_t i32[ROWS][BYTES / 4];
     float f32[ROWS][BYTES / 4];
   };
 } Tile;
@@ -173,6 +175,19 @@ static void tdpbf16ps(int sums, int a, int b) {
   }
 }
 
+/* Signed bytes. */
+static void tdpbssd(int sums, int a, int b) {
+  Tile *s, *x, *y;
+  if (!fits(sums, a, b, "tdpbssd", &s, &x, &y)) return;
+  for (int m = 0; m < s->rows; ++m) {
+    for (int n = 0; n < s->bytes / 4; ++n) {
+      int32_t total = 0;
+      for (int k = 0; k < x->bytes; ++k) total += x->i8[m][k] * y->i8[k / 4][4 * n + k % 4];
+      s->i32[m][n] += total;
+    }
+  }
+}
+
 /* How the kernel's signal frame holds the registers, by their numbers in instructions. */
 static const int registers[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP,
                                   REG_RSI, REG_RDI, REG_R8,  REG_R9,  REG_R10, REG_R11,
@@ -234,6 +249,8 @@ static int emulate(const uint8_t *code, const greg_t *values) {
     tilestored(o.reg, o.address, o.stride);
   } else if (opcode == 0x5c && prefix == F3 && !o.memory) {
     tdpbf16ps(o.reg, o.rm, o.vvvv);
+  } else if (opcode == 0x5e && prefix == F2 && !o.memory) {
+    tdpbssd(o.reg, o.rm, o.vvvv);
   } else {
     return 0;
   }

@@ -34,7 +34,9 @@ from llmc.targets.cpu.target import CpuTarget
 # Row blocks of 32 rows, columns of four panels and four chunks of features: several of each.
 TILES = TileParameters(crossover=8, rows=32, panels=4, min_columns=1, steps=7)
 VECTORS = Tiling(panels=1, token_tiles=(1,))  # which are tested elsewhere, and quickly compiled
-INTEGER = replace(PARAMETERS["amx"].integer, tiles=TILES, code_tiles=None, tiling=VECTORS)
+INTEGER = replace(
+    PARAMETERS["amx"].integer, tiles=TILES, byte_tiles=None, code_tiles=None, tiling=VECTORS
+)
 # Three chunks or more, tasks of two panels and of one; every number of rows.
 CODE_TILES = CodeTileParameters(first=1, last=40, panels=2, features=256, least_weights=0)
 CODES = replace(INTEGER, code_tiles=CODE_TILES)
@@ -207,7 +209,8 @@ def test_misused_tiles_are_noticed(emulated, monkeypatch):
 def test_a_product_takes_the_same_numbers_in_every_tiling(library):
     """Chunks and row blocks change the order of sums, nothing else."""
     arguments = Case(FORMATS["q4_0"], 72, K, 80, 32).arguments()[0]
-    whole = Library({"f": integer(FORMATS["q4_0"], 72, 32, PARAMETERS["amx"].integer)})
+    default = replace(PARAMETERS["amx"].integer, byte_tiles=None)
+    whole = Library({"f": integer(FORMATS["q4_0"], 72, 32, default)})
     got, expected = library.run("q4_0", *arguments), whole.run("f", *arguments)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 

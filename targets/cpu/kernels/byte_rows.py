@@ -1,0 +1,233 @@
+"""Quantized activations as bytes of one scale a chunk of features, for matrix registers.
+
+Activations of language models do not bear a common scale: a few features are tens of times as large
+as the rest and would leave it no bits. So the features of a chunk with the largest activations are
+taken out and kept in bfloat16.
+
+The functions here run while an IRBuilder frame is open, as those of panels.py do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from llmc.targets.cpu.kernels import amx
+from llmc.targets.cpu.kernels.avx512 import HALVES, INT16, UINT16, gather, scale_halves, upper_bytes
+from llmc.targets.cpu.kernels.bfloat16 import from_float32
+from llmc.targets.cpu.kernels.integer import CodedRows
+from llmc.targets.cpu.kernels.math import lane_max
+from llmc.targets.cpu.kernels.outputs import lane_sum
+from llmc.targets.cpu.kernels.panels import (
+    F32X16,
+    get,
+    i64,
+    lanes,
+    local,
+    put,
+    registers,
+    scratch,
+    splat,
+)
+from llmc.targets.cpu.kernels.tile_tasks import Chunks, place_of, row_groups
+from llmc.targets.cpu.layout import PANEL, ceildiv
+
+Expr = Any
+STEP = amx.TILE_BYTES
+"""Features of a tile of bytes."""
+EXACT = amx.TILE_BYTES // 2
+"""Features of a tile of bfloat16."""
+_STEPS_OF_EXACT = 16  # for as many steps of bytes there is a tile of bfloat16
+_SCORED_ROWS = 64  # that are looked at to find the largest features
+_BISECTIONS = 14
+_LIMIT = 127.0
+_FRACTION = 32767  # of 2^15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteRows:
+    """Activations in tiles, a scale for each row and chunk; missing rows repeat the last one."""
+
+    codes: Expr  # `[groups, steps, 16, 64]` int8, zero where `exact` has the feature
+    scales: Expr  # `[chunks, groups, 16]` float32
+    exact: Expr  # `[groups, chunks, tiles, 16, 32]` uint16: bfloat16
+    features: Expr  # `[chunks, tiles * 32]` int32: those in `exact`; -1: none
+
+    @staticmethod
+    def exact_tiles(chunks: Chunks) -> int:
+        """Tiles of features that a chunk keeps in bfloat16."""
+        return ceildiv(chunks.size, _STEPS_OF_EXACT)
+
+    @classmethod
+    def prepare(cls, x: CodedRows, k: int, count: Expr, chunks: Chunks) -> ByteRows:
+        """Chooses the features and fills the tiles."""
+        groups = row_groups(count)
+        tiles = cls.exact_tiles(chunks)
+        rows = cls(
+            codes=scratch((groups, chunks.steps, amx.TILE_ROWS, STEP), "int8"),
+            scales=scratch((chunks.count, groups, amx.TILE_ROWS)),
+            exact=scratch((groups, chunks.count, tiles, amx.TILE_ROWS, EXACT), "uint16"),
+            features=scratch((chunks.count, tiles * EXACT), "int32"),
+        )
+        kept = scratch((k,), "int8")  # no bits of a feature in `exact`, all bits of others
+        loop = T.serial if chunks.count == 1 else T.parallel
+        with loop(i64(chunks.count)) as number:
+            _choose(x, count, chunks, number, kept, rows.features)
+        with T.parallel(groups * i64(amx.TILE_ROWS)) as row:
+            source = T.Bind(T.min(row, count - i64(1)))
+            with T.serial(i64(chunks.count)) as number:
+                rows._fill_codes(x, row, source, chunks, number, kept)
+                rows._fill_exact(x, row, source, number)
+        return rows
+
+    def _fill_codes(
+        self, x: CodedRows, row: Expr, source: Expr, chunks: Chunks, number: Expr, kept: Expr
+    ) -> None:
+        """A chunk of one row, in 16-bit numbers with 8 bits behind the point."""
+        group, place = place_of(row)
+        start = chunks.start(number)
+        steps = chunks.length(start)
+        scale = T.Bind(self._highest_scale(x, source, start, steps))
+        unit = T.Bind(T.float32(_FRACTION) / scale)
+        width = gcd(x.block, STEP)
+
+        def values(step: Expr) -> list[Expr]:
+            """Features of a step in units of the chunk's highest scale: even ones, odd ones."""
+            feature = T.Bind((start + step) * i64(STEP))
+            all_of_step = T.ramp(feature, i64(1), STEP)
+            codes = T.bitwise_and(x.codes[i64(0), source, all_of_step], kept[all_of_step])
+            halves = T.Bind(T.reinterpret(UINT16, codes))
+            shares = []
+            for part in range(0, STEP, width):
+                share = x.scales[i64(0), source, T.floordiv(feature + i64(part), i64(x.block))]
+                shares.append(T.broadcast(T.Cast("int16", share * unit), width // 2))
+            share = shares[0] if len(shares) == 1 else tirx.Shuffle(shares, list(range(HALVES)))
+            share = T.Bind(share)
+            even = T.shift_left(halves, T.broadcast(T.uint16(8), HALVES))
+            odd = T.bitwise_and(halves, T.broadcast(T.uint16(0xFF00), HALVES))
+            return [T.Bind(scale_halves(T.reinterpret(INT16, half), share)) for half in (even, odd)]
+
+        zero = T.broadcast(T.int16(0), HALVES)
+        everything = T.ramp(i64(0), i64(1), HALVES)
+        largest = local(HALVES, "int16")
+        T.buffer_store(largest, zero, [everything])
+        with T.serial(steps) as step:
+            for value in values(step):
+                magnitude = T.max(value, zero - value)
+                T.buffer_store(largest, T.max(largest[everything], magnitude), [everything])
+        reduce = f"llvm.vector.reduce.smax.v{HALVES}i16"
+        peak = T.call_llvm_pure_intrin("int16", reduce, largest[everything])
+        peak = T.Cast("float32", T.max(peak, T.int16(1)))
+        # The largest becomes 127: by a power of two, and a factor from 1/2 to 1, and twice that.
+        growth = T.Bind(T.float32(_LIMIT * 256) / peak)
+        power = T.Bind(T.shift_right(T.reinterpret("int32", growth), T.int32(23)) - T.int32(127))
+        inverse = T.shift_left(T.int32(126) - power, T.int32(23))
+        inverse = T.Bind(T.reinterpret("float32", inverse))
+        factor = T.Bind(T.Cast("int16", growth * inverse * T.float32(_FRACTION)))
+        found = scale * inverse * T.float32(2.0**30 / _FRACTION) / T.Cast("float32", factor)
+        T.buffer_store(self.scales, found, [number, group, place])
+        shift = T.broadcast(T.Cast("int16", power), HALVES)
+        half = T.broadcast(T.int16(128), HALVES)
+        with T.serial(steps) as step:
+            parts = []
+            for value in values(step):
+                part = scale_halves(T.shift_left(value, shift), T.broadcast(factor, HALVES))
+                part = T.Bind(part)
+                parts.append(part + part + half)
+            T.buffer_store(
+                self.codes,
+                T.reinterpret("int8x64", upper_bytes(*parts)),
+                [group, start + step, place, T.ramp(i64(0), i64(1), STEP)],
+            )
+
+    @staticmethod
+    def _highest_scale(x: CodedRows, source: Expr, start: Expr, steps: Expr) -> Expr:
+        """Of the blocks that have features of a chunk."""
+        first = T.Bind(T.floordiv(start * i64(STEP), i64(x.block)))
+        last = T.floordiv((start + steps) * i64(STEP) + i64(x.block - 1), i64(x.block))
+        highest = local(1, "float32")
+        T.buffer_store(highest, T.float32(1e-30), [i64(0)])
+        with T.serial(last - first) as block:
+            scale = x.scales[i64(0), source, first + block]
+            T.buffer_store(highest, T.max(highest[i64(0)], scale), [i64(0)])
+        return highest[i64(0)]
+
+    def _fill_exact(self, x: CodedRows, row: Expr, source: Expr, number: Expr) -> None:
+        """What a chunk of a row keeps in bfloat16."""
+        group, place = place_of(row)
+
+        def each(value: int) -> Expr:
+            return T.broadcast(T.int32(value), PANEL)
+
+        for i in range(0, int(self.features.shape[1]), PANEL):
+            feature = T.Bind(T.max(self.features[number, lanes(i64(i))], each(0)))
+            words = T.Bind(T.shift_right(feature, each(2)))
+            four = gather("int32x16", "dpi", x.codes[i64(0), source, i64(0)], words)
+            behind = each(24) - T.bitwise_and(T.shift_left(feature, each(3)), each(24))
+            code = T.shift_right(T.shift_left(four, behind), each(24))
+            block = T.Bind(T.floordiv(feature, each(x.block)))
+            scale = gather(F32X16, "dps", x.scales[i64(0), source, i64(0)], block)
+            value = from_float32(T.Bind(T.Cast(F32X16, code) * scale))
+            at = [group, number, i64(i // EXACT), place, lanes(i64(i % EXACT))]
+            T.buffer_store(self.exact, value, at)
+
+
+def _choose(
+    x: CodedRows, count: Expr, chunks: Chunks, number: Expr, kept: Expr, features: Expr
+) -> None:
+    """The features of a chunk whose activations are largest, in any of the rows looked at."""
+    most = int(features.shape[1])
+    start = chunks.start(number)
+    steps = chunks.length(start)
+    first = T.Bind(start * i64(STEP))
+    vectors = T.Bind(steps * i64(STEP // PANEL))
+    scores = scratch((chunks.size * STEP,))
+    largest = registers(1)
+    put(largest, 0, splat(0.0))
+    stride = T.Bind(T.floordiv(count + i64(_SCORED_ROWS - 1), i64(_SCORED_ROWS)))
+    with T.serial(vectors) as vector:
+        feature = T.Bind(first + vector * i64(PANEL))
+        score = registers(1)
+        put(score, 0, splat(0.0))
+        with T.serial(T.floordiv(count + stride - i64(1), stride)) as turn:
+            row = T.Bind(turn * stride)
+            scale = x.scale(row, T.floordiv(feature, i64(x.block)))
+            value = T.Bind(x.values(row, feature) * scale)
+            put(score, 0, T.max(get(score, 0), T.max(value, splat(0.0) - value)))
+        T.buffer_store(scores, get(score, 0), [lanes(vector * i64(PANEL))])
+        put(largest, 0, T.max(get(largest, 0), get(score, 0)))
+
+    limit = _limit(scores, vectors, lane_max(get(largest, 0)), most)
+    for i in range(0, most, PANEL):
+        T.buffer_store(features, T.broadcast(T.int32(-1), PANEL), [number, lanes(i64(i))])
+    found = local(1, "int64")
+    T.buffer_store(found, i64(0), [i64(0)])
+    with T.serial(steps * i64(STEP)) as feature:
+        is_large = T.Bind(scores[feature] >= limit)
+        T.buffer_store(kept, T.Select(is_large, T.int8(0), T.int8(-1)), [first + feature])
+        with T.If(is_large), T.Then():
+            T.buffer_store(features, T.Cast("int32", first + feature), [number, found[i64(0)]])
+            T.buffer_store(found, found[i64(0)] + i64(1), [i64(0)])
+
+
+def _limit(scores: Expr, vectors: Expr, largest: Expr, most: int) -> Expr:
+    """About the lowest limit that at most `most` scores reach."""
+    limits = local(2, "float32")  # too many reach the first, not too many the second
+    T.buffer_store(limits, T.float32(0), [i64(0)])
+    T.buffer_store(limits, largest * T.float32(1.001) + T.float32(1e-30), [i64(1)])
+    with T.serial(i64(_BISECTIONS)):
+        middle = T.Bind((limits[i64(0)] + limits[i64(1)]) * T.float32(0.5))
+        reached = local(PANEL, "int32")
+        T.buffer_store(reached, T.broadcast(T.int32(0), PANEL), [lanes(i64(0))])
+        with T.serial(vectors) as vector:
+            over = scores[lanes(vector * i64(PANEL))] >= T.broadcast(middle, PANEL)
+            ones = T.Select(over, T.broadcast(T.int32(1), PANEL), T.broadcast(T.int32(0), PANEL))
+            T.buffer_store(reached, reached[lanes(i64(0))] + ones, [lanes(i64(0))])
+        fits = T.Bind(lane_sum(reached[lanes(i64(0))]) <= T.int32(most))
+        for i, moves in enumerate((tirx.Not(fits), fits)):
+            T.buffer_store(limits, T.Select(moves, middle, limits[i64(i)]), [i64(i)])
+    return T.Bind(limits[i64(1)])
