@@ -32,6 +32,7 @@ from llmc.targets.cpu.kernels.panels import (
     scratch,
     splat,
 )
+from llmc.targets.cpu.kernels.register_tiles import fetch_residual
 from llmc.targets.cpu.kernels.tile_tasks import (
     Chunks,
     TileTask,
@@ -157,12 +158,22 @@ class _Block:
                     for g, p in self._tiles():
                         at = (*self._place(amx.PANELS + g, p), step, i64(0))
                         prefetch(T.address_of(of.totals[*at]))
+                self._fetch_residual(step)
                 activations = [first_bytes(rows.codes, g, self.start + step) for g in groups]
                 weights = [first_bytes(of.codes, i64(p), step) for p in range(self.width)]
                 multiply_step("tdpbssd", activations, weights)
 
         self._sum_up(of.exact_sums, exact)
         self._sum_up(of.sums, codes)
+
+    def _fetch_residual(self, step: Expr) -> None:
+        """Asks for a row of what the sums will be added to, far from the one before it."""
+        task = self.of.task
+        if self.of.chunks.count > 1:  # where a choice in every step costs more than it gains
+            return
+        row = T.min(task.first_row(self.group) + step, task.num_rows - i64(1))
+        panels = [task.first_slot + self.slot + i64(p) for p in range(self.width)]
+        fetch_residual(task.product.residual, panels, [row])
 
     def _sum_up(self, into: Expr, products: Callable[[], None]) -> None:
         """Stores what the products add up to."""

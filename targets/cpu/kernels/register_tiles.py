@@ -55,7 +55,8 @@ def multiply_tiles(
 
     def storing(multiply: Multiply) -> Tile:
         def tile(panels: list[Expr], rows: list[Expr]) -> None:
-            fetch_residual(product.residual, panels, rows)
+            if len(rows) > 1:
+                fetch_residual(product.residual, panels, rows)
             store_tile(product, panels, rows, multiply(panels, rows, None))
 
         return tile
@@ -239,7 +240,7 @@ def fetch_residual(residual: Expr | None, panels: Sequence[Expr], rows: Sequence
 
     residual: `[1, T, M]`. An eighth of the time of a product of 2048 features.
     """
-    if residual is None or len(rows) == 1:
+    if residual is None:
         return
     for row in rows:
         for panel in panels:
