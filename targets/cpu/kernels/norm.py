@@ -15,7 +15,7 @@ from tvm.tirx import Buffer, Expr, PrimFunc
 
 from llmc.targets.cpu.kernels import panels
 from llmc.targets.cpu.kernels.math import lane_sum
-from llmc.targets.cpu.kernels.outputs import Output
+from llmc.targets.cpu.kernels.outputs import Output, for_each_block
 from llmc.targets.cpu.kernels.panels import get, i64, put, splat
 from llmc.targets.cpu.kernels.vector import at, for_rows, lanes_of, registers, spread
 from llmc.targets.cpu.layout import PANEL
@@ -93,13 +93,16 @@ def narrow_rms_norm(
                     tirx.buffer_store(total, total[0] + lane_sum(get(sums, c)), [0])
                 mean = total[0] * tirx.float32(1 / features)
                 scale = tirx.Bind(tirx.float32(1) / tirx.sqrt(mean + tirx.float32(eps)))
-                with tirx.serial(i64(features // out.block)) as block:
+
+                def store(first: Expr, blocks: int) -> None:
                     values = []
-                    for v in range(0, out.block, PANEL):
-                        at = panels.lanes(block * i64(out.block) + i64(v))
+                    for v in range(0, blocks * out.block, PANEL):
+                        at = panels.lanes(first * i64(out.block) + i64(v))
                         factor = weight[at] + splat(weight_offset)
                         values.append(x[i64(0), row, at] * tirx.broadcast(scale, PANEL) * factor)
-                    out.store(row, block, values)
+                    out.store(row, first, values)
+
+                for_each_block(out, features // out.block, store)
 
             panels.for_each_row(count, features, normalize)
     return builder.get()

@@ -5,7 +5,7 @@ The functions here run while an IRBuilder frame is open, as those of panels.py d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from tvm.script.ir_builder import tirx as T
 from llmc.errors import UnsupportedError
 from llmc.targets.cpu.kernels import avx512
 from llmc.targets.cpu.kernels.bfloat16 import from_float32
-from llmc.targets.cpu.kernels.math import gelu, gelu_tanh, lane_max, relu, silu
+from llmc.targets.cpu.kernels.math import gelu, gelu_tanh, relu, silu
 from llmc.targets.cpu.kernels.panels import argument, get, i64, lanes, put, registers, splat
 from llmc.targets.cpu.layout import PANEL
 
@@ -29,15 +29,33 @@ INTEGER_BITS = 0x4B400000
 """What the other bits are then."""
 
 
+_VECTORS = 8  # that are stored together at most: what registers hold
+
+
 class Output(Protocol):
-    """Rows of features, stored `block` (a multiple of 16) of them at a time."""
+    """Rows of features, stored in blocks of `block` (a multiple of 16) features."""
 
     @property
     def block(self) -> int:
-        """Features that are stored together."""
+        """Features of a block."""
 
     def store(self, row: Expr, block: Expr, values: Sequence[Expr]) -> None:
-        """Stores features block · `block` … of a row, sixteen a vector (float32)."""
+        """Stores one, two, four or eight blocks of a row from `block` on, sixteen features a vector
+        (float32).
+        """
+
+
+def for_each_block(output: Output, blocks: int, store: Callable[[Expr, int], None]) -> None:
+    """`store(first, count)` for all blocks of a row, several at a time."""
+    together = max(1, _VECTORS * PANEL // output.block)
+    done = blocks // together * together
+    with T.serial(i64(blocks // together)) as number:
+        store(T.Bind(number * i64(together)), together)
+    while done < blocks:
+        together //= 2
+        if done + together <= blocks:
+            store(i64(done), together)
+            done += together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,31 +88,54 @@ class Quantized:
         return cls(codes=codes, scales=scales, sums=sums, block=block, unit=unit, factor=factor)
 
     def store(self, row: Expr, block: Expr, values: Sequence[Expr]) -> None:
-        """Rounds a block."""
+        """Rounds blocks."""
         values = [T.Bind(v) for v in values]
-        largest = registers(1)
-        put(largest, 0, splat(0.0))
-        for value in values:
-            put(largest, 0, T.max(get(largest, 0), T.max(value, splat(0.0) - value)))
-        peak = T.Bind(lane_max(get(largest, 0)))
-        T.buffer_store(self.scales, peak * T.float32(1 / _LIMIT), [i64(0), row, block])
-        inverse = T.Bind(
-            T.if_then_else(peak > T.float32(0), T.float32(_LIMIT) / peak, T.float32(0))
-        )
-        of_unit = self.unit // PANEL
-        for u in range(self.block // self.unit):
-            total = T.broadcast(T.int32(0), PANEL)
-            for v in range(u * of_unit, (u + 1) * of_unit):
-                shifted = values[v] * T.broadcast(inverse, PANEL) + splat(INTEGER_OFFSET)
-                code = T.Bind(
-                    T.reinterpret("int32x16", shifted) - T.broadcast(T.int32(INTEGER_BITS), PANEL)
-                )
-                at = block * i64(self.block) + i64(v * PANEL)
-                T.buffer_store(self.codes, T.Cast("int8x16", code), [i64(0), row, lanes(at)])
-                total = T.Bind(total + code)
-            units = i64(self.block // self.unit)
-            at = [i64(0), row, block * units + i64(u)]
-            T.buffer_store(self.sums, T.int32(self.factor) * lane_sum(total), at)
+        of_block, of_unit = self.block // PANEL, self.unit // PANEL
+        count = len(values) // of_block
+        largest = []
+        for b in range(0, len(values), of_block):
+            peak = splat(0.0)
+            for value in values[b : b + of_block]:
+                peak = T.max(peak, T.max(value, splat(0.0) - value))
+            largest.append(T.Bind(peak))
+        peaks = T.Bind(fold(largest, T.max))
+        T.buffer_store(self.scales, peaks * _each(1 / _LIMIT, count), self._at(row, block, count))
+        inverses = T.Bind(_inverse(peaks, count))
+        sums = []
+        total = T.broadcast(T.int32(0), PANEL)
+        for v, value in enumerate(values):
+            inverse = T.broadcast(lane(inverses, v // of_block, count), PANEL)
+            shifted = value * inverse + splat(INTEGER_OFFSET)
+            code = T.reinterpret("int32x16", shifted) - T.broadcast(T.int32(INTEGER_BITS), PANEL)
+            code = T.Bind(code)
+            at = block * i64(self.block) + i64(v * PANEL)
+            T.buffer_store(self.codes, T.Cast("int8x16", code), [i64(0), row, lanes(at)])
+            total = T.Bind(total + code)
+            if (v + 1) % of_unit == 0:
+                sums.append(total)
+                total = T.broadcast(T.int32(0), PANEL)
+        factor: Expr = T.int32(self.factor)
+        if len(sums) > 1:
+            factor = T.broadcast(factor, len(sums))
+        units = block * i64(self.block // self.unit)
+        found = fold(sums, lambda a, b: a + b) * factor
+        T.buffer_store(self.sums, found, self._at(row, units, len(sums)))
+
+    @staticmethod
+    def _at(row: Expr, first: Expr, count: int) -> list[Expr]:
+        return [i64(0), row, first if count == 1 else T.ramp(first, i64(1), count)]
+
+
+def _each(value: float, count: int) -> Expr:
+    return T.float32(value) if count == 1 else T.broadcast(T.float32(value), count)
+
+
+def _inverse(peaks: Expr, count: int) -> Expr:
+    """What makes each peak the largest code; zero for zero."""
+    zero, found = _each(0.0, count), _each(_LIMIT, count) / peaks
+    if count == 1:
+        return T.if_then_else(peaks > zero, found, zero)
+    return T.Select(peaks > zero, found, zero)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +153,7 @@ class Rounded:
         return cls(y=argument("y", (1, count, features), "uint16"), block=block)
 
     def store(self, row: Expr, block: Expr, values: Sequence[Expr]) -> None:
-        """Rounds a block."""
+        """Rounds blocks."""
         for v, value in enumerate(values):
             at = block * i64(self.block) + i64(v * PANEL)
             T.buffer_store(self.y, from_float32(T.Bind(value)), [i64(0), row, lanes(at)])
@@ -138,7 +179,7 @@ class Gated:
         return self.output.block // PANEL
 
     def store(self, row: Expr, block: Expr, gates: Sequence[Expr], ups: Sequence[Expr]) -> None:
-        """Stores a block of a row."""
+        """Stores as many blocks of a row as the panels of each make."""
         activate = ACTIVATIONS[self.kind]
         if self.avx512:
             activate = AVX512_ACTIVATIONS.get(self.kind, activate)
@@ -159,3 +200,36 @@ def check_activation(kind: str) -> None:
 def lane_sum(vector: Expr) -> Expr:
     """The sum of 16 int32."""
     return tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add.v16i32", vector)
+
+
+def lane(vector: Expr, index: int, count: int) -> Expr:
+    """One number of a vector of `count`; the number itself where that is one."""
+    return vector if count == 1 else _shuffle([vector], [index])
+
+
+def fold(vectors: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """What each of a power of two of vectors of 16 lanes folds to, as one vector (or number).
+
+    Several fold in fewer steps than one after another: halves of two make one vector.
+    """
+    found, width = list(vectors), PANEL  # lanes that each given vector has left
+    while len(found) > 1:
+        width //= 2
+        starts = range(0, 2 * PANEL, 2 * width)
+        low = [start + i for start in starts for i in range(width)]
+        pairs = zip(found[::2], found[1::2], strict=True)
+        found = [
+            T.Bind(combine(_shuffle([a, b], low), _shuffle([a, b], [i + width for i in low])))
+            for a, b in pairs
+        ]
+    value, count = found[0], PANEL
+    while width > 1:
+        width //= 2
+        low = [start + i for start in range(0, count, 2 * width) for i in range(width)]
+        value = combine(_shuffle([value], low), _shuffle([value], [i + width for i in low]))
+        value, count = T.Bind(value), count // 2
+    return value
+
+
+def _shuffle(vectors: list[Expr], places: list[int]) -> Expr:
+    return tirx.Shuffle(vectors, [tirx.const(place, "int32") for place in places])

@@ -8,7 +8,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from llmc.targets.cpu.kernels.outputs import Quantized
+from llmc.targets.cpu.kernels.outputs import Quantized, for_each_block
 from llmc.targets.cpu.kernels.panels import argument, for_each_row, i64, lanes, size_var
 from llmc.targets.cpu.layout import PANEL
 
@@ -31,9 +31,11 @@ def quantize_activations(
             output = Quantized.arguments(count, features, block=block, unit=unit, factor=factor)
 
             def one_row(row: Expr) -> None:
-                with T.serial(i64(features // block)) as b:
-                    starts = [b * i64(block) + i64(v) for v in range(0, block, PANEL)]
-                    output.store(row, b, [x[i64(0), row, lanes(start)] for start in starts])
+                def store(first: Expr, count: int) -> None:
+                    starts = [first * i64(block) + i64(v) for v in range(0, count * block, PANEL)]
+                    output.store(row, first, [x[i64(0), row, lanes(start)] for start in starts])
+
+                for_each_block(output, features // block, store)
 
             for_each_row(count, features, one_row)
     return builder.get()

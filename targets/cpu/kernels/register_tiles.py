@@ -25,6 +25,7 @@ from llmc.targets.cpu.layout import PANEL, ceildiv
 from llmc.targets.cpu.parameters import Tiling
 
 Expr = Any
+_BLOCKS = 4  # of a gated output that are stored together
 # (panels, rows) -> None: multiplies and stores one tile
 Tile = Callable[[list[Expr], list[Expr]], None]
 
@@ -285,18 +286,29 @@ def store_slots(
             store_tile(product, [first + slot], [row], [[total(slot)]])
         return
     slots = 2 * gated.panels
-    with T.serial(T.floordiv(count, i64(slots))) as number:
-        place = T.Bind(number * i64(slots))
+
+    def store(place: Expr, blocks: int) -> None:
         gates, ups = (
             _started(
                 product,
-                [slot_panel(product, first + place + i64(slot)) for slot in range(half, slots, 2)],
+                [slot_panel(product, first + place + i64(slot)) for slot in of_half],
                 row,
-                [T.Bind(total(place + i64(slot))) for slot in range(half, slots, 2)],
+                [T.Bind(total(place + i64(slot))) for slot in of_half],
             )
-            for half in range(2)
+            for of_half in (range(half, blocks * slots, 2) for half in range(2))
         )
         gated.store(row, T.Bind(T.floordiv(first + place, i64(slots))), gates, ups)
+
+    together = _BLOCKS if gated.panels * _BLOCKS <= 8 else 1
+    many = T.Bind(T.floordiv(count, i64(slots * together)))
+    if together > 1:
+        with T.serial(many) as number:
+            store(T.Bind(number * i64(slots * together)), together)
+        many = many * i64(together)
+    else:
+        many = i64(0)
+    with T.serial(T.floordiv(count, i64(slots)) - many) as number:
+        store(T.Bind((many + number) * i64(slots)), 1)
 
 
 def _started(
