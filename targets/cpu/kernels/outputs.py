@@ -16,7 +16,7 @@ from llmc.errors import UnsupportedError
 from llmc.targets.cpu.kernels import avx512
 from llmc.targets.cpu.kernels.bfloat16 import from_float32
 from llmc.targets.cpu.kernels.math import gelu, gelu_tanh, relu, silu
-from llmc.targets.cpu.kernels.panels import argument, get, i64, lanes, put, registers, splat
+from llmc.targets.cpu.kernels.panels import argument, get, i64, lanes, local, put, registers, splat
 from llmc.targets.cpu.layout import PANEL
 
 Expr = Any
@@ -89,41 +89,46 @@ class Quantized:
 
     def store(self, row: Expr, block: Expr, values: Sequence[Expr]) -> None:
         """Rounds blocks."""
-        values = [T.Bind(v) for v in values]
         of_block, of_unit = self.block // PANEL, self.unit // PANEL
         count = len(values) // of_block
-        largest = []
-        for b in range(0, len(values), of_block):
-            peak = splat(0.0)
-            for value in values[b : b + of_block]:
-                peak = T.max(peak, T.max(value, splat(0.0) - value))
-            largest.append(T.Bind(peak))
-        peaks = T.Bind(fold(largest, T.max))
-        T.buffer_store(self.scales, peaks * _each(1 / _LIMIT, count), self._at(row, block, count))
-        inverses = T.Bind(_inverse(peaks, count))
-        sums = []
-        total = T.broadcast(T.int32(0), PANEL)
+        # What is used several times is kept in registers, not bound: TVM's analyses put what is
+        # bound in place of its name.
+        kept = registers(len(values) + count)
         for v, value in enumerate(values):
-            inverse = T.broadcast(lane(inverses, v // of_block, count), PANEL)
-            shifted = value * inverse + splat(INTEGER_OFFSET)
+            put(kept, v, value)
+        for b in range(count):
+            peak = splat(0.0)
+            for v in range(b * of_block, (b + 1) * of_block):
+                peak = T.max(peak, T.max(get(kept, v), splat(0.0) - get(kept, v)))
+            put(kept, len(values) + b, peak)
+        peaks, inverses = local(count, "float32"), local(count, "float32")
+        everything = _span(i64(0), count)
+        largest = [get(kept, len(values) + b) for b in range(count)]
+        T.buffer_store(peaks, fold(largest, T.max), [everything])
+        found = peaks[everything] * _each(1 / _LIMIT, count)
+        T.buffer_store(self.scales, found, [i64(0), row, _span(block, count)])
+        T.buffer_store(inverses, _inverse(peaks[everything], count), [everything])
+        units = len(values) // of_unit
+        totals = local(units * PANEL, "int32")
+        for v in range(len(values)):
+            inverse = T.broadcast(inverses[i64(v // of_block)], PANEL)
+            shifted = get(kept, v) * inverse + splat(INTEGER_OFFSET)
             code = T.reinterpret("int32x16", shifted) - T.broadcast(T.int32(INTEGER_BITS), PANEL)
             code = T.Bind(code)
             at = block * i64(self.block) + i64(v * PANEL)
             T.buffer_store(self.codes, T.Cast("int8x16", code), [i64(0), row, lanes(at)])
-            total = T.Bind(total + code)
-            if (v + 1) % of_unit == 0:
-                sums.append(total)
-                total = T.broadcast(T.int32(0), PANEL)
+            unit = lanes(i64(v // of_unit * PANEL))
+            T.buffer_store(totals, code if v % of_unit == 0 else totals[unit] + code, [unit])
+        sums = fold([totals[lanes(i64(u * PANEL))] for u in range(units)], lambda a, b: a + b)
         factor: Expr = T.int32(self.factor)
-        if len(sums) > 1:
-            factor = T.broadcast(factor, len(sums))
-        units = block * i64(self.block // self.unit)
-        found = fold(sums, lambda a, b: a + b) * factor
-        T.buffer_store(self.sums, found, self._at(row, units, len(sums)))
+        factor = factor if units == 1 else T.broadcast(factor, units)
+        first = block * i64(self.block // self.unit)
+        T.buffer_store(self.sums, sums * factor, [i64(0), row, _span(first, units)])
 
-    @staticmethod
-    def _at(row: Expr, first: Expr, count: int) -> list[Expr]:
-        return [i64(0), row, first if count == 1 else T.ramp(first, i64(1), count)]
+
+def _span(first: Expr, count: int) -> Expr:
+    """The index of `count` numbers from `first` on."""
+    return first if count == 1 else T.ramp(first, i64(1), count)
 
 
 def _each(value: float, count: int) -> Expr:
@@ -200,11 +205,6 @@ def check_activation(kind: str) -> None:
 def lane_sum(vector: Expr) -> Expr:
     """The sum of 16 int32."""
     return tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add.v16i32", vector)
-
-
-def lane(vector: Expr, index: int, count: int) -> Expr:
-    """One number of a vector of `count`; the number itself where that is one."""
-    return vector if count == 1 else _shuffle([vector], [index])
 
 
 def fold(vectors: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
