@@ -17,6 +17,7 @@ from llmc.artifact import (
 )
 from llmc.errors import ArtifactError, UsageError
 from llmc.runtime.devices import Place, choose_place
+from llmc.runtime.devices.cpu import num_threads
 from llmc.runtime.generation_config import load_sampling_defaults
 from llmc.runtime.memory import plan_num_pages
 from llmc.runtime.step import StepExecutor
@@ -95,6 +96,7 @@ def load_model(
         kv_cache_tokens=kv_cache_tokens,
         max_sequences=limits.max_sequences,
         max_batch_tokens=limits.max_batch_tokens,
+        num_threads=num_threads() if place.device.is_host else 1,
         available_bytes=place.device.available_bytes(place.index),
     )
     with ExitStack() as stack:

@@ -37,9 +37,11 @@ def plan_num_pages(
     kv_cache_tokens: int | None,
     max_sequences: int,
     max_batch_tokens: int,
+    num_threads: int,
     available_bytes: int,
 ) -> list[int]:
-    """Pages of each group for `kv_cache_tokens` tokens of full attention.
+    """Pages of each group for `kv_cache_tokens` tokens of full attention; kernels run on
+    `num_threads` threads.
 
     Without a number: 16,384 tokens or one full context, whichever is larger; no more than all
     sequences at full context, or than half of what weights and workspace leave free, can use.
@@ -54,7 +56,8 @@ def plan_num_pages(
         return sum(c.page_bytes * pages(tokens)[c.group] for c in manifest.caches)
 
     memory = manifest.memory
-    fixed = memory.weights_bytes + memory.workspace_bytes + memory.logits_bytes
+    workspace = memory.workspace_bytes + num_threads * memory.thread_bytes
+    fixed = memory.weights_bytes + workspace + memory.logits_bytes
     if kv_cache_tokens is None:
         wanted = min(most, max(_DEFAULT_TOKENS, manifest.model.context_length))
         budget = max(0, available_bytes - fixed) // _DEFAULT_SHARE
@@ -67,7 +70,7 @@ def plan_num_pages(
     if needed > available_bytes:
         raise CapacityError(
             f"needs {_gib(needed)} = weights {_gib(memory.weights_bytes)} + workspace "
-            f"{_gib(memory.workspace_bytes)} + logits {_gib(memory.logits_bytes)} + KV cache "
+            f"{_gib(workspace)} + logits {_gib(memory.logits_bytes)} + KV cache "
             f"{_gib(kv_bytes(tokens))} ({tokens} tokens); {_gib(available_bytes)} are free",
             hint="lower kv_cache_tokens, quantize further or free memory",
         )

@@ -12,12 +12,13 @@ from llmc.errors import CapacityError, UsageError
 from llmc.runtime.memory import available_host_bytes, plan_num_pages
 
 
-def plan(manifest, tokens=None, available=2**40) -> list[int]:
+def plan(manifest, tokens=None, available=2**40, threads=1) -> list[int]:
     return plan_num_pages(
         manifest,
         kv_cache_tokens=tokens,
         max_sequences=manifest.max_sequences,
         max_batch_tokens=manifest.max_batch_tokens,
+        num_threads=threads,
         available_bytes=available,
     )
 
@@ -37,7 +38,11 @@ def test_the_default_takes_half_of_what_weights_leave():
     manifest = dataclasses.replace(
         make_manifest(context_length=40_000),
         memory=MemoryPlan(
-            weights_bytes=1000, workspace_bytes=200, logits_bytes=100, kv_bytes_per_token=8
+            weights_bytes=1000,
+            workspace_bytes=200,
+            thread_bytes=0,
+            logits_bytes=100,
+            kv_bytes_per_token=8,
         ),
     )
     # Pages of 4 tokens take 32 bytes: half of 64,000 holds 1,000.
@@ -55,7 +60,11 @@ def test_too_little_memory_is_refused_with_the_sum():
     manifest = dataclasses.replace(
         make_manifest(),
         memory=MemoryPlan(
-            weights_bytes=3 * 2**30, workspace_bytes=2**29, logits_bytes=0, kv_bytes_per_token=8
+            weights_bytes=3 * 2**30,
+            workspace_bytes=2**29,
+            thread_bytes=0,
+            logits_bytes=0,
+            kv_bytes_per_token=8,
         ),
     )
     with pytest.raises(CapacityError) as info:
