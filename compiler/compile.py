@@ -37,6 +37,7 @@ from llmc.compiler.rewriter import bindings, relax_functions
 from llmc.compiler.schemes import KV_DTYPES, Scheme, scheme_of
 from llmc.compiler.streamed_model import Float32, Rows
 from llmc.compiler.thread_scratch import ScratchMeter
+from llmc.compiler.tokenizer_file import compact
 from llmc.compiler.weight_plan import WeightSpec
 from llmc.compiler.weights import (
     WEIGHTS_FILE,
@@ -455,7 +456,7 @@ def _write_reference(
 
 def _write_tokenizer(folder: Path, model: ModelSource) -> None:
     if model.tokenizer_json is not None:
-        (folder / artifact.TOKENIZER_FILE).write_bytes(model.tokenizer_json)
+        (folder / artifact.TOKENIZER_FILE).write_bytes(compact(model.tokenizer_json))
     if model.chat_template is not None:
         template = folder / artifact.CHAT_TEMPLATE_FILE
         template.write_text(model.chat_template, encoding="utf-8")

@@ -41,7 +41,7 @@ class ScratchMeter:
             for held, size in _requests(func):
                 if not isinstance(size, tvm.tirx.IntImm):
                     raise CompileError(
-                        f"kernel {name.name_hint} allocates {size} bytes: nothing bounds its scratch"
+                        f"nothing bounds the scratch of kernel {name.name_hint}: {size} bytes"
                     )
                 num_bytes = -(-int(size) // _PAGE_BYTES) * _PAGE_BYTES
                 largest += [0] * (held + 1 - len(largest))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import ctypes
+import sys
 from pathlib import Path
-
-import psutil
 
 from llmc.artifact import CacheGroup, Manifest
 from llmc.errors import CapacityError, UsageError
@@ -17,7 +17,7 @@ _DEFAULT_SHARE = 2  # one part in two of the memory that the rest leaves
 
 def available_host_bytes(control_group: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory this process can still take: the machine's, or what its control group allows."""
-    available = int(psutil.virtual_memory().available)
+    available = _machine_bytes()
     try:
         limit = (control_group / "memory.max").read_text().strip()
         if limit != "max":
@@ -29,6 +29,28 @@ def available_host_bytes(control_group: Path = Path("/sys/fs/cgroup")) -> int:
     except (OSError, ValueError):  # no control group, or another system
         pass
     return available
+
+
+def _machine_bytes(statistics: Path = Path("/proc/meminfo")) -> int:
+    """The machine's free memory, caches that it gives up on demand included."""
+    try:
+        fields = statistics.read_text().split()
+        return int(fields[fields.index("MemAvailable:") + 1]) * 1024
+    except (OSError, ValueError):  # not Linux
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+
+
+def return_free_memory() -> None:
+    """Gives what the process has released back to the system, where its allocator keeps it.
+
+    glibc's keeps whatever lies below something that is still in use, such as the tree of a parsed
+    file. Elsewhere nothing is done.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # musl has none
+        trim(0)
 
 
 def plan_num_pages(

@@ -96,7 +96,8 @@ def _print(manifest: Manifest) -> None:
         ("weights", f"{format_bytes(memory.weights_bytes)} ({formats})"),
         (
             "workspace",
-            f"{format_bytes(memory.workspace_bytes)}, and {format_bytes(memory.thread_bytes)} a thread",
+            f"{format_bytes(memory.workspace_bytes)}, "
+            f"and {format_bytes(memory.thread_bytes)} on each thread",
         ),
         ("logits", format_bytes(memory.logits_bytes)),
         ("sampling", "on the host" if manifest.sampling is None else "on the device"),
