@@ -275,8 +275,10 @@ def _sampling_info(workspace: dict[str, int], bounds: StepBounds) -> artifact.De
     )
 
 
-def _codegen(mod: tvm.IRModule, target: Target, meter: ScratchMeter) -> tvm.runtime.Executable:
-    with tvm.transform.PassContext(config=target.pass_config, instruments=[meter]):
+def _codegen(
+    mod: tvm.IRModule, target: Target, *instruments: ScratchMeter
+) -> tvm.runtime.Executable:
+    with tvm.transform.PassContext(config=target.pass_config, instruments=list(instruments)):
         return relax.build(mod, target=target.tvm_target, relax_pipeline=None)
 
 

@@ -50,7 +50,7 @@ class TokenSampler:
 
     @cached_property
     def _random(self) -> np.random.Generator:
-        """The sequence's stream; a greedy one does without NumPy's generators, which are 2.5 MiB."""
+        """The sequence's stream; a greedy one does without NumPy's generators, 2.5 MiB."""
         given = self._params.seed
         seed = secrets.randbits(64) if given is None else given % 2**64
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, self._index])))

@@ -30,8 +30,8 @@ def tvm_ffi() -> Any:  # noqa: ANN401 - a module without type information
     """The module tvm_ffi, with TVM's runtime libraries loaded.
 
     tvm_ffi imports torch where it is installed, for the sake of a conflict on Windows: a second
-    that the engine does not have. ml_dtypes, for NumPy types that no artifact has, is 2 MiB. Both are
-    hidden from it unless they are loaded already.
+    that the engine does not have. ml_dtypes, for NumPy types that no artifact has, is 2 MiB. Both
+    are hidden from it unless they are loaded already.
     """
     optional = ("ml_dtypes",) if sys.platform == "win32" else ("ml_dtypes", "torch")
     hidden = [name for name in optional if name not in sys.modules]

@@ -3,9 +3,10 @@
     kernel(x, out): s = alloc(rows, 64); …     kernel(x, out, s): …
     kernel(x, y)                               s = alloc_tensor(T, 64); kernel(x, y, s)
 
-It then lies where other tensors of the step lie at other times; TVM's pool, which it would come from,
-keeps it from then on beside the step's own memory. Left alone is what each task of a parallel loop
-has to itself, what TVM puts on the stack, and what depends on more than the arguments' shapes.
+It then lies where other tensors of the step lie at other times; TVM's pool of workspaces, which it
+would come from, keeps it from then on beside the step's own memory. Equal scratch in two branches,
+of which a call takes one, is one argument. Left alone is what each task of a parallel loop has to
+itself, what TVM puts on the stack, and what depends on more than the arguments' shapes.
 
 Stands between `CallTIRRewrite`, which makes the calls, and memory planning.
 """

@@ -5,17 +5,17 @@
     b = builtin.alloc_tensor(T, 2048)          b = memory.alloc_tensor(s, 0, (T, 2048))
 
 Every tensor counts with its size at the upper bounds of its function. The largest is placed first,
-each one at the smallest place that is free while it lives; where none is, it gets one of its own. TVM's own
-planning takes tensors in the order of the program, and so gives small ones what large ones need
-later.
+each one at the smallest place that is free while it lives; where none is, it gets one of its own.
+TVM's own planning takes tensors in the order of the program, and so gives small ones what large
+ones need later.
 
-The functions of one module run one after the other, and TVM's pool keeps a storage for every size that
-was ever asked for. So the largest storages of all functions become equally large, the second largest,
-and so on: together they take what the most demanding one of each rank takes, and not the sum.
+The functions of one module run one after the other, and TVM's pool keeps a storage for every size
+that was ever asked for. So the largest storages of all functions become equally large, the second
+largest, and so on: together they take what the most demanding one of each rank takes, not the sum.
 
-What a function returns is the caller's and shares its place with nothing. It has a place of its size,
-or, where memory that nobody writes to takes none, at its bound: else the pool would come to keep a
-tensor for each number of rows.
+What a function returns is the caller's and shares its place with nothing. It has a place of its
+size, or, where memory that nobody writes to takes none, at its bound: else the pool would come to
+keep a tensor for each number of rows.
 
 Stands behind `CallTIRRewrite` and `lift_scratch`.
 """
@@ -40,7 +40,7 @@ _PAGE_BYTES = 4096  # what TVM's pool rounds up to
 
 @dataclass(slots=True)
 class _Tensor:
-    """A tensor that a function allocates, and the numbers of the bindings that it lives from and to."""
+    """A tensor that a function allocates, and the first and the last binding that it lives at."""
 
     var: relax.Var
     num_bytes: int

@@ -21,8 +21,8 @@ TOLERANCE = 8 * MIB
 # The demo's tokenizer is no part of the plan: its tables, and what lies between its tokens.
 TOKENIZER = 8 * MIB
 
-# A long prompt, then as many sequences as possible, less and less of them: steps with every number of
-# tokens and of logits rows.
+# A long prompt, then as many sequences as possible, of which fewer and fewer are left: steps with
+# every number of tokens and of logits rows.
 SERVE = """
 import json, sys
 from pathlib import Path
@@ -38,7 +38,8 @@ def resident(field):
 before = resident("VmRSS")
 engine = Engine(sys.argv[1], kv_cache_tokens=int(sys.argv[2]))
 manifest = engine.manifest
-engine.generate([[1] * (2 * manifest.max_batch_tokens)], SamplingParams(max_tokens=2, temperature=0))
+prompt = [1] * (2 * manifest.max_batch_tokens)
+engine.generate([prompt], SamplingParams(max_tokens=2, temperature=0))
 for index in range(manifest.max_sequences):
     params = SamplingParams(max_tokens=2 + 2 * index, temperature=0, ignore_eos=True)
     engine.submit(str(index), [1, 2, 3], params)
