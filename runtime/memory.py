@@ -17,7 +17,7 @@ _DEFAULT_SHARE = 2  # one part in two of the memory that the rest leaves
 
 def available_host_bytes(control_group: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory this process can still take: the machine's, or what its control group allows."""
-    available = _machine_bytes()
+    available = machine_bytes()
     try:
         limit = (control_group / "memory.max").read_text().strip()
         if limit != "max":
@@ -31,7 +31,7 @@ def available_host_bytes(control_group: Path = Path("/sys/fs/cgroup")) -> int:
     return available
 
 
-def _machine_bytes(statistics: Path = Path("/proc/meminfo")) -> int:
+def machine_bytes(statistics: Path = Path("/proc/meminfo")) -> int:
     """The machine's free memory, caches that it gives up on demand included."""
     try:
         fields = statistics.read_text().split()
