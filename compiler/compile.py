@@ -225,13 +225,14 @@ def _build(
                 lowered = lower_memory(planned)
             meter = ScratchMeter()
             executable = _codegen(lowered, target, meter)
+            scratch = meter.measured(planned)
     return _Built(
         executable=executable,
         arguments=wanted,
         caches=caches,
         workspace={name: workspace.pop(name) for name in entries},
-        pooled_bytes=pooled_bytes(planned),
-        thread_bytes=meter.bytes_per_thread(),
+        pooled_bytes=pooled_bytes(planned) + scratch.caller,
+        thread_bytes=scratch.each_thread,
         sampling=_sampling_info(workspace, bounds),
         kernels=_kernel_infos(mod, planned),
         vocab_size=vocab_size,

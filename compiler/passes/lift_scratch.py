@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relax, tirx
+from tvm import relax, sym, tirx
 from tvm_ffi import structural_equal, structural_map, structural_visit
 from tvm_ffi.structural import StructuralVisitor
 
@@ -93,7 +93,7 @@ def _lift(name: tvm.ir.GlobalVar, func: tirx.PrimFunc) -> _Lifted | None:
     body = structural_map(func.body, [(tirx.AllocBuffer, drop)], order="pre")
     scratch = [slot.buffer for slot in slots]
     lifted = tirx.PrimFunc(
-        [*func.params, *scratch], _replaced(body, moved), func.ret_type, func.attrs
+        [*func.params, *scratch], replaced(body, moved), func.ret_type, func.attrs
     ).with_attr(NUM_SCRATCH, len(scratch))
     variable = tvm.ir.GlobalVar(name.name_hint)
     relax.expr._update_type(variable, lifted.ty)
@@ -146,11 +146,11 @@ def _allocations(func: tirx.PrimFunc) -> list[_Allocation]:
                 branches.pop()
 
     def bind(node: tirx.Bind, _: StructuralVisitor) -> None:
-        values[node.var] = _replaced(node.value, values)
+        values[node.var] = replaced(node.value, values)
 
     def allocate(node: tirx.AllocBuffer, _: StructuralVisitor) -> None:
         if not on_stack(node.buffer, dict(node.annotations)):
-            shape = [_replaced(extent, values) for extent in node.buffer.shape]
+            shape = [replaced(extent, values) for extent in node.buffer.shape]
             found.append(_Allocation(node.buffer, shape, list(branches)))
 
     structural_visit(
@@ -176,7 +176,7 @@ def _extents(func: tirx.PrimFunc) -> set[Any]:
     }
 
 
-def _replaced(node: Any, values: dict[Any, Any]) -> Any:  # noqa: ANN401 - an expression or statement
+def replaced(node: Any, values: dict[Any, Any]) -> Any:  # noqa: ANN401 - an expression or statement
     """`node` with values for variables."""
     return structural_map(node, [(tvm.ir.Var, lambda var: values.get(var, var))])
 
@@ -197,9 +197,11 @@ def _with_scratch(
         if isinstance(extent, tvm.ir.Var)
     }
     given = []
+    simplify = sym.Analyzer().simplify  # of a static T the VM takes numbers only
     for buffer in kernel.scratch:
-        shape = relax.ShapeExpr([_replaced(extent, values) for extent in buffer.shape])
-        alloc = relax.op.builtin.alloc_tensor(shape, str(buffer.dtype), 0, "global")
+        shape = [simplify(replaced(extent, values)) for extent in buffer.shape]
+        dtype = str(buffer.dtype)
+        alloc = relax.op.builtin.alloc_tensor(relax.ShapeExpr(shape), dtype, 0, "global")
         alloc = relax.BlockBuilder().normalize(alloc)
         scratch = relax.Var("scratch", alloc.ty)
         given.append(scratch)

@@ -23,9 +23,10 @@ Stands behind `CallTIRRewrite` and `lift_scratch`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from math import prod
 
 import numpy as np
 import tvm
@@ -109,21 +110,30 @@ def _allocated(func: relax.Function) -> Iterator[int]:
                 yield -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES
 
 
+def bounds_of(func: relax.Function) -> dict[str, int]:
+    """The upper bounds of a function's symbolic extents, by their names."""
+    given = func.attrs and func.attrs.get("tir_var_upper_bound")
+    return {str(name): int(bound) for name, bound in dict(given or {}).items()}
+
+
+def upper_bound(extent: Expr, bounds: Mapping[str, int]) -> int | None:
+    """The most that an expression of bounded variables can be; None where one has no bound."""
+    analyzer = sym.Analyzer()
+    for var in tvm.tirx.analysis.undefined_vars(extent):
+        if var.name not in bounds:
+            return None
+        analyzer.bind(var, tvm.ir.Range(0, bounds[var.name] + 1), allow_override=True)
+    return int(analyzer.const_int_bound(extent).max_value)
+
+
 def bounded_bytes(call: relax.Call, func: relax.Function) -> int | None:
     """Bytes of what `call` allocates, with symbolic extents at the bounds of `func`; None without
     bounds.
     """
-    given = func.attrs and func.attrs.get("tir_var_upper_bound")
-    bounds = {str(name): int(bound) for name, bound in dict(given or {}).items()}
-    analyzer = sym.Analyzer()
-    elements = 1
-    for extent in call.args[0].values:
-        for var in tvm.tirx.analysis.undefined_vars(extent):
-            if var.name not in bounds:
-                return None
-            analyzer.bind(var, tvm.ir.Range(0, bounds[var.name] + 1), allow_override=True)
-        elements *= int(analyzer.const_int_bound(extent).max_value)
-    return elements * np.dtype(str(call.args[1].value)).itemsize
+    extents = [upper_bound(extent, bounds_of(func)) for extent in call.args[0].values]
+    if None in extents:
+        return None
+    return prod(e or 0 for e in extents) * np.dtype(str(call.args[1].value)).itemsize
 
 
 def _plan(func: relax.Function) -> _Plan:

@@ -41,9 +41,9 @@ def kernel(x: TIR.handle, y: TIR.handle):
                     b[i, j] = few[i // TIR.int64(16), i % TIR.int64(16), j]
 
 
-def program():
+def program(rows=None):
     """The kernel, twice."""
-    rows = tvm.tirx.Var("T", "int64")
+    rows = tvm.tirx.Var("T", "int64") if rows is None else rows
     x = relax.Var("x", relax.TensorType([rows, 512], "float32"))
     builder = relax.BlockBuilder()
     name = builder.add_func(kernel, "kernel")

@@ -2,8 +2,10 @@ import random
 
 import pytest
 import tvm
+from tvm import relax
 from tvm.script import tirx as TIR
 
+from llmc.compiler.pipeline import lower_memory, lower_to_vm
 from llmc.compiler.thread_scratch import ScratchMeter
 from llmc.errors import CompileError
 
@@ -53,7 +55,7 @@ def kernel(*sizes):
 
 
 def measured(*kernels):
-    """Pages that the meter finds for a thread that runs them."""
+    """Pages that the meter finds for a thread that runs them, and for the one that calls them."""
     meter = ScratchMeter()
     functions = {
         f"kernel_{i}": k.with_attr("global_symbol", f"kernel_{i}") for i, k in enumerate(kernels)
@@ -61,7 +63,8 @@ def measured(*kernels):
     config = {"tirx.disable_storage_rewrite": True}
     with tvm.transform.PassContext(config=config, instruments=[meter]):
         tvm.tirx.build(tvm.IRModule(functions), target="llvm")
-    return meter.bytes_per_thread() / PAGE
+    found = meter.measured(tvm.IRModule(functions))
+    return found.each_thread / PAGE, found.caller / PAGE
 
 
 def pooled(calls):
@@ -80,13 +83,13 @@ def pooled(calls):
 
 
 def test_a_kernel_needs_what_it_holds_at_once():
-    assert measured(kernel(3)) == 3
-    assert measured(kernel(5, 3, 1)) == 9
+    assert measured(kernel(3)) == (3, 0)
+    assert measured(kernel(5, 3, 1)) == (9, 0)
 
 
 def test_kernels_use_each_others_blocks():
-    assert measured(kernel(5), kernel(3), kernel(4)) == 5
-    assert measured(kernel(5, 2), kernel(3, 1)) == 7
+    assert measured(kernel(5), kernel(3), kernel(4)) == (5, 0)
+    assert measured(kernel(5, 2), kernel(3, 1)) == (7, 0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -95,9 +98,57 @@ def test_no_order_of_kernels_makes_the_pool_larger(seed):
     all_sizes = [
         tuple(generator.randint(1, 9) for _ in range(generator.randint(1, 3))) for _ in range(4)
     ]
-    bound = measured(*(kernel(*sizes) for sizes in all_sizes))
+    bound, _ = measured(*(kernel(*sizes) for sizes in all_sizes))
     found = [pooled(generator.choices(all_sizes, k=30)) for _ in range(200)]
     assert max(found) <= bound <= 3 * 9
+
+
+def test_what_the_caller_allocates_it_holds_while_its_tasks_run():
+    @TIR.prim_func(s_tir=True)
+    def outside(x: TIR.Buffer((1024,), "float32")):
+        a = TIR.alloc_buffer((1024,), "float32")
+        for j in range(1024):
+            a[j] = x[1023 - j]
+        for i in TIR.parallel(16):
+            b = TIR.alloc_buffer((2048,), "float32")
+            for j in range(2048):
+                b[j] = a[j % 1024]
+            x[i] = b[2047 - i]
+
+    assert measured(outside) == (2, 2)  # blocks of 2 pages: either may be used for the other
+    assert measured(outside, kernel(5)) == (5, 2)
+
+
+@TIR.prim_func(s_tir=True)
+def dynamic(x: TIR.handle, y: TIR.handle):
+    rows = TIR.int64()
+    a = TIR.match_buffer(x, (rows, TIR.int64(4)), "float32")
+    b = TIR.match_buffer(y, (rows, TIR.int64(4)), "float32")
+    with TIR.sblock("root"):
+        for i in TIR.parallel(rows):
+            own = TIR.alloc_buffer((rows * TIR.int64(64),), "float32")
+            for j in TIR.serial(rows * TIR.int64(64)):
+                own[j] = a[i, j % TIR.int64(4)]
+            for j in TIR.serial(TIR.int64(4)):
+                b[i, j] = own[rows + j]
+
+
+def test_extents_count_at_the_bounds_of_whoever_calls():
+    rows = tvm.tirx.Var("T", "int64")
+    x = relax.Var("x", relax.TensorType([rows, 4], "float32"))
+    builder = relax.BlockBuilder()
+    name = builder.add_func(dynamic, "dynamic")
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = relax.call_tir(name, [x], relax.TensorType([rows, 4], "float32"))
+            y = builder.emit_output(y)
+        builder.emit_func_output(y)
+    mod = builder.get()
+    mod["main"] = mod["main"].with_attr("tir_var_upper_bound", {"T": 512})
+    planned, meter = lower_to_vm(mod), ScratchMeter()
+    with tvm.transform.PassContext(instruments=[meter]):
+        relax.build(lower_memory(planned), target="llvm", relax_pipeline=None)
+    assert meter.measured(planned).each_thread == 512 * 64 * 4
 
 
 def test_what_nothing_bounds_is_an_error():
