@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import numpy as np
 import tvm
+import tvm_ffi
 from tvm import relax, sym, tirx
 from tvm_ffi import structural_equal, structural_map, structural_visit
 from tvm_ffi.structural import StructuralVisitor
@@ -57,17 +57,14 @@ def lift_scratch(mod: tvm.IRModule) -> tvm.IRModule:
     return tvm.IRModule(functions, attrs=mod.attrs)
 
 
-def on_stack(buffer: Any, annotations: dict[str, Any]) -> bool:  # noqa: ANN401 - a TIR buffer
+def _on_stack(buffer: Any, annotations: dict[str, Any]) -> bool:  # noqa: ANN401 - a TIR buffer
     """Whether TVM's lowering for a CPU leaves an allocation on the stack."""
     if buffer.scope() != "global" or annotations.get("disable_lower_builtin"):
         return True
     if not all(isinstance(extent, tirx.IntImm) for extent in buffer.shape):
         return False
-    return prod(map(int, buffer.shape)) * _item_bytes(buffer) < _STACK_BYTES
-
-
-def _item_bytes(buffer: Any) -> int:  # noqa: ANN401 - a TIR buffer
-    return np.dtype(str(buffer.dtype)).itemsize
+    item_bytes = tvm_ffi.dtype(str(buffer.dtype)).itemsize
+    return prod(map(int, buffer.shape)) * item_bytes < _STACK_BYTES
 
 
 def _lift(name: tvm.ir.GlobalVar, func: tirx.PrimFunc) -> _Lifted | None:
@@ -149,7 +146,7 @@ def _allocations(func: tirx.PrimFunc) -> list[_Allocation]:
         values[node.var] = replaced(node.value, values)
 
     def allocate(node: tirx.AllocBuffer, _: StructuralVisitor) -> None:
-        if not on_stack(node.buffer, dict(node.annotations)):
+        if not _on_stack(node.buffer, dict(node.annotations)):
             shape = [replaced(extent, values) for extent in node.buffer.shape]
             found.append(_Allocation(node.buffer, shape, list(branches)))
 

@@ -111,7 +111,7 @@ def test_a_missing_file_is_named(refused: Refused, copied: Path, command: tuple[
         (lambda raw: raw[:300] + b"\xff\xfe" + raw[300:], "llmc.json: not UTF-8 at byte 300"),
         (lambda raw: b"[]", "schema_version"),
         (
-            lambda raw: raw.replace(b'"schema_version": 3', b'"schema_version": 4', 1),
+            lambda raw: raw.replace(b'"schema_version": 4', b'"schema_version": 5', 1),
             "has schema 4, this llmc reads schema 3\nhint: upgrade llmc",
         ),
         (
