@@ -63,7 +63,7 @@ def _on_stack(buffer: Any, annotations: dict[str, Any]) -> bool:  # noqa: ANN401
         return True
     if not all(isinstance(extent, tirx.IntImm) for extent in buffer.shape):
         return False
-    item_bytes = tvm_ffi.dtype(str(buffer.dtype)).itemsize
+    item_bytes = int(tvm_ffi.dtype(str(buffer.dtype)).itemsize)
     return prod(map(int, buffer.shape)) * item_bytes < _STACK_BYTES
 
 
