@@ -20,7 +20,9 @@ from llmc.compiler import calibration, weight_plan
 from llmc.compiler.interrupt import interruptible
 from llmc.compiler.new_folder import new_folder
 from llmc.compiler.passes.dispatch import RULE
+from llmc.compiler.passes.lift_scratch import NUM_SCRATCH
 from llmc.compiler.passes.lower_attention import Caches, caches_of
+from llmc.compiler.passes.plan_memory import PLANNED_BYTES, pooled_bytes
 from llmc.compiler.phases import Dump, OnPhase, Timer, failing_as
 from llmc.compiler.pipeline import (
     StepBounds,
@@ -28,13 +30,14 @@ from llmc.compiler.pipeline import (
     graph_phases,
     lower_memory,
     lower_to_vm,
-    planned_bytes,
     with_sampling,
 )
 from llmc.compiler.reference import make_reference
 from llmc.compiler.rewriter import bindings, relax_functions
 from llmc.compiler.schemes import KV_DTYPES, Scheme, scheme_of
 from llmc.compiler.streamed_model import Float32, Rows
+from llmc.compiler.thread_scratch import ScratchMeter
+from llmc.compiler.tokenizer_file import compact
 from llmc.compiler.weight_plan import WeightSpec
 from llmc.compiler.weights import (
     WEIGHTS_FILE,
@@ -170,6 +173,8 @@ class _Built:
     arguments: list[Argument]
     caches: Caches
     workspace: dict[str, int]  # bytes, by entry point
+    pooled_bytes: int  # of all functions together
+    thread_bytes: int  # that kernels allocate, on each thread
     sampling: artifact.DeviceSampling | None
     kernels: list[artifact.KernelInfo]
     vocab_size: int
@@ -208,22 +213,28 @@ def _build(
             wanted = arguments(list(first.params), weight_plan.weights_of(mod))
             caches = caches_of(mod)
             mod = with_sampling(mod, target, vocab_size, bounds)
-            kernels = _kernel_infos(mod)
         with timer.phase(f"codegen{part}"):
             with failing_as("plan"):
-                planned = lower_to_vm(mod)
-                workspace = {g.name_hint: planned_bytes(f) for g, f in relax_functions(planned)}
+                planned = lower_to_vm(mod, results_at_bounds=target.lazy_memory)
+            workspace = {
+                name.name_hint: int(func.attrs[PLANNED_BYTES])
+                for name, func in relax_functions(planned)
+            }
             dump.write("planned", planned)
             with failing_as("lower"):
                 lowered = lower_memory(planned)
-            executable = _codegen(lowered, target)
+            meter = ScratchMeter()
+            executable = _codegen(lowered, target, meter)
+            scratch = meter.measured(planned)
     return _Built(
         executable=executable,
         arguments=wanted,
         caches=caches,
         workspace={name: workspace.pop(name) for name in entries},
+        pooled_bytes=pooled_bytes(planned) + scratch.caller,
+        thread_bytes=scratch.each_thread,
         sampling=_sampling_info(workspace, bounds),
-        kernels=kernels,
+        kernels=_kernel_infos(mod, planned),
         vocab_size=vocab_size,
     )
 
@@ -247,7 +258,13 @@ def _combined(builds: list[_Built]) -> _Built:
         key=lambda s: s.workspace_bytes,
         default=None,
     )
-    return replace(first, workspace=workspace, sampling=sampling)
+    return replace(
+        first,
+        workspace=workspace,
+        pooled_bytes=max(b.pooled_bytes for b in builds),
+        thread_bytes=max(b.thread_bytes for b in builds),
+        sampling=sampling,
+    )
 
 
 def _sampling_info(workspace: dict[str, int], bounds: StepBounds) -> artifact.DeviceSampling | None:
@@ -259,13 +276,17 @@ def _sampling_info(workspace: dict[str, int], bounds: StepBounds) -> artifact.De
     )
 
 
-def _codegen(mod: tvm.IRModule, target: Target) -> tvm.runtime.Executable:
-    with tvm.transform.PassContext(config=target.pass_config):
+def _codegen(
+    mod: tvm.IRModule, target: Target, *instruments: ScratchMeter
+) -> tvm.runtime.Executable:
+    with tvm.transform.PassContext(config=target.pass_config, instruments=list(instruments)):
         return relax.build(mod, target=target.tvm_target, relax_pipeline=None)
 
 
-def _kernel_infos(mod: tvm.IRModule) -> list[artifact.KernelInfo]:
-    """Every PrimFunc with the rule that made it and how often the entry points call it."""
+def _kernel_infos(mod: tvm.IRModule, planned: tvm.IRModule) -> list[artifact.KernelInfo]:
+    """Every PrimFunc with the rule that made it and how often the entry points call it; how many
+    arguments are scratch is known once memory is planned.
+    """
     calls: Counter[str] = Counter()
     for _, func in relax_functions(mod):
         for binding in bindings(func):
@@ -275,7 +296,12 @@ def _kernel_infos(mod: tvm.IRModule) -> list[artifact.KernelInfo]:
                 if isinstance(callee, tvm.ir.GlobalVar):
                     calls[callee.name_hint] += 1
     return [
-        artifact.KernelInfo(name=g.name_hint, rule=str(f.attrs[RULE]), num_calls=calls[g.name_hint])
+        artifact.KernelInfo(
+            name=g.name_hint,
+            rule=str(f.attrs[RULE]),
+            num_calls=calls[g.name_hint],
+            num_scratch=int(planned[g.name_hint].attrs.get(NUM_SCRATCH, 0)),
+        )
         for g, f in mod.functions_items()
         if isinstance(f, tvm.tirx.PrimFunc)
     ]
@@ -330,8 +356,8 @@ def _manifest(
         variants=variants,
         memory=artifact.MemoryPlan(
             weights_bytes=sum(w.num_bytes for w in weights),
-            workspace_bytes=max(e.workspace_bytes for e in entries)
-            + (built.sampling.workspace_bytes if built.sampling else 0),
+            workspace_bytes=built.pooled_bytes,
+            thread_bytes=built.thread_bytes,
             logits_bytes=bounds.max_logits_rows * built.vocab_size * 4,
             kv_bytes_per_token=sum(c.page_bytes for c in caches) // target.page_size,
         ),
@@ -433,7 +459,7 @@ def _write_reference(
 
 def _write_tokenizer(folder: Path, model: ModelSource) -> None:
     if model.tokenizer_json is not None:
-        (folder / artifact.TOKENIZER_FILE).write_bytes(model.tokenizer_json)
+        (folder / artifact.TOKENIZER_FILE).write_bytes(compact(model.tokenizer_json))
     if model.chat_template is not None:
         template = folder / artifact.CHAT_TEMPLATE_FILE
         template.write_text(model.chat_template, encoding="utf-8")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import tvm
-from tvm import relax, sym
+from tvm import relax
 
 from llmc.compiler import weight_plan
 from llmc.compiler.passes.canonicalize import canonicalize
@@ -22,7 +21,9 @@ from llmc.compiler.passes.fuse_norm import fuse_norm
 from llmc.compiler.passes.fuse_projections import fuse_projections
 from llmc.compiler.passes.fuse_rope import fuse_rope
 from llmc.compiler.passes.fuse_rope_kv_write import fuse_rope_kv_write
+from llmc.compiler.passes.lift_scratch import lift_scratch
 from llmc.compiler.passes.lower_attention import Page, lower_attention
+from llmc.compiler.passes.plan_memory import plan_memory
 from llmc.compiler.passes.quantize import Chooser, quantize
 from llmc.compiler.passes.quantize_activations import quantize_activations, round_activations
 from llmc.compiler.passes.rewrite_gqa import rewrite_gqa
@@ -191,17 +192,17 @@ def with_sampling(
     return out
 
 
-def lower_to_vm(mod: tvm.IRModule) -> tvm.IRModule:
+def lower_to_vm(mod: tvm.IRModule, *, results_at_bounds: bool = False) -> tvm.IRModule:
     """Static memory planning and the Relax VM's own lowering."""
     passes = tvm.transform.Sequential(
         [
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
-            relax.transform.StaticPlanBlockMemory(),
         ]
     )
-    return share_tensors(passes(mod))
+    planned = plan_memory(lift_scratch(passes(mod)), results_at_bounds=results_at_bounds)
+    return share_tensors(planned)
 
 
 def lower_memory(mod: tvm.IRModule) -> tvm.IRModule:
@@ -217,31 +218,3 @@ def lower_memory(mod: tvm.IRModule) -> tvm.IRModule:
         ]
     )
     return drop_state_checks(passes(mod))
-
-
-def planned_bytes(func: relax.Function) -> int:
-    """Bytes of the storages that memory planning gave `func`; dynamic ones count at their bound."""
-    total = 0
-
-    def visit(expr: relax.Expr) -> None:
-        nonlocal total
-        if isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op):
-            if expr.op.name == "relax.memory.alloc_storage":
-                total += int(expr.args[0].values[0])
-            elif expr.op.name == "relax.builtin.alloc_tensor":
-                total += _bounded_bytes(expr, func)
-
-    relax.analysis.post_order_visit(func.body, visit)
-    return total
-
-
-def _bounded_bytes(call: relax.Call, func: relax.Function) -> int:
-    """Bytes of a tensor allocated by itself, its symbolic extents at the function's bounds."""
-    bounds = {str(k): int(v) for k, v in dict(func.attrs["tir_var_upper_bound"]).items()}
-    analyzer = sym.Analyzer()
-    elements = 1
-    for extent in call.args[0].values:
-        for var in tvm.tirx.analysis.undefined_vars(extent):
-            analyzer.bind(var, tvm.tirx.const(bounds[var.name], "int64"))
-        elements *= int(analyzer.simplify(extent))
-    return elements * np.dtype(str(call.args[1].value)).itemsize

@@ -17,7 +17,7 @@ from typing import Any
 from llmc.errors import ArtifactError
 from llmc.strict_json import decode, load_object, read_text
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_FILE = "llmc.json"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -50,7 +50,7 @@ class EntryPoint:
     max_tokens: int
     max_sequences: int
     max_logits_rows: int
-    workspace_bytes: int  # planned activations and kernel scratch at the upper bounds
+    workspace_bytes: int  # activations, kernel scratch and results at the upper bounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,8 @@ class MemoryPlan:
     """Bytes the artifact needs, known before it starts."""
 
     weights_bytes: int
-    workspace_bytes: int  # the largest entry point's, and the sampling functions'
+    workspace_bytes: int  # of all entry points and sampling functions, which share it
+    thread_bytes: int  # scratch of kernels, of each thread that runs them
     logits_bytes: int  # the largest step's output
     kv_bytes_per_token: int  # over all groups, as long as no window has passed
 
@@ -124,6 +125,7 @@ class KernelInfo:
     name: str
     rule: str
     num_calls: int  # over all entry points
+    num_scratch: int  # of its arguments, the last ones: memory it uses and leaves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,9 @@ from llmc.artifact import (
 )
 from llmc.errors import ArtifactError, UsageError
 from llmc.runtime.devices import Place, choose_place
+from llmc.runtime.devices.cpu import num_threads
 from llmc.runtime.generation_config import load_sampling_defaults
-from llmc.runtime.memory import plan_num_pages
+from llmc.runtime.memory import plan_num_pages, return_free_memory
 from llmc.runtime.step import StepExecutor
 from llmc.runtime.weights import MakeTensor, WeightFiles, random_tensors
 from llmc.strict_json import read_text
@@ -95,6 +96,7 @@ def load_model(
         kv_cache_tokens=kv_cache_tokens,
         max_sequences=limits.max_sequences,
         max_batch_tokens=limits.max_batch_tokens,
+        num_threads=num_threads() if place.device.is_host else 1,
         available_bytes=place.device.available_bytes(place.index),
     )
     with ExitStack() as stack:
@@ -121,6 +123,7 @@ def _load_parts(
         from llmc.runtime.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.from_file(directory / TOKENIZER_FILE)
+        return_free_memory()  # parsing takes twice what the tokenizer keeps
     chat_template = None
     if CHAT_TEMPLATE_FILE in manifest.files:
         chat_template = _load_template(directory / CHAT_TEMPLATE_FILE, manifest, tokenizer)

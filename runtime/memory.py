@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import ctypes
+import sys
 from pathlib import Path
-
-import psutil
 
 from llmc.artifact import CacheGroup, Manifest
 from llmc.errors import CapacityError, UsageError
@@ -17,7 +17,7 @@ _DEFAULT_SHARE = 2  # one part in two of the memory that the rest leaves
 
 def available_host_bytes(control_group: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory this process can still take: the machine's, or what its control group allows."""
-    available = int(psutil.virtual_memory().available)
+    available = machine_bytes()
     try:
         limit = (control_group / "memory.max").read_text().strip()
         if limit != "max":
@@ -31,15 +31,39 @@ def available_host_bytes(control_group: Path = Path("/sys/fs/cgroup")) -> int:
     return available
 
 
+def machine_bytes(statistics: Path = Path("/proc/meminfo")) -> int:
+    """The machine's free memory, caches that it gives up on demand included."""
+    try:
+        fields = statistics.read_text().split()
+        return int(fields[fields.index("MemAvailable:") + 1]) * 1024
+    except (OSError, ValueError):  # not Linux
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+
+
+def return_free_memory() -> None:
+    """Gives what the process has released back to the system, where its allocator keeps it.
+
+    glibc's keeps whatever lies below something that is still in use, such as the tree of a parsed
+    file. Elsewhere nothing is done.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # musl has none
+        trim(0)
+
+
 def plan_num_pages(
     manifest: Manifest,
     *,
     kv_cache_tokens: int | None,
     max_sequences: int,
     max_batch_tokens: int,
+    num_threads: int,
     available_bytes: int,
 ) -> list[int]:
-    """Pages of each group for `kv_cache_tokens` tokens of full attention.
+    """Pages of each group for `kv_cache_tokens` tokens of full attention; kernels run on
+    `num_threads` threads.
 
     Without a number: 16,384 tokens or one full context, whichever is larger; no more than all
     sequences at full context, or than half of what weights and workspace leave free, can use.
@@ -54,7 +78,8 @@ def plan_num_pages(
         return sum(c.page_bytes * pages(tokens)[c.group] for c in manifest.caches)
 
     memory = manifest.memory
-    fixed = memory.weights_bytes + memory.workspace_bytes + memory.logits_bytes
+    workspace = memory.workspace_bytes + num_threads * memory.thread_bytes
+    fixed = memory.weights_bytes + workspace + memory.logits_bytes
     if kv_cache_tokens is None:
         wanted = min(most, max(_DEFAULT_TOKENS, manifest.model.context_length))
         budget = max(0, available_bytes - fixed) // _DEFAULT_SHARE
@@ -67,7 +92,7 @@ def plan_num_pages(
     if needed > available_bytes:
         raise CapacityError(
             f"needs {_gib(needed)} = weights {_gib(memory.weights_bytes)} + workspace "
-            f"{_gib(memory.workspace_bytes)} + logits {_gib(memory.logits_bytes)} + KV cache "
+            f"{_gib(workspace)} + logits {_gib(memory.logits_bytes)} + KV cache "
             f"{_gib(kv_bytes(tokens))} ({tokens} tokens); {_gib(available_bytes)} are free",
             hint="lower kv_cache_tokens, quantize further or free memory",
         )

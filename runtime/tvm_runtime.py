@@ -30,16 +30,17 @@ def tvm_ffi() -> Any:  # noqa: ANN401 - a module without type information
     """The module tvm_ffi, with TVM's runtime libraries loaded.
 
     tvm_ffi imports torch where it is installed, for the sake of a conflict on Windows: a second
-    that the engine does not have, so torch is hidden from it unless it is loaded already.
+    that the engine does not have. ml_dtypes, for NumPy types that no artifact has, is 2 MiB. Both
+    are hidden from it unless they are loaded already.
     """
-    hidden = "torch" not in sys.modules and sys.platform != "win32"
-    if hidden:
-        sys.modules["torch"] = None  # type: ignore[assignment]
+    optional = ("ml_dtypes",) if sys.platform == "win32" else ("ml_dtypes", "torch")
+    hidden = [name for name in optional if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
         import tvm_ffi as module
     finally:
-        if hidden:
-            del sys.modules["torch"]
+        for name in hidden:
+            del sys.modules[name]
     for name in _LIBRARIES:
         load_library(name)
     return module

@@ -114,6 +114,7 @@ class Target(Protocol):
     narrow_products: frozenset[str]  # of int8 and bfloat16: what it multiplies faster than float32
     lacking_formats: frozenset[str]  # names of weight formats that its kernels do not decode
     few_tokens: int  # largest T of the entry point for small batches
+    lazy_memory: bool  # memory that nothing has written to takes none
     pass_config: dict[str, object]
     level: str  # names it among its alternatives; empty where it has none
     alternatives: Sequence[Target]  # for lesser devices: same weights and caches, own libraries

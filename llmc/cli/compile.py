@@ -129,6 +129,7 @@ def _as_json(result: CompileResult) -> dict[str, Any]:
         "artifact_bytes": sum(path.stat().st_size for path in files),
         "weights_bytes": manifest.memory.weights_bytes,
         "workspace_bytes": manifest.memory.workspace_bytes,
+        "thread_bytes": manifest.memory.thread_bytes,
         "kv_bytes_per_token": manifest.memory.kv_bytes_per_token,
     }
 

@@ -48,6 +48,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
         "weights_bytes": memory.weights_bytes,
         "weights_bytes_by_format": _bytes_by_format(manifest),
         "workspace_bytes": memory.workspace_bytes,
+        "thread_bytes": memory.thread_bytes,
         "logits_bytes": memory.logits_bytes,
         "sampling": "host" if manifest.sampling is None else "device",
         "kv_bytes_per_token": memory.kv_bytes_per_token,
@@ -93,7 +94,11 @@ def _print(manifest: Manifest) -> None:
     rows += [
         ("quantization", f"{manifest.quantization}, products with {manifest.activation_dtype}"),
         ("weights", f"{format_bytes(memory.weights_bytes)} ({formats})"),
-        ("workspace", f"{format_bytes(memory.workspace_bytes)}, planned"),
+        (
+            "workspace",
+            f"{format_bytes(memory.workspace_bytes)}, "
+            f"and {format_bytes(memory.thread_bytes)} on each thread",
+        ),
         ("logits", format_bytes(memory.logits_bytes)),
         ("sampling", "on the host" if manifest.sampling is None else "on the device"),
         ("KV cache", f"{format_bytes(memory.kv_bytes_per_token)} a token, {manifest.kv_dtype}"),

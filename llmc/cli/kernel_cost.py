@@ -96,7 +96,8 @@ class CostModel:
         self._weights = dict(zip(weights, manifest.weights, strict=True))
 
     def cost(self, arguments: Iterable[Argument], inputs: StepInputs) -> KernelCost:
-        """The cost of a call within the step `inputs`; the last argument is the kernel's result.
+        """The cost of a call within the step `inputs`; the last argument is the kernel's result,
+        its scratch left out.
 
         A product does 2·rows·M·K operations, padding included; a look-up reads its rows only;
         attention reads the visible tokens' pages once and computes two products with them; every

@@ -57,6 +57,7 @@ class Profiler:
         self.begin: BeginStep | None = None  # a step's time is its own
         self._entries = [(e.max_tokens, e.name) for e in manifest.entry_points]
         self._rules = {k.name: k.rule for k in manifest.kernels}
+        self._num_scratch = {k.name: k.num_scratch for k in manifest.kernels}
         self._costs = CostModel(
             manifest,
             caches=[t.data_ptr() for t in executor.caches],
@@ -134,6 +135,7 @@ class Profiler:
             self._seen.add(name)
             assert self._inputs is not None
             tensors = [Argument.of(a) for a in arguments if hasattr(a, "data_ptr")]
+            tensors = tensors[: len(tensors) - self._num_scratch.get(name, 0)]
             calls.costs.append(self._costs.cost(tensors, self._inputs))
         return 0
 

@@ -99,6 +99,7 @@ class CpuTarget:
     panel = PANEL
     page_size = 16
     few_tokens = 8
+    lazy_memory = True
     level = ""
     alternatives: Sequence[Target] = ()
 

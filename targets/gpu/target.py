@@ -20,6 +20,7 @@ class GpuTarget:
     panel = PANEL
     page_size = 16
     few_tokens = 8
+    lazy_memory = False
     narrow_products: frozenset[str] = frozenset()
     lacking_formats: frozenset[str] = frozenset()
     level = ""

@@ -131,7 +131,11 @@ def manifest(quantization: str) -> Manifest:
         stop_token_ids=[],
     )
     memory = MemoryPlan(
-        weights_bytes=1_000_000, workspace_bytes=0, logits_bytes=0, kv_bytes_per_token=100
+        weights_bytes=1_000_000,
+        workspace_bytes=0,
+        thread_bytes=0,
+        logits_bytes=0,
+        kv_bytes_per_token=100,
     )
     path = Path(__file__).parents[1] / "runtime"
     sys.path.insert(0, str(path))

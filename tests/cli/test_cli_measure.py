@@ -123,7 +123,11 @@ def test_the_bandwidth_share_is_bytes_read_over_bytes_readable() -> None:
         mean_context_tokens=100,
     )
     memory = MemoryPlan(
-        weights_bytes=1_000_000, workspace_bytes=0, logits_bytes=0, kv_bytes_per_token=50
+        weights_bytes=1_000_000,
+        workspace_bytes=0,
+        thread_bytes=0,
+        logits_bytes=0,
+        kv_bytes_per_token=50,
     )
     share = bandwidth_share(measurement, memory, batch=2, bytes_per_s=1e8)
     assert share == pytest.approx((1_000_000 + 2 * 100 * 50) * 10 / 1e8)
@@ -235,8 +239,8 @@ def test_inspect_shows_what_the_manifest_says(llmc, tmp_path: Path) -> None:
     manifest = dataclasses.replace(
         write_artifact(tmp_path / "toy"),
         kernels=[
-            KernelInfo(name="attention", rule="hand", num_calls=3),
-            KernelInfo(name="linear", rule="panel16", num_calls=21),
+            KernelInfo(name="attention", rule="hand", num_calls=3, num_scratch=1),
+            KernelInfo(name="linear", rule="panel16", num_calls=21, num_scratch=0),
         ],
         weights=[
             WeightTensor(

@@ -111,12 +111,12 @@ def test_a_missing_file_is_named(refused: Refused, copied: Path, command: tuple[
         (lambda raw: raw[:300] + b"\xff\xfe" + raw[300:], "llmc.json: not UTF-8 at byte 300"),
         (lambda raw: b"[]", "schema_version"),
         (
-            lambda raw: raw.replace(b'"schema_version": 3', b'"schema_version": 4', 1),
-            "has schema 4, this llmc reads schema 3\nhint: upgrade llmc",
+            lambda raw: raw.replace(b'"schema_version": 4', b'"schema_version": 5', 1),
+            "has schema 5, this llmc reads schema 4\nhint: upgrade llmc",
         ),
         (
-            lambda raw: raw.replace(b'"schema_version": 3', b'"schema_version": 1', 1),
-            "has schema 1, this llmc reads schema 3\nhint: compile the model again",
+            lambda raw: raw.replace(b'"schema_version": 4', b'"schema_version": 1', 1),
+            "has schema 1, this llmc reads schema 4\nhint: compile the model again",
         ),
         (
             lambda raw: raw.replace(b'"max_abs": ', b'"max_abs": 9', 1),

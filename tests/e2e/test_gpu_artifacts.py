@@ -88,15 +88,16 @@ def test_the_variant_says_what_was_asked_for_and_what_a_device_needs(built) -> N
     assert (path / variant.library).is_file()
 
 
-def test_the_memory_plan_is_the_sum_of_what_the_manifest_lists(built) -> None:
+def test_the_memory_plan_is_that_of_what_the_manifest_lists(built) -> None:
     _, _, path = built
     manifest = Manifest.load(path)
     memory = manifest.memory
     assert {w.layout for w in manifest.weights} == {"chunk32", "plain"}
     assert memory.weights_bytes == sum(w.num_bytes for w in manifest.weights)
     assert manifest.sampling is not None
-    largest = max(entry.workspace_bytes for entry in manifest.entry_points)
-    assert memory.workspace_bytes == largest + manifest.sampling.workspace_bytes
+    parts = [entry.workspace_bytes for entry in manifest.entry_points]
+    parts.append(manifest.sampling.workspace_bytes)
+    assert max(parts) <= memory.workspace_bytes < sum(parts)  # they lie in the same memory
     rows = max(entry.max_logits_rows for entry in manifest.entry_points)
     assert memory.logits_bytes == rows * TINY["vocab_size"] * 4
     head_dim = TINY["hidden_size"] // TINY["num_attention_heads"]

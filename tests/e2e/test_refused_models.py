@@ -204,7 +204,7 @@ def test_a_file_that_may_not_be_read_is_named(
 def test_a_failing_pass_is_named_without_the_module_it_prints(
     refuse, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(mod: object) -> None:
+    def fail(mod: object, **_: object) -> None:
         raise ValueError("shapes differ\n" + "lv0 = R.add(x, y)\n" * 1000)
 
     monkeypatch.setattr("llmc.compiler.compile.lower_to_vm", fail)

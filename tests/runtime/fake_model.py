@@ -86,7 +86,9 @@ def make_manifest(
         ],
         weights=[],
         variants=[Variant(library="model.so", device_kind="cpu", target="llvm", features=[])],
-        memory=MemoryPlan(weights_bytes=0, workspace_bytes=0, logits_bytes=0, kv_bytes_per_token=8),
+        memory=MemoryPlan(
+            weights_bytes=0, workspace_bytes=0, thread_bytes=0, logits_bytes=0, kv_bytes_per_token=8
+        ),
         kernels=[],
         sampling=None,
         verify=VerifyTolerance(max_mean_abs=0.0, max_abs=0.0),
@@ -200,6 +202,7 @@ def make_engine(
         kv_cache_tokens=kv_cache_tokens,
         max_sequences=manifest.max_sequences,
         max_batch_tokens=manifest.max_batch_tokens,
+        num_threads=1,
         available_bytes=2**40,
     )
     executor = FakeExecutor(manifest, num_pages)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import sys
 
+import psutil
 import pytest
 from fake_model import make_manifest
 
 from llmc.artifact import MemoryPlan
 from llmc.errors import CapacityError, UsageError
-from llmc.runtime.memory import available_host_bytes, plan_num_pages
+from llmc.runtime.memory import (
+    available_host_bytes,
+    machine_bytes,
+    plan_num_pages,
+    return_free_memory,
+)
 
 
-def plan(manifest, tokens=None, available=2**40) -> list[int]:
+def plan(manifest, tokens=None, available=2**40, threads=1) -> list[int]:
     return plan_num_pages(
         manifest,
         kv_cache_tokens=tokens,
         max_sequences=manifest.max_sequences,
         max_batch_tokens=manifest.max_batch_tokens,
+        num_threads=threads,
         available_bytes=available,
     )
 
@@ -37,7 +46,11 @@ def test_the_default_takes_half_of_what_weights_leave():
     manifest = dataclasses.replace(
         make_manifest(context_length=40_000),
         memory=MemoryPlan(
-            weights_bytes=1000, workspace_bytes=200, logits_bytes=100, kv_bytes_per_token=8
+            weights_bytes=1000,
+            workspace_bytes=200,
+            thread_bytes=0,
+            logits_bytes=100,
+            kv_bytes_per_token=8,
         ),
     )
     # Pages of 4 tokens take 32 bytes: half of 64,000 holds 1,000.
@@ -55,16 +68,47 @@ def test_too_little_memory_is_refused_with_the_sum():
     manifest = dataclasses.replace(
         make_manifest(),
         memory=MemoryPlan(
-            weights_bytes=3 * 2**30, workspace_bytes=2**29, logits_bytes=0, kv_bytes_per_token=8
+            weights_bytes=3 * 2**30,
+            workspace_bytes=2**28,
+            thread_bytes=2**27,
+            logits_bytes=0,
+            kv_bytes_per_token=8,
         ),
     )
     with pytest.raises(CapacityError) as info:
-        plan(manifest, available=2**30)
+        plan(manifest, available=2**30, threads=2)
     assert "needs 3.50 GiB = weights 3.00 GiB + workspace 0.50 GiB" in info.value.message
     assert "1.00 GiB are free" in info.value.message
+    with pytest.raises(CapacityError, match=r"workspace 1\.25 GiB"):
+        plan(manifest, available=2**30, threads=8)
     with pytest.raises(CapacityError, match="1000 tokens"):
         plan(make_manifest(), 1000, available=7999)
     assert plan(make_manifest(), 1000, available=8000) == [250]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+def test_memory_that_was_released_goes_back_to_the_system():
+    """Small blocks below one that is still in use, which the allocator keeps by itself."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        pytest.skip("not glibc")
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    blocks = [libc.malloc(32 * 1024) for _ in range(1024)]
+    for block in blocks:
+        ctypes.memset(block, 1, 32 * 1024)
+    for block in blocks[:-1]:
+        libc.free(block)
+    before = psutil.Process().memory_info().rss
+    return_free_memory()
+    assert before - psutil.Process().memory_info().rss > 24 * 2**20
+    libc.free(blocks[-1])
+
+
+def test_the_machines_free_memory_is_what_linux_says(tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal:   9 kB\nMemFree:  1 kB\nMemAvailable:   7 kB\n")
+    assert machine_bytes(tmp_path / "meminfo") == 7 * 1024
+    assert machine_bytes(tmp_path / "none") > 2**20  # another system's
 
 
 def test_no_tokens_at_all_is_a_usage_error():
