@@ -64,13 +64,13 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileParameters:
-    """How products use matrix registers (kernels/bfloat16_tiles.py)."""
+    """How products of many rows use matrix registers (kernels/tile_tasks.py)."""
 
     crossover: int  # products of more tokens than this use them
     rows: int = 256  # of a task, at most: weights are unpacked once for all of them
     panels: int = 16  # of a task, at most: activations are read once for all of them
     min_columns: int = 8  # tasks that a matrix' rows are shared out to, at least
-    steps: int = 18  # of 32 features, that are multiplied before sums go to memory
+    steps: int = 18  # tiles' depths that are multiplied before sums go to memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ class IntegerParameters:
     prefetch_cache: int = 1  # the level that they are brought to
     next_panels: int = 2  # panels ahead whose words a tile of several tokens asks for; 0: none
     tiles: TileParameters | None = None  # None: there are no matrix registers
-    byte_tiles: TileParameters | None = None
+    byte_tiles: TileParameters | None = None  # in their place, for what these take
     code_tiles: CodeTileParameters | None = None
     avx512_gate: bool = False  # activations as precise as what they are rounded to
 
