@@ -125,6 +125,8 @@ class Terminal:
     def __init__(self, arguments: list[str]) -> None:
         pid, self._fd = pty.fork()
         if pid == 0:
+            # Where the tests are a shell's background job, which ignores it, children would, too.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execve(arguments[0], arguments, ENVIRONMENT)
         self._pid = pid
         self.seen = ""
