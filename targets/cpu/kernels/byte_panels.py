@@ -15,7 +15,7 @@ from tvm.script.ir_builder import tirx as T
 
 from llmc.targets.cpu.kernels.avx512 import HALVES, INT16, UINT16, scale_halves, upper_bytes
 from llmc.targets.cpu.kernels.byte_rows import EXACT, STEP
-from llmc.targets.cpu.kernels.outputs import INTEGER_BITS, INTEGER_OFFSET
+from llmc.targets.cpu.kernels.outputs import rounded
 from llmc.targets.cpu.kernels.panels import (
     F32X16,
     WeightPanels,
@@ -65,14 +65,11 @@ class BytePanels:
             return weights.scale(i64(0), panel, i64(0))
         largest = registers(1)
         put(largest, 0, splat(1e-30))
-        per_step = STEP / fmt.group if fmt.group else 0
         first: Expr = i64(0)
         count: Expr = i64(1)
-        if per_step >= 1:
-            first, count = start * i64(int(per_step)), steps * i64(int(per_step))
-        elif per_step:
-            align = fmt.group // STEP
-            first, count = T.floordiv(start, i64(align)), T.floordiv(steps, i64(align))
+        if fmt.group:  # a chunk has whole ones
+            first = T.floordiv(start * i64(STEP), i64(fmt.group))
+            count = T.floordiv(steps * i64(STEP), i64(fmt.group))
         with T.serial(count) as number:
             scale, base = self._factors(panel, T.Bind(first + number))
             bound = T.Bind(T.max(scale, splat(0.0) - scale)) * splat(float(self._middle))
@@ -140,8 +137,7 @@ class BytePanels:
         scale, base = self._factors(panel, group)
 
         def halves(value: Expr) -> Expr:
-            number = T.reinterpret("int32x16", value + splat(INTEGER_OFFSET))
-            number = T.Bind(number - T.broadcast(T.int32(INTEGER_BITS), PANEL))
+            number = T.Bind(rounded(value))
             low = T.bitwise_and(number, T.broadcast(T.int32(0xFFFF), PANEL))
             high = T.shift_left(number, T.broadcast(T.int32(16), PANEL))
             return T.Bind(T.reinterpret(INT16, T.bitwise_or(low, high)))

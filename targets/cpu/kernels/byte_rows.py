@@ -21,7 +21,7 @@ from llmc.targets.cpu.kernels.avx512 import HALVES, INT16, UINT16, gather, scale
 from llmc.targets.cpu.kernels.bfloat16 import from_float32
 from llmc.targets.cpu.kernels.integer import CodedRows
 from llmc.targets.cpu.kernels.math import lane_max
-from llmc.targets.cpu.kernels.outputs import lane_sum
+from llmc.targets.cpu.kernels.outputs import fold
 from llmc.targets.cpu.kernels.panels import (
     F32X16,
     get,
@@ -63,7 +63,7 @@ class ByteRows:
         return ceildiv(chunks.size, _STEPS_OF_EXACT)
 
     @classmethod
-    def prepare(cls, x: CodedRows, k: int, count: Expr, chunks: Chunks) -> ByteRows:
+    def prepare(cls, x: CodedRows, count: Expr, chunks: Chunks) -> ByteRows:
         """Chooses the features and fills the tiles."""
         groups = row_groups(count)
         tiles = cls.exact_tiles(chunks)
@@ -73,7 +73,9 @@ class ByteRows:
             exact=scratch((groups, chunks.count, tiles, amx.TILE_ROWS, EXACT), "uint16"),
             features=scratch((chunks.count, tiles * EXACT), "int32"),
         )
-        kept = scratch((k,), "int8")  # no bits of a feature in `exact`, all bits of others
+        kept = scratch(
+            (chunks.steps * STEP,), "int8"
+        )  # no bits of a feature in `exact`, all bits of others
         loop = T.serial if chunks.count == 1 else T.parallel
         with loop(i64(chunks.count)) as number:
             _choose(x, count, chunks, number, kept, rows.features)
@@ -227,7 +229,8 @@ def _limit(scores: Expr, vectors: Expr, largest: Expr, most: int) -> Expr:
             over = scores[lanes(vector * i64(PANEL))] >= T.broadcast(middle, PANEL)
             ones = T.Select(over, T.broadcast(T.int32(1), PANEL), T.broadcast(T.int32(0), PANEL))
             T.buffer_store(reached, reached[lanes(i64(0))] + ones, [lanes(i64(0))])
-        fits = T.Bind(lane_sum(reached[lanes(i64(0))]) <= T.int32(most))
+        total = fold([reached[lanes(i64(0))]], lambda a, b: a + b)
+        fits = T.Bind(total <= T.int32(most))
         for i, moves in enumerate((tirx.Not(fits), fits)):
             T.buffer_store(limits, T.Select(moves, middle, limits[i64(i)]), [i64(i)])
     return T.Bind(limits[i64(1)])

@@ -56,7 +56,7 @@ def byte_tiles(product: Product, x: CodedRows, count: Expr, params: TileParamete
     """y = x · Wᵀ for `count` rows of activations, where `takes` says so."""
     weights = product.weights
     chunks = Chunks.of(weights.k // STEP, params.steps, max(1, weights.fmt.group // STEP))
-    rows = ByteRows.prepare(x, weights.k, count, chunks)
+    rows = ByteRows.prepare(x, count, chunks)
     for_each_task(product, count, params, lambda task: _Task.of(task, chunks, rows).emit())
 
 

@@ -13,7 +13,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from llmc.errors import UnsupportedError
-from llmc.targets.cpu.kernels import avx512
+from llmc.targets.cpu.kernels import avx512, vector
 from llmc.targets.cpu.kernels.bfloat16 import from_float32
 from llmc.targets.cpu.kernels.math import gelu, gelu_tanh, relu, silu
 from llmc.targets.cpu.kernels.panels import argument, get, i64, lanes, local, put, registers, splat
@@ -23,10 +23,9 @@ Expr = Any
 ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
 AVX512_ACTIVATIONS = {"silu": avx512.silu}
 _LIMIT = 127.0
-INTEGER_OFFSET = 12582912.0
-"""Added to a float32 of small magnitude, it leaves the nearest integer in the low mantissa bits."""
-INTEGER_BITS = 0x4B400000
-"""What the other bits are then."""
+# Added to a float32 of small magnitude, it leaves the nearest integer in the low mantissa bits.
+_ROUNDING = 12582912.0
+_ROUNDING_BITS = 0x4B400000
 
 
 _VECTORS = 8  # that are stored together at most: what registers hold
@@ -45,9 +44,14 @@ class Output(Protocol):
         """
 
 
+def blocks_together(output: Output) -> int:
+    """Blocks that are best stored in one call: a power of two."""
+    return max(1, _VECTORS * PANEL // output.block)
+
+
 def for_each_block(output: Output, blocks: int, store: Callable[[Expr, int], None]) -> None:
     """`store(first, count)` for all blocks of a row, several at a time."""
-    together = max(1, _VECTORS * PANEL // output.block)
+    together = blocks_together(output)
     done = blocks // together * together
     with T.serial(i64(blocks // together)) as number:
         store(T.Bind(number * i64(together)), together)
@@ -102,42 +106,31 @@ class Quantized:
                 peak = T.max(peak, T.max(get(kept, v), splat(0.0) - get(kept, v)))
             put(kept, len(values) + b, peak)
         peaks, inverses = local(count, "float32"), local(count, "float32")
-        everything = _span(i64(0), count)
+        everything = vector.at(i64(0), count)
         largest = [get(kept, len(values) + b) for b in range(count)]
         T.buffer_store(peaks, fold(largest, T.max), [everything])
-        found = peaks[everything] * _each(1 / _LIMIT, count)
-        T.buffer_store(self.scales, found, [i64(0), row, _span(block, count)])
+        found = peaks[everything] * vector.spread(T.float32(1 / _LIMIT), count)
+        T.buffer_store(self.scales, found, [i64(0), row, vector.at(block, count)])
         T.buffer_store(inverses, _inverse(peaks[everything], count), [everything])
         units = len(values) // of_unit
         totals = local(units * PANEL, "int32")
         for v in range(len(values)):
             inverse = T.broadcast(inverses[i64(v // of_block)], PANEL)
-            shifted = get(kept, v) * inverse + splat(INTEGER_OFFSET)
-            code = T.reinterpret("int32x16", shifted) - T.broadcast(T.int32(INTEGER_BITS), PANEL)
-            code = T.Bind(code)
+            code = T.Bind(rounded(get(kept, v) * inverse))
             at = block * i64(self.block) + i64(v * PANEL)
             T.buffer_store(self.codes, T.Cast("int8x16", code), [i64(0), row, lanes(at)])
             unit = lanes(i64(v // of_unit * PANEL))
             T.buffer_store(totals, code if v % of_unit == 0 else totals[unit] + code, [unit])
         sums = fold([totals[lanes(i64(u * PANEL))] for u in range(units)], lambda a, b: a + b)
-        factor: Expr = T.int32(self.factor)
-        factor = factor if units == 1 else T.broadcast(factor, units)
+        factor = vector.spread(T.int32(self.factor), units)
         first = block * i64(self.block // self.unit)
-        T.buffer_store(self.sums, sums * factor, [i64(0), row, _span(first, units)])
-
-
-def _span(first: Expr, count: int) -> Expr:
-    """The index of `count` numbers from `first` on."""
-    return first if count == 1 else T.ramp(first, i64(1), count)
-
-
-def _each(value: float, count: int) -> Expr:
-    return T.float32(value) if count == 1 else T.broadcast(T.float32(value), count)
+        T.buffer_store(self.sums, sums * factor, [i64(0), row, vector.at(first, units)])
 
 
 def _inverse(peaks: Expr, count: int) -> Expr:
     """What makes each peak the largest code; zero for zero."""
-    zero, found = _each(0.0, count), _each(_LIMIT, count) / peaks
+    zero = vector.spread(T.float32(0), count)
+    found = vector.spread(T.float32(_LIMIT), count) / peaks
     if count == 1:
         return T.if_then_else(peaks > zero, found, zero)
     return T.Select(peaks > zero, found, zero)
@@ -202,9 +195,10 @@ def check_activation(kind: str) -> None:
         )
 
 
-def lane_sum(vector: Expr) -> Expr:
-    """The sum of 16 int32."""
-    return tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add.v16i32", vector)
+def rounded(value: Expr) -> Expr:
+    """The nearest integers of float32x16 below 2^22, int32x16."""
+    bits = T.reinterpret("int32x16", value + splat(_ROUNDING))
+    return bits - T.broadcast(T.int32(_ROUNDING_BITS), PANEL)
 
 
 def fold(vectors: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.cpu.kernels.outputs import Gated
+from llmc.targets.cpu.kernels.outputs import Gated, blocks_together
 from llmc.targets.cpu.kernels.panels import (
     WeightPanels,
     get,
@@ -25,7 +25,6 @@ from llmc.targets.cpu.layout import PANEL, ceildiv
 from llmc.targets.cpu.parameters import Tiling
 
 Expr = Any
-_BLOCKS = 4  # of a gated output that are stored together
 # (panels, rows) -> None: multiplies and stores one tile
 Tile = Callable[[list[Expr], list[Expr]], None]
 
@@ -237,7 +236,7 @@ def cover_column(
 
 
 def fetch_residual(residual: Expr | None, panels: Sequence[Expr], rows: Sequence[Expr]) -> None:
-    """Asks for what `store_tile` will add to several rows: too far apart for the CPU to foresee.
+    """Asks for what `store_tile` will add to rows, which lie too far apart for the CPU to foresee.
 
     residual: `[1, T, M]`. An eighth of the time of a product of 2048 features.
     """
@@ -299,16 +298,14 @@ def store_slots(
         )
         gated.store(row, T.Bind(T.floordiv(first + place, i64(slots))), gates, ups)
 
-    together = _BLOCKS if gated.panels * _BLOCKS <= 8 else 1
+    together = blocks_together(gated.output)
     many = T.Bind(T.floordiv(count, i64(slots * together)))
+    with T.serial(many) as number:
+        store(T.Bind(number * i64(slots * together)), together)
     if together > 1:
-        with T.serial(many) as number:
-            store(T.Bind(number * i64(slots * together)), together)
-        many = many * i64(together)
-    else:
-        many = i64(0)
-    with T.serial(T.floordiv(count, i64(slots)) - many) as number:
-        store(T.Bind((many + number) * i64(slots)), 1)
+        done = T.Bind(many * i64(together))
+        with T.serial(T.floordiv(count, i64(slots)) - done) as number:
+            store(T.Bind((done + number) * i64(slots)), 1)
 
 
 def _started(
