@@ -79,19 +79,10 @@ class CodeTileParameters:
 
     first: int  # products of at least so many tokens use them
     last: int  # and of at most so many
-    panels: int = 8  # of a task
-    features: int = 576  # of a chunk, at most: its activations stay in the first-level cache
-    least_groups: int = 4  # of a chunk: with fewer, tiles are waited for
-    least_weights: int = 1 << 21  # of a matrix: smaller ones make too few tasks
-    # How many groups later (earlier) than it is multiplied a group is unpacked, stored, added up.
-    unpack_lead: int = 2
-    store_lag: int = 3
-    sum_lag: int = 5
-
-    def __post_init__(self) -> None:
-        # Four tiles hold sums, and four places in memory what is not added up yet.
-        assert 0 < self.store_lag < 4, self
-        assert 0 < self.sum_lag - self.store_lag < 4, self
+    panels: int = 8  # of a task, at most
+    min_columns: int = 8  # tasks that a matrix' rows are shared out to, at least
+    streams: int = 4  # places at which a row of weights is read, of 1, 2 and 4
+    ahead: int = 4  # units of a stream asked for before they are unpacked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

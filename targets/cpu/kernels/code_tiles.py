@@ -1,32 +1,32 @@
-"""Products of a few activation rows in matrix registers, with weight codes as they are.
+"""Products of a few activation rows in matrix registers, with the codes of weights as they are.
 
-`bfloat16_tiles` multiplies every weight by its scale before it becomes bfloat16, which pays where
-many rows share it. Here a code becomes bfloat16 by one look-up in a register, exactly, and the sums
-of a group of features are scaled when they leave the tile: one fused multiply-add for each row of
-sixteen outputs.
+`byte_tiles` brings all features of a chunk to one scale first, which pays where many rows share it.
+Here the codes of weights and activations that share both their scales, a *unit* of features, are
+multiplied as bytes; what they add up to is exact, and is scaled as it leaves the tile.
 
-Tiles are slow to answer, so several groups are under way at once: while one is unpacked, the one
-before it is multiplied, an earlier one is stored, and what was stored before is added up.
+Tiles are slow to answer, so three units are under way at once: while one is unpacked, the one
+before it is multiplied, and what those before it came to is stored and added up. A row of weights
+is read in several places in turns: a processor asks memory for more lines ahead of several streams
+than of one.
 
 The functions here run while an IRBuilder frame is open, as those of panels.py do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels import amx
-from llmc.targets.cpu.kernels.bfloat16_tiles import tile_activations, tile_depth
 from llmc.targets.cpu.kernels.integer import CodedRows
 from llmc.targets.cpu.kernels.panels import (
+    F32X16,
+    WeightPanels,
     get,
     i64,
     lanes,
@@ -37,116 +37,150 @@ from llmc.targets.cpu.kernels.panels import (
     splat,
 )
 from llmc.targets.cpu.kernels.register_tiles import slot_panel, store_slots
+from llmc.targets.cpu.kernels.tile_tasks import first_bytes, row_groups
 from llmc.targets.cpu.kernels.tiles import Product
-from llmc.targets.cpu.layout import PANEL, ceildiv, codes_per_word, stored_zero_point
+from llmc.targets.cpu.layout import PANEL, ceildiv, stored_zero_point
 from llmc.targets.cpu.parameters import CodeTileParameters
 
 Expr = Any
-_TABLE = 32  # 16-bit entries of a vector register
-_SUM_TILES = 4
-_STORED = 4  # groups whose sums wait in memory
+_TURNS = 4  # units of a step of the loop over them, and tiles for their sums
+import os
+_SLOTS = 4  # places in memory for what one stage leaves to the next
+_UNPACK, _STORE, _SUM = map(int, os.environ.get('LAGS','-2,2,3').split(','))  # when a unit is, counted from when it is multiplied
 
 
-def takes(fmt: WeightFormat, m: int, k: int, params: CodeTileParameters) -> bool:
-    """Whether products with a matrix `[m, k]` of the format are made here."""
-    if m * k < params.least_weights:
+def takes(fmt: WeightFormat, block: int) -> bool:
+    """Whether products with activations of such blocks can be made here."""
+    if fmt.is_float or _parts(fmt, block) > _TURNS // 2:
         return False
-    if fmt.is_float or fmt.codebook is not None or fmt.code_bits > 6 or not fmt.group:
-        return False
-    return tile_depth(fmt.group) % PANEL == 0 and _chunk(fmt, k, params) >= params.least_groups
+    # Codes of 4 bits lose their own zero point; what is left of it is part of a minimum.
+    return fmt.bits == 8 or fmt.has_min or stored_zero_point(fmt) == _offset(fmt)
 
 
 def code_tiles(product: Product, x: CodedRows, count: Expr, params: CodeTileParameters) -> None:
-    """y = x · Wᵀ for `count` rows, where the format is one that this `takes`."""
+    """y = x · Wᵀ for `count` rows, where `takes` says so."""
     weights = product.weights
-    fmt = weights.fmt
-    depth = tile_depth(fmt.group)
-    blocks = T.Bind(T.floordiv(count + i64(amx.TILE_ROWS - 1), i64(amx.TILE_ROWS)))
-    activations = scratch((blocks, weights.k // depth, amx.TILE_ROWS, depth), "uint16")
-    sums = scratch((blocks, weights.groups, amx.TILE_ROWS)) if fmt.has_min else None
-    _prepare(activations, sums, x, fmt, count, blocks * i64(amx.TILE_ROWS))
-
-    width = params.panels
+    rows = _Rows.prepare(x, weights, count)
+    width = min(params.panels, ceildiv(weights.panels, params.min_columns))
     if product.gated is not None:
         width = ceildiv(width, 2 * product.gated.panels) * 2 * product.gated.panels
     with T.parallel(i64(ceildiv(weights.panels, width))) as column:
         first = T.Bind(column * i64(width))
         _Task(
             product=product,
-            params=params,
-            activations=activations,
-            sums=sums,
-            depth=depth,
+            rows=rows,
+            streams=_Streams.of(rows.units, params),
             first_slot=first,
             num_panels=T.Bind(T.min(i64(width), i64(weights.panels) - first)),
-            unpacked=scratch((params.unpack_lead + 1, fmt.group // 2, PANEL), "int32"),
-            stored=scratch((_STORED, amx.TILE_ROWS, PANEL)),
+            unpacked=scratch((_SLOTS, rows.unit // 4, PANEL), "int32"),
+            stored=scratch((_SLOTS, rows.parts, amx.TILE_ROWS, PANEL), "int32"),
             totals=scratch((width, amx.TILE_ROWS, PANEL)),
-            table=[T.Bind(part) for part in _table(fmt)],
-        ).emit(count, blocks)
-
-
-def _chunk(fmt: WeightFormat, k: int, params: CodeTileParameters) -> int:
-    """Groups of a chunk: the most that divide a row's."""
-    groups = k // fmt.group
-    most = max(1, params.features // fmt.group)
-    return max(n for n in range(1, most + 1) if groups % n == 0)
-
-
-def _fields(fmt: WeightFormat) -> list[tuple[int, tuple[int, int]]]:
-    """How codes leave a word: the shift of its halves of 16 bits, and the two features that are
-    then their lowest bits.
-    """
-    if codes_per_word(fmt) == 8:
-        return [(0, (0, 2)), (4, (4, 6)), (8, (1, 3)), (12, (5, 7))]
-    return [(0, (0, 2)), (8, (1, 3))]
+        ).emit(count)
 
 
 def _offset(fmt: WeightFormat) -> int:
-    """What is taken off a code as stored: codes around zero lose least when they are summed."""
-    return 1 << (fmt.code_bits - 1) if fmt.has_min else stored_zero_point(fmt)
+    """What is taken off a code as stored, so that it is a signed byte."""
+    if fmt.bits == 4:
+        return 8
+    return 0 if fmt.has_min else stored_zero_point(fmt)
 
 
-def _table(fmt: WeightFormat) -> list[Expr]:
-    """bfloat16 of every code less the offset, in one or two vectors; bits above a code's, which
-    belong to the next one, do not matter.
+def _parts(fmt: WeightFormat, block: int) -> int:
+    """Groups of weights that share an activation scale."""
+    return block // fmt.group if fmt.group else 1
+
+
+def _shift(fmt: WeightFormat) -> int:
+    """Bits below a code in its byte: four where moving it there costs less than masking it."""
+    return 8 - fmt.bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """Activations in the order in which tiles are loaded.
+
+    Rows past the last are copies of it: what they make the registers compute is not stored.
     """
-    codes = np.arange(2 * _TABLE if fmt.code_bits == 6 else _TABLE) % (1 << fmt.code_bits)
-    values = (codes - _offset(fmt)).astype(ml_dtypes.bfloat16).view(np.int32)
-    words = [T.int32(int(word)) for word in values]
-    parts = [words[i : i + PANEL] for i in range(0, len(words), PANEL)]
-    return [T.reinterpret("int16x32", tirx.Shuffle(part, list(range(PANEL)))) for part in parts]
 
+    unit: int  # features that share a scale
+    units: int  # of a row
+    parts: int  # of a unit: groups of weights
+    depth: int  # features of a tile
+    codes: Expr  # `[groups of 16 rows, steps, 16, depth]` int8
+    scales: Expr  # `[groups of 16 rows, units, 16]`
+    sums: Expr | None  # `[groups of 16 rows, units · parts, 16]`: Σ x, where weights have minimums
 
-def _prepare(
-    tiles: Expr, sums: Expr | None, x: CodedRows, fmt: WeightFormat, count: Expr, rows: Expr
-) -> None:
-    """Rows in the order of the codes, and what a group of each adds up to.
+    @classmethod
+    def prepare(cls, x: CodedRows, weights: WeightPanels, count: Expr) -> _Rows:
+        """Brings `count` rows of a product with the weights into it."""
+        unit, parts = x.block, _parts(weights.fmt, x.block)
+        depth = gcd(unit // parts, amx.TILE_BYTES)
+        groups, units = row_groups(count), weights.k // unit
+        sums = None
+        if weights.fmt.has_min:
+            sums = scratch((groups, units * parts, amx.TILE_ROWS))
+        rows = cls(
+            unit=unit,
+            units=units,
+            parts=parts,
+            depth=depth,
+            codes=scratch((groups, weights.k // depth, amx.TILE_ROWS, depth), "int8"),
+            scales=scratch((groups, units, amx.TILE_ROWS)),
+            sums=sums,
+        )
+        with T.parallel(groups * i64(amx.TILE_ROWS)) as row:
+            rows._fill(x, weights.fmt, row, T.Bind(T.min(row, count - i64(1))))
+        return rows
 
-    The last row stands for missing ones, which nobody reads: old bits may read as denormal numbers,
-    which take long.
-    """
-    width = codes_per_word(fmt)
-    order = [f for _, pair in _fields(fmt) for f in pair]
-    order = [word + f for word in range(0, PANEL, width) for f in order]
-
-    def source(row: Expr) -> Expr:
-        return T.min(row, count - i64(1))
-
-    def values(row: Expr, first: Expr) -> Expr:
-        return tirx.Shuffle([T.Bind(x.bfloat16(source(row), first))], order)
-
-    tile_activations(tiles, values, rows)
-    if sums is None:
-        return
-    with T.parallel(rows) as row:
-        block = T.Bind(T.floordiv(row, i64(amx.TILE_ROWS)))
+    def _fill(self, x: CodedRows, fmt: WeightFormat, row: Expr, source: Expr) -> None:
+        group = T.Bind(T.floordiv(row, i64(amx.TILE_ROWS)))
         place = T.Bind(T.floormod(row, i64(amx.TILE_ROWS)))
-        with T.serial(sums.shape[1]) as group:
-            of_block = T.floordiv(group, i64(x.block // fmt.group))
-            total = T.Cast("float32", x.sum(source(row), group))
-            total = total * x.scales[i64(0), source(row), of_block]
-            T.buffer_store(sums, total, [block, group, place])
+        step_lanes = T.ramp(i64(0), i64(1), self.depth)
+        with T.serial(self.codes.shape[1]) as step:
+            found = x.codes[i64(0), source, T.ramp(step * i64(self.depth), i64(1), self.depth)]
+            T.buffer_store(self.codes, found, [group, step, place, step_lanes])
+        with T.serial(i64(self.units)) as unit:
+            scale = T.Bind(x.scales[i64(0), source, unit])
+            shifted = scale * T.float32(2.0 ** -_shift(fmt))
+            T.buffer_store(self.scales, shifted, [group, unit, place])
+            if self.sums is not None:
+                for part in range(self.parts):
+                    at = unit * i64(self.parts) + i64(part)
+                    total = T.Cast("float32", x.sum(source, at)) * scale
+                    T.buffer_store(self.sums, total, [group, at, place])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Streams:
+    """In which order a row's units are multiplied: one of each stream in turns."""
+
+    units: int
+    count: int
+    ahead: int  # units of a stream that are asked for before they are unpacked
+
+    @classmethod
+    def of(cls, units: int, params: CodeTileParameters) -> _Streams:
+        """As many streams as divide the units, of 1, 2 and 4."""
+        count = gcd(units, min(params.streams, _TURNS))
+        return cls(units=units, count=count, ahead=min(params.ahead, units // count))
+
+    def place(self, step: Expr, turn: int) -> tuple[Expr, Expr]:
+        """(first unit of the stream, number in it) of a turn of a step."""
+        first = i64(turn % self.count * (self.units // self.count))
+        return first, step * i64(_TURNS // self.count) + i64(turn // self.count)
+
+    def unit(self, step: Expr, turn: int) -> Expr:
+        """The unit that is multiplied then."""
+        first, number = self.place(step, turn)
+        return T.Bind(first + number)
+
+    def next(self, step: Expr, turn: int) -> tuple[Expr, Expr]:
+        """(whether it belongs to the row that follows, its unit) of what is asked for then."""
+        first, number = self.place(step, turn)
+        length = i64(self.units // self.count)
+        ahead = T.Bind(number + i64(self.ahead))
+        over = T.Bind(ahead >= length)
+        return over, T.Bind(first + ahead - T.Select(over, length, i64(0)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,30 +188,23 @@ class _Task:
     """All rows × a few panels, sixteen rows at a time."""
 
     product: Product
-    params: CodeTileParameters
-    activations: Expr  # `[blocks, steps, 16, depth]` uint16
-    sums: Expr | None  # `[blocks, groups, 16]`
-    depth: int
+    rows: _Rows
+    streams: _Streams
     first_slot: Expr  # panels are counted as in bfloat16_tiles
     num_panels: Expr
-    unpacked: Expr  # `[slots, group / 2, 16]` int32: the codes of the groups under way
-    stored: Expr  # `[slots, 16, 16]`: their sums
+    unpacked: Expr  # `[slots, unit / 4, 16]` int32: four features' bytes of 16 outputs
+    stored: Expr  # `[slots, parts, 16, 16]` int32: a unit's sums
     totals: Expr  # `[panels, 16, 16]`
-    table: list[Expr]
 
-    def emit(self, count: Expr, blocks: Expr) -> None:
-        """Multiplies and stores them. A chunk's activations stay in the first-level cache while
-        the panels pass.
-        """
-        weights = self.product.weights
-        chunk = _chunk(weights.fmt, weights.k, self.params)
-        amx.configure(2 * self.depth)
-        with T.serial(blocks) as block:
-            with T.serial(i64(weights.groups // chunk)) as number:
-                start = T.Bind(number * i64(chunk))
-                with T.serial(self.num_panels) as p:
-                    self._add(block, start, p, chunk)
-            first = T.Bind(block * i64(amx.TILE_ROWS))
+    def emit(self, count: Expr) -> None:
+        """Multiplies and stores them."""
+        amx.configure(self.rows.depth)
+        with T.serial(self.rows.codes.shape[0]) as group:
+            with T.serial(self.num_panels) as p:
+                panel = T.Bind(slot_panel(self.product, self.first_slot + p))
+                following = T.Bind(slot_panel(self.product, self.first_slot + p + i64(1)))
+                self._multiply_panel(group, panel, following, p)
+            first = T.Bind(group * i64(amx.TILE_ROWS))
             with T.serial(T.min(i64(amx.TILE_ROWS), count - first)) as row:
                 store_slots(
                     self.product,
@@ -188,102 +215,140 @@ class _Task:
                 )
         amx.release()
 
-    def _add(self, block: Expr, start: Expr, p: Expr, chunk: int) -> None:
-        """Adds a chunk's groups to the totals of a panel."""
-        params = self.params
+    def _multiply_panel(self, group: Expr, panel: Expr, following: Expr, p: Expr) -> None:
+        """Leaves a panel's totals in place `p`."""
+        weights, units = self.product.weights, self.rows.units
         totals = registers(amx.TILE_ROWS)
         for row in range(amx.TILE_ROWS):
-            before = self.totals[p, i64(row), lanes(i64(0))]
-            put(totals, row, T.Select(start == i64(0), splat(0.0), before))
-        panel = T.Bind(slot_panel(self.product, self.first_slot + p))
-        following = self._following(start, p, chunk)
-        stages: list[tuple[int, Callable[[int], None]]] = [
-            (-params.unpack_lead, lambda g: self._unpack(panel, start, g, following)),
-            (0, lambda g: self._multiply(block, start, g)),
-            (params.store_lag, self._store),
-            (params.sum_lag, lambda g: self._sum(totals, block, panel, start, g)),
+            put(totals, row, splat(0.0))
+        stages: list[tuple[int, Callable[[Expr, int], Iterator[None]]]] = [
+            (_UNPACK, lambda step, turn: self._unpack(panel, following, step, turn)),
+            (0, lambda step, turn: self._multiply(group, step, turn)),
+            (_STORE if self.rows.parts == 1 else 1, lambda step, turn: self._store(turn)),
+            (_SUM, lambda step, turn: self._sum(totals, group, panel, step, turn)),
         ]
-        for time in range(-params.unpack_lead, chunk + params.sum_lag):
-            for lag, stage in stages:
-                if 0 <= time - lag < chunk:
-                    stage(time - lag)
+
+        def at(time: int) -> None:
+            now = [(divmod(time - lag, _TURNS), stage) for lag, stage in stages if 0 <= time - lag < units]
+            _interleave([stage(i64(step), turn) for (step, turn), stage in now])
+
+        # Between the first step and the last ones, no stage is without work.
+        whole = max(0, (units + _UNPACK) // _TURNS - 1)
+        for time in range(_UNPACK, _TURNS):
+            at(time)
+        if whole:
+            with T.serial(i64(whole)) as number:
+                for time in range(_TURNS):
+                    now = [(divmod(time - lag, _TURNS), stage) for lag, stage in stages]
+                    _interleave([stage(number + i64(1 + step), turn) for (step, turn), stage in now])
+        for time in range(_TURNS * (whole + 1), units + _SUM):
+            at(time)
+        scale = None if weights.fmt.group else T.Bind(weights.scale(i64(0), panel, i64(0)))
         for row in range(amx.TILE_ROWS):
-            T.buffer_store(self.totals, get(totals, row), [p, i64(row), lanes(i64(0))])
+            total = get(totals, row)
+            total = total if scale is None else total * scale
+            T.buffer_store(self.totals, total, [p, i64(row), lanes(i64(0))])
 
-    def _following(self, start: Expr, p: Expr, chunk: int) -> tuple[Expr, Expr]:
-        """Panel and first group of what is multiplied next: behind the last panel its next chunk,
-        or what another task begins with.
-        """
+    def _unpack(self, panel: Expr, following: Expr, step: Expr, turn: int) -> Iterator[None]:
+        """A unit's codes as signed bytes, and asks for one that is unpacked later."""
         weights = self.product.weights
-        ahead = p + i64(1)
-        over = ahead >= self.num_panels
-        after = start + i64(chunk)
-        ends = after >= i64(weights.groups)
-        slot = ahead - T.Select(tirx.And(over, tirx.Not(ends)), self.num_panels, i64(0))
-        group = T.Select(over, T.Select(ends, i64(0), after), start)
-        return T.Bind(slot_panel(self.product, self.first_slot + slot)), T.Bind(group)
-
-    def _unpack(self, panel: Expr, start: Expr, g: int, following: tuple[Expr, Expr]) -> None:
-        """A group's codes as pairs of bfloat16, and asks for as many of the panel that follows."""
-        weights = self.product.weights
-        fmt = weights.fmt
-        words = fmt.group // codes_per_word(fmt)
-        slot = i64(g % (self.params.unpack_lead + 1))
-        fields = _fields(fmt)
-        next_panel, next_start = following
-        prefetch(weights.scale_address(i64(0), next_panel, next_start + i64(g)), cache=2)
+        words = self.rows.unit // weights.width
+        unit = self.streams.unit(step, turn)
+        over, next_unit = self.streams.next(step, turn)
+        next_panel = T.Bind(T.Select(over, following, panel))
+        if weights.fmt.group:
+            prefetch(weights.scale_address(i64(0), next_panel, next_unit * i64(self.rows.parts)))
         for number in range(words):
             if number % weights.words_per_line == 0:
-                word = (next_start + i64(g)) * i64(words) + i64(number)
-                prefetch(weights.word_address(i64(0), next_panel, word), cache=2)
-            word = T.Bind(weights.word(i64(0), panel, (start + i64(g)) * i64(words) + i64(number)))
-            halves = T.reinterpret("uint16x32", word)
-            for i, (shift, _) in enumerate(fields):
-                codes = halves
-                if shift:
-                    codes = T.shift_right(halves, T.broadcast(T.uint16(shift), 2 * PANEL))
-                pairs = T.reinterpret("int32x16", self._look_up(T.reinterpret("int16x32", codes)))
-                row = i64(number * len(fields) + i)
-                T.buffer_store(self.unpacked, pairs, [slot, row, lanes(i64(0))])
+                word = next_unit * i64(words) + i64(number)
+                prefetch(weights.word_address(i64(0), next_panel, word))
+            word = T.Bind(weights.word(i64(0), panel, unit * i64(words) + i64(number)))
+            for i, found in enumerate(_signed_bytes(weights.fmt, word)):
+                row = i64(number * (weights.width // 4) + i)
+                T.buffer_store(self.unpacked, found, [i64(turn % _SLOTS), row, lanes(i64(0))])
+            if number % ceildiv(words, int(os.environ.get('UP','4'))) == 0:
+                yield
 
-    def _look_up(self, codes: Expr) -> Expr:
-        if len(self.table) == 1:
-            name, operands = "permvar.hi.512", (self.table[0], codes)
-        else:
-            name, operands = "vpermi2var.hi.512", (self.table[0], codes, self.table[1])
-        return T.call_llvm_pure_intrin("int16x32", f"llvm.x86.avx512.{name}", *operands)
+    def _multiply(self, group: Expr, step: Expr, turn: int) -> Iterator[None]:
+        """Starts a unit's sums."""
+        rows = self.rows
+        unit, steps = self.streams.unit(step, turn), rows.unit // rows.depth
+        for number in range(steps):
+            part, first = divmod(number, steps // rows.parts)
+            if not first:
+                amx.clear(self._tile(turn, part))
+            x, w = amx.activation_tile((turn + number) % 2), amx.weight_tile((turn + number) % 2)
+            codes = first_bytes(rows.codes, group, unit * i64(steps) + i64(number))
+            amx.load(x, codes, rows.depth)
+            yield
+            found = self.unpacked[i64(turn % _SLOTS), i64(number * rows.depth // 4), i64(0)]
+            amx.load(w, T.address_of(found), amx.TILE_BYTES)
+            amx.multiply("tdpbssd", self._tile(turn, part), x, w)
+            yield
 
-    def _multiply(self, block: Expr, start: Expr, g: int) -> None:
-        """Starts a group's sums."""
-        steps = self.product.weights.fmt.group // self.depth
-        sums = g % _SUM_TILES
-        slot = i64(g % (self.params.unpack_lead + 1))
-        amx.clear(sums)
-        for step in range(steps):
-            turn = (g * steps + step) % 2
-            x = self.activations[block, (start + i64(g)) * i64(steps) + i64(step), i64(0), i64(0)]
-            amx.load(amx.activation_tile(turn), T.address_of(x), 2 * self.depth)
-            codes = self.unpacked[slot, i64(step * self.depth // 2), i64(0)]
-            amx.load(amx.weight_tile(turn), T.address_of(codes), amx.TILE_BYTES)
-            amx.multiply("tdpbf16ps", sums, amx.activation_tile(turn), amx.weight_tile(turn))
+    def _store(self, turn: int) -> Iterator[None]:
+        """Ends them."""
+        for part in range(self.rows.parts):
+            into = first_bytes(self.stored, i64(turn % _SLOTS), i64(part))
+            amx.store(self._tile(turn, part), into, amx.TILE_BYTES)
+            yield
 
-    def _store(self, g: int) -> None:
-        at = self.stored[i64(g % _STORED), i64(0), i64(0)]
-        amx.store(g % _SUM_TILES, T.address_of(at), amx.TILE_BYTES)
+    def _tile(self, turn: int, part: int) -> int:
+        return (turn * self.rows.parts + part) % _TURNS
 
-    def _sum(self, totals: Expr, block: Expr, panel: Expr, start: Expr, g: int) -> None:
-        """Adds scale · Σ (code - offset)·x + minimum · Σ x of a group."""
-        weights = self.product.weights
-        group = start + i64(g)
-        scale = T.Bind(weights.scale(i64(0), panel, group))
-        minimum = None
-        if self.sums is not None:
-            offset = splat(float(_offset(weights.fmt) - stored_zero_point(weights.fmt)))
-            minimum = T.Bind(weights.minimum(i64(0), panel, group) + scale * offset)
+    def _sum(
+        self, totals: Expr, group: Expr, panel: Expr, step: Expr, turn: int
+    ) -> Iterator[None]:
+        """Adds a unit's Σ_parts (scale · Σ (code - offset)·x + minimum · Σ x)."""
+        weights, rows = self.product.weights, self.rows
+        fmt = weights.fmt
+        unit = self.streams.unit(step, turn)
+        parts = [T.Bind(unit * i64(rows.parts) + i64(part)) for part in range(rows.parts)]
+        scales, minimums = [], []
+        if fmt.group:
+            scales = [T.Bind(weights.scale(i64(0), panel, part)) for part in parts]
+        if fmt.has_min:
+            offset = splat(float(_offset(fmt)))
+            for part, scale in zip(parts, scales, strict=True):
+                minimum = weights.minimum(i64(0), panel, part)
+                minimums.append(T.Bind(minimum + scale * offset))
         for row in range(amx.TILE_ROWS):
-            found = self.stored[i64(g % _STORED), i64(row), lanes(i64(0))]
-            total = get(totals, row) + scale * found
-            if minimum is not None:
-                x = T.broadcast(self.sums[block, group, i64(row)], PANEL)
-                total = total + minimum * x
+            values = []
+            for part in range(rows.parts):
+                at = (i64(turn % _SLOTS), i64(part), i64(row), lanes(i64(0)))
+                values.append(T.Cast(F32X16, self.stored[*at]))
+            scale = T.broadcast(rows.scales[group, unit, i64(row)], PANEL)
+            if rows.parts > 1:
+                value = values[0] * scales[0]
+                for found, factor in zip(values[1:], scales[1:], strict=True):
+                    value = value + found * factor
+                total = get(totals, row) + value * scale
+            else:
+                value = values[0] * scale
+                total = get(totals, row) + (value * scales[0] if scales else value)
+            if rows.sums is not None:
+                for part, minimum in zip(parts, minimums, strict=True):
+                    total = total + minimum * T.broadcast(rows.sums[group, part, i64(row)], PANEL)
             put(totals, row, total)
+            if row % 4 == 3:
+                yield
+
+
+def _interleave(stages: list[Iterator[None]]) -> None:
+    """Goes on with each of the stages in turns until all have ended."""
+    while stages:
+        stages = [stage for stage in stages if next(stage, stage) is None]
+
+
+def _signed_bytes(fmt: WeightFormat, word: Expr) -> list[Expr]:
+    """Four features' codes of each of 16 rows less the offset, int32x16 each, times 2^shift."""
+    if fmt.bits == 4:
+        ends = T.broadcast(T.int32(0xF0F0F0F0 - (1 << 32)), PANEL)
+        signs = T.broadcast(T.int32(0x80808080 - (1 << 32)), PANEL)
+        low = T.shift_left(word, T.broadcast(T.int32(4), PANEL))
+        return [T.bitwise_xor(T.bitwise_and(half, ends), signs) for half in (low, word)]
+    offset = _offset(fmt)
+    if not offset:
+        return [word]
+    codes = T.reinterpret("uint8x64", word) - T.broadcast(T.uint8(offset), 4 * PANEL)
+    return [T.reinterpret("int32x16", codes)]

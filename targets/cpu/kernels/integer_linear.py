@@ -105,7 +105,7 @@ def integer_linear(
             with params.dot.scope():
                 if tokens == 1:
                     vectors()
-                elif few is None or not takes(fmt, m, k, few):
+                elif few is None or not takes(fmt, block):
                     many()
                 else:
                     with T.If(tirx.And(count >= i64(few.first), count <= i64(few.last))):
