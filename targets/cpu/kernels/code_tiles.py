@@ -27,6 +27,7 @@ from llmc.targets.cpu.kernels.integer import CodedRows
 from llmc.targets.cpu.kernels.panels import (
     F32X16,
     WeightPanels,
+    for_each_row,
     get,
     i64,
     lanes,
@@ -128,26 +129,33 @@ class _Rows:
             scales=scratch((groups, units, amx.TILE_ROWS)),
             sums=sums,
         )
-        with T.parallel(groups * i64(amx.TILE_ROWS)) as row:
-            rows._fill(x, weights.fmt, row, T.Bind(T.min(row, count - i64(1))))
+        for_each_row(
+            groups * i64(units),
+            amx.TILE_ROWS * unit,
+            lambda number: rows._fill(x, weights.fmt, number, count),
+        )
         return rows
 
-    def _fill(self, x: CodedRows, fmt: WeightFormat, row: Expr, source: Expr) -> None:
-        group = T.Bind(T.floordiv(row, i64(amx.TILE_ROWS)))
-        place = T.Bind(T.floormod(row, i64(amx.TILE_ROWS)))
-        step_lanes = T.ramp(i64(0), i64(1), self.depth)
-        with T.serial(self.codes.shape[1]) as step:
-            found = x.codes[i64(0), source, T.ramp(step * i64(self.depth), i64(1), self.depth)]
-            T.buffer_store(self.codes, found, [group, step, place, step_lanes])
-        with T.serial(i64(self.units)) as unit:
+    def _fill(self, x: CodedRows, fmt: WeightFormat, number: Expr, count: Expr) -> None:
+        """A unit of sixteen rows."""
+        group = T.Bind(T.floordiv(number, i64(self.units)))
+        unit = T.Bind(T.floormod(number, i64(self.units)))
+        steps = self.unit // self.depth
+        with T.serial(i64(amx.TILE_ROWS)) as row:
+            source = T.Bind(T.min(group * i64(amx.TILE_ROWS) + row, count - i64(1)))
+            for i in range(steps):
+                step = unit * i64(steps) + i64(i)
+                found = x.codes[i64(0), source, T.ramp(step * i64(self.depth), i64(1), self.depth)]
+                at = [group, step, row, T.ramp(i64(0), i64(1), self.depth)]
+                T.buffer_store(self.codes, found, at)
             scale = T.Bind(x.scales[i64(0), source, unit])
             shifted = scale * T.float32(2.0 ** -_shift(fmt))
-            T.buffer_store(self.scales, shifted, [group, unit, place])
+            T.buffer_store(self.scales, shifted, [group, unit, row])
             if self.sums is not None:
-                for part in range(self.parts):
-                    at = unit * i64(self.parts) + i64(part)
-                    total = T.Cast("float32", x.sum(source, at)) * scale
-                    T.buffer_store(self.sums, total, [group, at, place])
+                for i in range(self.parts):
+                    part = unit * i64(self.parts) + i64(i)
+                    total = T.Cast("float32", x.sum(source, part)) * scale
+                    T.buffer_store(self.sums, total, [group, part, row])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
