@@ -45,9 +45,8 @@ from llmc.targets.cpu.parameters import CodeTileParameters
 
 Expr = Any
 _TURNS = 4  # units of a step of the loop over them, and tiles for their sums
-import os
 _SLOTS = 4  # places in memory for what one stage leaves to the next
-_UNPACK, _STORE, _SUM = map(int, os.environ.get('LAGS','-2,2,3').split(','))  # when a unit is, counted from when it is multiplied
+_UNPACK, _STORE, _SUM = -2, 2, 3  # when a unit is, counted from when it is multiplied
 
 
 def takes(fmt: WeightFormat, block: int) -> bool:
@@ -274,7 +273,7 @@ class _Task:
             for i, found in enumerate(_signed_bytes(weights.fmt, word)):
                 row = i64(number * (weights.width // 4) + i)
                 T.buffer_store(self.unpacked, found, [i64(turn % _SLOTS), row, lanes(i64(0))])
-            if number % ceildiv(words, int(os.environ.get('UP','4'))) == 0:
+            if number % ceildiv(words, 4) == 0:
                 yield
 
     def _multiply(self, group: Expr, step: Expr, turn: int) -> Iterator[None]:
