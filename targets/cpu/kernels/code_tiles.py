@@ -205,12 +205,13 @@ class _Task:
 
     def emit(self, count: Expr) -> None:
         """Multiplies and stores them."""
-        amx.configure(self.rows.depth)
         with T.serial(self.rows.codes.shape[0]) as group:
+            amx.configure(self.rows.depth)
             with T.serial(self.num_panels) as p:
                 panel = T.Bind(slot_panel(self.product, self.first_slot + p))
                 following = T.Bind(slot_panel(self.product, self.first_slot + p + i64(1)))
                 self._multiply_panel(group, panel, following, p)
+            amx.release()
             first = T.Bind(group * i64(amx.TILE_ROWS))
             with T.serial(T.min(i64(amx.TILE_ROWS), count - first)) as row:
                 store_slots(
@@ -220,7 +221,6 @@ class _Task:
                     self.num_panels,
                     lambda slot: self.totals[slot, row, lanes(i64(0))],
                 )
-        amx.release()
 
     def _multiply_panel(self, group: Expr, panel: Expr, following: Expr, p: Expr) -> None:
         """Leaves a panel's totals in place `p`."""
