@@ -86,6 +86,16 @@ class CodeTileParameters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FewTileParameters:
+    """How products of at most sixteen rows use matrix registers (kernels/bfloat16_few.py)."""
+
+    first: int  # products of at least so many tokens use them
+    panels: int = 16  # of a task, at most
+    min_columns: int = 8  # tasks that a matrix' rows are shared out to, at least
+    ahead: int = 4  # tiles of each panel asked for ahead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IntegerParameters:
     """Products of quantized activations; `block` decides numbers, the rest speed."""
 
@@ -118,6 +128,7 @@ class Bfloat16Parameters:
     prefetch_words: int = 128
     next_panels: int = 2
     tiles: TileParameters | None = None  # None: there are no matrix registers
+    few_tiles: FewTileParameters | None = None  # where `tiles` are not used
     avx512_gate: bool = False  # as above
 
 
@@ -196,10 +207,14 @@ PARAMETERS: dict[str, CpuParameters] = {
             prefetch_cache=2,
             tiles=TileParameters(crossover=24),
             byte_tiles=TileParameters(crossover=16, steps=32),
-            code_tiles=CodeTileParameters(first=8, last=16),
+            code_tiles=CodeTileParameters(first=9, last=16),
             avx512_gate=True,
         ),
-        bfloat16=Bfloat16Parameters(tiles=TileParameters(crossover=3), avx512_gate=True),
+        bfloat16=Bfloat16Parameters(
+            tiles=TileParameters(crossover=16),
+            few_tiles=FewTileParameters(first=4),
+            avx512_gate=True,
+        ),
         # Dot products of bfloat16 pairs take such processors longer than those of floats.
         attention=AttentionTuning(matrix=MatrixTuning()),
     ),

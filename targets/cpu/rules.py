@@ -185,7 +185,12 @@ def _bfloat16_linear(site: Site, params: Bfloat16Parameters | None) -> Kernel | 
     op = site.op
     if not isinstance(op, dialect.Bfloat16Linear | dialect.GatedBfloat16Linear) or params is None:
         return None
-    params = replace(params, tiles=_tiles(site, params.tiles))
+    few = params.few_tiles
+    params = replace(
+        params,
+        tiles=_tiles(site, params.tiles),
+        few_tiles=few if few is not None and site.max_tokens >= few.first else None,
+    )
     m, k = site.extents("weight")
     gate = None
     if isinstance(op, dialect.GatedBfloat16Linear):

@@ -16,6 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import FORMATS
 from llmc.targets.cpu.kernels.bfloat16 import dot, from_float32, with_dot
+from llmc.targets.cpu.kernels.bfloat16_few import bfloat16_few
 from llmc.targets.cpu.kernels.bfloat16_tiles import bfloat16_tiles, tile_depth
 from llmc.targets.cpu.kernels.dot import sum_pairwise
 from llmc.targets.cpu.kernels.outputs import Gated
@@ -79,15 +80,29 @@ def bfloat16_linear(
             def vectors() -> None:
                 multiply_tiles(product, tokens, count, 2 * k, params.tiling, multiply)
 
-            with with_dot():
-                if params.tiles is None or tokens == 1 or tile_depth(k) < _MIN_DEPTH:
+            tiles, few = params.tiles, params.few_tiles
+            if tokens == 1 or tile_depth(k) < _MIN_DEPTH:
+                tiles = few = None
+
+            def up_to_sixteen() -> None:
+                if few is None:
                     vectors()
+                    return
+                with T.If(count >= i64(few.first)):
+                    with T.Then():
+                        bfloat16_few(product, values, count, few)
+                    with T.Else():
+                        vectors()
+
+            with with_dot():
+                if tiles is None:
+                    up_to_sixteen()
                 else:
-                    with T.If(count > i64(params.tiles.crossover)):
+                    with T.If(count > i64(tiles.crossover)):
                         with T.Then():
-                            bfloat16_tiles(product, values, count, params.tiles)
+                            bfloat16_tiles(product, values, count, tiles)
                         with T.Else():
-                            vectors()
+                            up_to_sixteen()
     return builder.get()
 
 

@@ -25,6 +25,7 @@ from llmc.targets.cpu.kernels.tile_tasks import (
     multiply_step,
     place_of,
     row_groups,
+    store_sums,
 )
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.kernels.unpacked_bfloat16 import unpack_step
@@ -120,7 +121,7 @@ def _emit(task: TileTask, activations: Expr, chunks: Chunks, depth: int) -> None
                     2 * depth,
                 )
             for g, p in tiles:
-                amx.store(amx.sum_tile(g, p), first_bytes(totals, *place(g, p)), amx.TILE_BYTES)
+                store_sums(amx.sum_tile(g, p), totals, *place(g, p))
             if gated:
                 return
             with T.If(number == i64(chunks.count - 1)), T.Then():

@@ -39,6 +39,7 @@ from llmc.targets.cpu.kernels.tile_tasks import (
     first_bytes,
     for_each_task,
     multiply_step,
+    store_sums,
 )
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.layout import PANEL
@@ -181,7 +182,7 @@ class _Block:
             amx.clear(amx.sum_tile(g, p))
         products()
         for g, p in self._tiles():
-            amx.store(amx.sum_tile(g, p), first_bytes(into, i64(g), i64(p)), amx.TILE_BYTES)
+            store_sums(amx.sum_tile(g, p), into, i64(g), i64(p))
 
     def settle(self) -> None:
         """Adds the sums to the totals, or stores what they complete where the product goes."""

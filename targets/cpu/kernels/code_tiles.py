@@ -38,7 +38,7 @@ from llmc.targets.cpu.kernels.panels import (
     splat,
 )
 from llmc.targets.cpu.kernels.register_tiles import slot_panel, store_slots
-from llmc.targets.cpu.kernels.tile_tasks import first_bytes, row_groups
+from llmc.targets.cpu.kernels.tile_tasks import first_bytes, row_groups, store_sums
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.layout import PANEL, ceildiv, stored_zero_point
 from llmc.targets.cpu.parameters import CodeTileParameters
@@ -236,7 +236,11 @@ class _Task:
         ]
 
         def at(time: int) -> None:
-            now = [(divmod(time - lag, _TURNS), stage) for lag, stage in stages if 0 <= time - lag < units]
+            now = [
+                (divmod(time - lag, _TURNS), stage)
+                for lag, stage in stages
+                if 0 <= time - lag < units
+            ]
             _interleave([stage(i64(step), turn) for (step, turn), stage in now])
 
         # Between the first step and the last ones, no stage is without work.
@@ -247,7 +251,9 @@ class _Task:
             with T.serial(i64(whole)) as number:
                 for time in range(_TURNS):
                     now = [(divmod(time - lag, _TURNS), stage) for lag, stage in stages]
-                    _interleave([stage(number + i64(1 + step), turn) for (step, turn), stage in now])
+                    _interleave(
+                        [stage(number + i64(1 + step), turn) for (step, turn), stage in now]
+                    )
         for time in range(_TURNS * (whole + 1), units + _SUM):
             at(time)
         scale = None if weights.fmt.group else T.Bind(weights.scale(i64(0), panel, i64(0)))
@@ -296,16 +302,13 @@ class _Task:
     def _store(self, turn: int) -> Iterator[None]:
         """Ends them."""
         for part in range(self.rows.parts):
-            into = first_bytes(self.stored, i64(turn % _SLOTS), i64(part))
-            amx.store(self._tile(turn, part), into, amx.TILE_BYTES)
+            store_sums(self._tile(turn, part), self.stored, i64(turn % _SLOTS), i64(part))
             yield
 
     def _tile(self, turn: int, part: int) -> int:
         return (turn * self.rows.parts + part) % _TURNS
 
-    def _sum(
-        self, totals: Expr, group: Expr, panel: Expr, step: Expr, turn: int
-    ) -> Iterator[None]:
+    def _sum(self, totals: Expr, group: Expr, panel: Expr, step: Expr, turn: int) -> Iterator[None]:
         """Adds a unit's Σ_parts (scale · Σ (code - offset)·x + minimum · Σ x)."""
         weights, rows = self.product.weights, self.rows
         fmt = weights.fmt

@@ -19,7 +19,7 @@ from llmc.targets.cpu.kernels import amx
 from llmc.targets.cpu.kernels.panels import i64, lanes
 from llmc.targets.cpu.kernels.register_tiles import slot_panel, store_slots, store_tile
 from llmc.targets.cpu.kernels.tiles import Product
-from llmc.targets.cpu.layout import ceildiv
+from llmc.targets.cpu.layout import PANEL, ceildiv
 from llmc.targets.cpu.parameters import TileParameters
 
 Expr = Any
@@ -201,3 +201,14 @@ def multiply_step(
 def first_bytes(tile: Expr, *index: Expr) -> Expr:
     """The address of a tile `[..., 16, n]` of a buffer."""
     return T.address_of(tile[*index, i64(0), i64(0)])
+
+
+def store_sums(tile: int, into: Expr, *index: Expr) -> None:
+    """Stores sixteen rows of sums at `into[index]`, of a buffer `[..., 16, 16]`.
+
+    TVM cuts a buffer down to what is seen to be used of it: without its last element, which the
+    address of the first does not show, to as many rows as are read later.
+    """
+    amx.store(tile, first_bytes(into, *index), amx.TILE_BYTES)
+    last = into[*index, i64(amx.TILE_ROWS - 1), i64(PANEL - 1)]
+    T.evaluate(T.address_of(last))
