@@ -52,7 +52,7 @@ class Tiling:
 
     panels: int
     token_tiles: tuple[int, ...]  # largest first, ending in 1
-    one_token_panels: int = 1  # in place of `panels` where there is one token: one stream to read
+    one_token_panels: int = 1  # in place of `panels` where there is one token
     row_block_bytes: int = 393216  # activations that a task meets again in the L2 cache
     serial_weights: int = 65536  # products of one token with fewer weights start no threads
 
@@ -211,6 +211,8 @@ PARAMETERS: dict[str, CpuParameters] = {
             avx512_gate=True,
         ),
         bfloat16=Bfloat16Parameters(
+            tiling=Tiling(panels=2, token_tiles=(12, 8, 6, 4, 2, 1), one_token_panels=4),
+            prefetch_words=32,
             tiles=TileParameters(crossover=16),
             few_tiles=FewTileParameters(first=4),
             avx512_gate=True,
