@@ -17,7 +17,7 @@ LANES = 16
 
 # A parallel loop costs several microseconds to start, in which one core touches about as many
 # floats.
-SERIAL_FLOATS = 65_536
+SERIAL_FLOATS = 16_384
 
 
 def lanes_of(size: int) -> int:
