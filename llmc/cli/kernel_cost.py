@@ -138,11 +138,13 @@ class CostModel:
         visible, pairs = visible_tokens(inputs, groups[caches[0].group].window)
         query, result = others[0], others[-1]
         features = (math.prod(query.shape) + math.prod(result.shape)) / num_tokens
+        # With narrower activations a target may round attention's factors, too.
+        is_exact = self._manifest.activation_dtype == "float32"
         return KernelCost(
             memory_bytes=visible * token_bytes,
             activation_bytes=activation_bytes,
             operations=2 * pairs * features,
-            precision="bf16" if caches[0].dtype == _BF16_STORAGE else "f32",
+            precision="f32" if is_exact and caches[0].dtype != _BF16_STORAGE else "bf16",
         )
 
 

@@ -139,7 +139,7 @@ def test_visible_tokens_are_counted_as_the_window_is_defined(window: int | None)
     assert visible_tokens(step(q_lens, kv_lens), window) == (len(seen), pairs)
 
 
-def attention_model() -> CostModel:
+def attention_model(activations: str = "float32") -> CostModel:
     """4 query heads and 2 KV heads of size 8, float16 pages of 16 tokens."""
     pages = [
         CacheTensor(
@@ -154,7 +154,9 @@ def attention_model() -> CostModel:
         for name in ("k", "v")
     ]
     groups = [CacheGroup(name="full", window=None, page_size=16)]
-    manifest = dataclasses.replace(toy_manifest(), groups=groups, caches=pages)
+    manifest = dataclasses.replace(
+        toy_manifest(), groups=groups, caches=pages, activation_dtype=activations
+    )
     return CostModel(manifest, caches=[2000, 2001], weights=[])
 
 
@@ -169,6 +171,8 @@ def test_attention_reads_the_context_and_not_the_pool() -> None:
     assert attention.memory_bytes == 43 * (2 * 2 * 8 * 2)  # K and V, heads, size, bytes
     # Two products of 8 multiply-adds for each of 4 heads and each pair: 40 and 1 + 2 + 3.
     assert attention.operations == 2 * (2 * 8 * 4) * 46
+    assert attention.precision == "f32"
+    assert attention_model("int8").cost(arguments, inputs).precision == "bf16"
 
 
 def test_writing_to_the_cache_moves_the_new_tokens_only() -> None:

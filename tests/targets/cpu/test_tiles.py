@@ -274,3 +274,14 @@ def test_entry_points_for_a_few_tokens_hold_no_tile_code():
     site = Site(op=op, types=types, max_tokens=8, tokens=None, num_groups=1, page_size=16)
     assert "tile" not in rule(site).func.script()
     assert "tile" in rule(replace(site, max_tokens=9)).func.script()
+
+
+def test_what_tiles_fill_is_as_large_as_tiles():
+    """TVM cuts a buffer down to what it sees used: rows that tokens read, and not what tiles do."""
+    few = replace(BFLOAT16, tiles=None)
+    module = tvm.IRModule({"f": bfloat16(64, K, few).with_attr("global_symbol", "f")})
+    target = CpuTarget("amx")
+    with tvm.transform.PassContext(config=target.pass_config):
+        code = tvm.compile(module, target=target.tvm_target).mod.inspect_source("ll")
+    sizes = re.findall(r"call ptr %\w+\(i32 1, i32 %dev_id, i64 ([^,]+)", code)
+    assert sorted(map(int, sizes)) == sorted([4 * 16 * 64, K // 32 * 16 * 64])
