@@ -17,7 +17,7 @@ from llmc.targets.cpu.kernels import amx
 from llmc.targets.cpu.kernels.bfloat16_tiles import Values, tile_depth
 from llmc.targets.cpu.kernels.panels import for_each_row, i64, lanes, prefetch, scratch
 from llmc.targets.cpu.kernels.register_tiles import slot_panel, store_slots
-from llmc.targets.cpu.kernels.tile_tasks import first_bytes, store_sums
+from llmc.targets.cpu.kernels.tile_tasks import first_bytes, panels_of_a_task, store_sums
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.layout import PANEL, ceildiv
 from llmc.targets.cpu.parameters import FewTileParameters
@@ -32,9 +32,7 @@ def bfloat16_few(product: Product, values: Values, count: Expr, params: FewTileP
     depth = tile_depth(weights.k)
     activations = scratch((weights.k // depth, amx.TILE_ROWS, depth), "uint16")
     _fill(activations, values, count)
-    width = min(params.panels, ceildiv(weights.panels, params.min_columns))
-    if product.gated is not None:
-        width = ceildiv(width, 2 * product.gated.panels) * 2 * product.gated.panels
+    width = panels_of_a_task(product, params.panels, params.min_columns)
     with T.parallel(i64(ceildiv(weights.panels, width))) as column:
         first = T.Bind(column * i64(width))
         _Task(

@@ -4,10 +4,10 @@
 Here the codes of weights and activations that share both their scales, a *unit* of features, are
 multiplied as bytes; what they add up to is exact, and is scaled as it leaves the tile.
 
-Tiles are slow to answer, so three units are under way at once: while one is unpacked, the one
-before it is multiplied, and what those before it came to is stored and added up. A row of weights
-is read in several places in turns: a processor asks memory for more lines ahead of several streams
-than of one.
+Tiles are slow to answer, so several units are under way at once: while one is multiplied, a later
+one is unpacked, and what earlier ones came to is stored and added up. A row of weights is read in
+several places in turns: a processor asks memory for more lines ahead of several streams than of
+one.
 
 The functions here run while an IRBuilder frame is open, as those of panels.py do.
 """
@@ -38,7 +38,12 @@ from llmc.targets.cpu.kernels.panels import (
     splat,
 )
 from llmc.targets.cpu.kernels.register_tiles import slot_panel, store_slots
-from llmc.targets.cpu.kernels.tile_tasks import first_bytes, row_groups, store_sums
+from llmc.targets.cpu.kernels.tile_tasks import (
+    first_bytes,
+    panels_of_a_task,
+    row_groups,
+    store_sums,
+)
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.layout import PANEL, ceildiv, stored_zero_point
 from llmc.targets.cpu.parameters import CodeTileParameters
@@ -47,13 +52,14 @@ Expr = Any
 _TURNS = 4  # units of a step of the loop over them, and tiles for their sums
 _SLOTS = 4  # places in memory for what one stage leaves to the next
 _UNPACK, _STORE, _SUM = -2, 2, 3  # when a unit is, counted from when it is multiplied
+_STORE_PARTS = 1  # and where a unit has two sums, which takes all tiles in two turns
 
 
 def takes(fmt: WeightFormat, block: int) -> bool:
     """Whether products with activations of such blocks can be made here."""
     if fmt.is_float or _parts(fmt, block) > _TURNS // 2:
         return False
-    # Codes of 4 bits lose their own zero point; what is left of it is part of a minimum.
+    # What codes of 4 bits lose is their zero point, or becomes part of their minimum.
     return fmt.bits == 8 or fmt.has_min or stored_zero_point(fmt) == _offset(fmt)
 
 
@@ -61,9 +67,7 @@ def code_tiles(product: Product, x: CodedRows, count: Expr, params: CodeTilePara
     """y = x · Wᵀ for `count` rows, where `takes` says so."""
     weights = product.weights
     rows = _Rows.prepare(x, weights, count)
-    width = min(params.panels, ceildiv(weights.panels, params.min_columns))
-    if product.gated is not None:
-        width = ceildiv(width, 2 * product.gated.panels) * 2 * product.gated.panels
+    width = panels_of_a_task(product, params.panels, params.min_columns)
     with T.parallel(i64(ceildiv(weights.panels, width))) as column:
         first = T.Bind(column * i64(width))
         _Task(
@@ -91,7 +95,9 @@ def _parts(fmt: WeightFormat, block: int) -> int:
 
 
 def _shift(fmt: WeightFormat) -> int:
-    """Bits below a code in its byte: four where moving it there costs less than masking it."""
+    """Bits below a code in its byte: codes of 4 bits are taken as the upper half of one, which
+    costs less than to make them signed bytes.
+    """
     return 8 - fmt.bits
 
 
@@ -197,7 +203,7 @@ class _Task:
     product: Product
     rows: _Rows
     streams: _Streams
-    first_slot: Expr  # panels are counted as in bfloat16_tiles
+    first_slot: Expr  # panels are counted as in tile_tasks
     num_panels: Expr
     unpacked: Expr  # `[slots, unit / 4, 16]` int32: four features' bytes of 16 outputs
     stored: Expr  # `[slots, parts, 16, 16]` int32: a unit's sums
@@ -231,29 +237,33 @@ class _Task:
         stages: list[tuple[int, Callable[[Expr, int], Iterator[None]]]] = [
             (_UNPACK, lambda step, turn: self._unpack(panel, following, step, turn)),
             (0, lambda step, turn: self._multiply(group, step, turn)),
-            (_STORE if self.rows.parts == 1 else 1, lambda step, turn: self._store(turn)),
+            (
+                _STORE if self.rows.parts == 1 else _STORE_PARTS,
+                lambda step, turn: self._store(turn),
+            ),
             (_SUM, lambda step, turn: self._sum(totals, group, panel, step, turn)),
         ]
 
-        def at(time: int) -> None:
-            now = [
-                (divmod(time - lag, _TURNS), stage)
-                for lag, stage in stages
-                if 0 <= time - lag < units
-            ]
-            _interleave([stage(i64(step), turn) for (step, turn), stage in now])
+        def at(time: int, first: Expr | None = None) -> None:
+            """All stages at a time counted from step `first`, where none is without work, or from
+            the beginning.
+            """
+            now = []
+            for lag, stage in stages:
+                step, turn = divmod(time - lag, _TURNS)
+                if first is not None:
+                    now.append(stage(first + i64(step), turn))
+                elif 0 <= time - lag < units:
+                    now.append(stage(i64(step), turn))
+            _interleave(now)
 
-        # Between the first step and the last ones, no stage is without work.
         whole = max(0, (units + _UNPACK) // _TURNS - 1)
         for time in range(_UNPACK, _TURNS):
             at(time)
         if whole:
             with T.serial(i64(whole)) as number:
                 for time in range(_TURNS):
-                    now = [(divmod(time - lag, _TURNS), stage) for lag, stage in stages]
-                    _interleave(
-                        [stage(number + i64(1 + step), turn) for (step, turn), stage in now]
-                    )
+                    at(time, number + i64(1))
         for time in range(_TURNS * (whole + 1), units + _SUM):
             at(time)
         scale = None if weights.fmt.group else T.Bind(weights.scale(i64(0), panel, i64(0)))
@@ -326,16 +336,10 @@ class _Task:
             values = []
             for part in range(rows.parts):
                 at = (i64(turn % _SLOTS), i64(part), i64(row), lanes(i64(0)))
-                values.append(T.Cast(F32X16, self.stored[*at]))
+                found = T.Cast(F32X16, self.stored[*at])
+                values.append(found * scales[part] if scales else found)
             scale = T.broadcast(rows.scales[group, unit, i64(row)], PANEL)
-            if rows.parts > 1:
-                value = values[0] * scales[0]
-                for found, factor in zip(values[1:], scales[1:], strict=True):
-                    value = value + found * factor
-                total = get(totals, row) + value * scale
-            else:
-                value = values[0] * scale
-                total = get(totals, row) + (value * scales[0] if scales else value)
+            total = get(totals, row) + sum(values[1:], start=values[0]) * scale
             if rows.sums is not None:
                 for part, minimum in zip(parts, minimums, strict=True):
                     total = total + minimum * T.broadcast(rows.sums[group, part, i64(row)], PANEL)

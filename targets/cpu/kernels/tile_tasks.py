@@ -138,7 +138,7 @@ def for_each_task(
 ) -> None:
     """`body(task)` in parallel, for blocks of `count` rows × columns of panels."""
     weights = product.weights
-    width = _panels_of_a_task(product, params)
+    width = panels_of_a_task(product, params.panels, params.min_columns, amx.PANELS)
     columns = ceildiv(weights.panels, width)
     size = params.rows // amx.TILE_ROWS
     groups = row_groups(count)
@@ -163,12 +163,13 @@ def for_each_task(
         )
 
 
-def _panels_of_a_task(product: Product, params: TileParameters) -> int:
-    """Pairs of panels, fewer where the matrix has too few rows for many tasks; whole blocks of a
-    gated output.
+def panels_of_a_task(product: Product, most: int, min_columns: int, unit: int = 1) -> int:
+    """Whole units of panels, fewer than `most` where the matrix has too few rows for so many tasks;
+    whole blocks of a gated output.
     """
-    width = min(params.panels, ceildiv(product.weights.panels, params.min_columns))
-    unit = amx.PANELS * (1 if product.gated is None else product.gated.panels)
+    width = min(most, ceildiv(product.weights.panels, min_columns))
+    if product.gated is not None:
+        unit = 2 * product.gated.panels
     return ceildiv(width, unit) * unit
 
 
