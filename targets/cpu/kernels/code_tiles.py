@@ -73,7 +73,7 @@ def code_tiles(product: Product, x: CodedRows, count: Expr, params: CodeTilePara
         _Task(
             product=product,
             rows=rows,
-            streams=_Streams.of(rows.units, params),
+            streams=_Streams.of(rows.units, len(weights.fmt.planes), params),
             first_slot=first,
             num_panels=T.Bind(T.min(i64(width), i64(weights.panels) - first)),
             unpacked=scratch((_SLOTS, rows.unit // 4, PANEL), "int32"),
@@ -172,9 +172,9 @@ class _Streams:
     ahead: int  # units of a stream that are asked for before they are unpacked
 
     @classmethod
-    def of(cls, units: int, params: CodeTileParameters) -> _Streams:
-        """As many streams as divide the units, of 1, 2 and 4."""
-        count = gcd(units, min(params.streams, _TURNS))
+    def of(cls, units: int, planes: int, params: CodeTileParameters) -> _Streams:
+        """As many streams as divide the units, of 1, 2 and 4; each plane of codes is one itself."""
+        count = gcd(units, min(params.streams, _TURNS) // planes)
         return cls(units=units, count=count, ahead=min(params.ahead, units // count))
 
     def place(self, step: Expr, turn: int) -> tuple[Expr, Expr]:
