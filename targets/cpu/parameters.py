@@ -84,6 +84,9 @@ class CodeTileParameters:
     streams: int = 4  # places at which a row of weights is read, of 1, 2 and 4
     ahead: int = 4  # units of a stream asked for before they are unpacked
 
+    def __post_init__(self) -> None:
+        assert self.streams in (1, 2, 4), self  # a turn of the loop is one of four
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FewTileParameters:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from llmc import dialect
 from llmc.formats import FORMATS
@@ -26,13 +26,16 @@ from llmc.targets.cpu.kernels.rope import rope, rope_kv_write
 from llmc.targets.cpu.kernels.top_k import top_k
 from llmc.targets.cpu.parameters import (
     Bfloat16Parameters,
+    CodeTileParameters,
     CpuParameters,
+    FewTileParameters,
     IntegerParameters,
     LinearParameters,
     TileParameters,
 )
 
 Expr = Any
+Few = TypeVar("Few", CodeTileParameters, FewTileParameters)
 
 
 def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, KernelRule]]:
@@ -118,12 +121,11 @@ def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | No
     op = site.op
     if not isinstance(op, dialect.IntegerLinear | dialect.GatedIntegerLinear) or params is None:
         return None
-    few = params.code_tiles
     params = replace(
         params,
         tiles=_tiles(site, params.tiles),
         byte_tiles=_tiles(site, params.byte_tiles),
-        code_tiles=few if few is not None and site.max_tokens >= few.first else None,
+        code_tiles=_few_tiles(site, params.code_tiles),
     )
     m, k = site.extents("weight")
     rows = site.types["codes"].shape[1]
@@ -181,15 +183,17 @@ def _tiles(site: Site, tiles: TileParameters | None) -> TileParameters | None:
     return tiles if tiles is not None and site.max_tokens > tiles.crossover else None
 
 
+def _few_tiles(site: Site, tiles: Few | None) -> Few | None:
+    """Likewise."""
+    return tiles if tiles is not None and site.max_tokens >= tiles.first else None
+
+
 def _bfloat16_linear(site: Site, params: Bfloat16Parameters | None) -> Kernel | None:
     op = site.op
     if not isinstance(op, dialect.Bfloat16Linear | dialect.GatedBfloat16Linear) or params is None:
         return None
-    few = params.few_tiles
     params = replace(
-        params,
-        tiles=_tiles(site, params.tiles),
-        few_tiles=few if few is not None and site.max_tokens >= few.first else None,
+        params, tiles=_tiles(site, params.tiles), few_tiles=_few_tiles(site, params.few_tiles)
     )
     m, k = site.extents("weight")
     gate = None

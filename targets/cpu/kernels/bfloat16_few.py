@@ -16,8 +16,14 @@ from tvm.script.ir_builder import tirx as T
 from llmc.targets.cpu.kernels import amx
 from llmc.targets.cpu.kernels.bfloat16_tiles import Values, tile_depth
 from llmc.targets.cpu.kernels.panels import for_each_row, i64, lanes, prefetch, scratch
-from llmc.targets.cpu.kernels.register_tiles import slot_panel, store_slots
-from llmc.targets.cpu.kernels.tile_tasks import first_bytes, panels_of_a_task, store_sums
+from llmc.targets.cpu.kernels.register_tiles import slot_panel
+from llmc.targets.cpu.kernels.tile_tasks import (
+    first_bytes,
+    for_each_column,
+    panels_of_a_task,
+    store_sums,
+    store_totals,
+)
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.layout import PANEL, ceildiv
 from llmc.targets.cpu.parameters import FewTileParameters
@@ -33,17 +39,19 @@ def bfloat16_few(product: Product, values: Values, count: Expr, params: FewTileP
     activations = scratch((weights.k // depth, amx.TILE_ROWS, depth), "uint16")
     _fill(activations, values, count)
     width = panels_of_a_task(product, params.panels, params.min_columns)
-    with T.parallel(i64(ceildiv(weights.panels, width))) as column:
-        first = T.Bind(column * i64(width))
+
+    def column(first_slot: Expr, num_panels: Expr) -> None:
         _Task(
             product=product,
             activations=activations,
             depth=depth,
             ahead=params.ahead,
-            first_slot=first,
-            num_panels=T.Bind(T.min(i64(width), i64(weights.panels) - first)),
+            first_slot=first_slot,
+            num_panels=num_panels,
             totals=scratch((ceildiv(width, _STREAMS) * _STREAMS, amx.TILE_ROWS, PANEL)),
         ).emit(count)
+
+    for_each_column(product, width, column)
 
 
 def _fill(tiles: Expr, values: Values, count: Expr) -> None:
@@ -81,14 +89,8 @@ class _Task:
         with T.serial(rounds) as number:
             self._multiply(T.Bind(number * i64(_STREAMS)))
         amx.release()
-        with T.serial(count) as row:
-            store_slots(
-                self.product,
-                row,
-                self.first_slot,
-                self.num_panels,
-                lambda slot: self.totals[slot, row, lanes(i64(0))],
-            )
+        slots = self.first_slot, self.num_panels
+        store_totals(self.product, (i64(0), count), slots, self.totals)
 
     def _multiply(self, slot: Expr) -> None:
         """Leaves the totals of the panels in slots `slot`, `slot + 1` …"""

@@ -73,9 +73,8 @@ class ByteRows:
             exact=scratch((groups, chunks.count, tiles, amx.TILE_ROWS, EXACT), "uint16"),
             features=scratch((chunks.count, tiles * EXACT), "int32"),
         )
-        kept = scratch(
-            (chunks.steps * STEP,), "int8"
-        )  # no bits of a feature in `exact`, all bits of others
+        # No bits of a feature in `exact`, all bits of others.
+        kept = scratch((chunks.steps * STEP,), "int8")
         loop = T.serial if chunks.count == 1 else T.parallel
         with loop(i64(chunks.count)) as number:
             _choose(x, count, chunks, number, kept, rows.features)

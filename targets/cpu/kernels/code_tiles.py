@@ -1,8 +1,8 @@
 """Products of a few activation rows in matrix registers, with the codes of weights as they are.
 
 `byte_tiles` brings all features of a chunk to one scale first, which pays where many rows share it.
-Here the codes of weights and activations that share both their scales, a *unit* of features, are
-multiplied as bytes; what they add up to is exact, and is scaled as it leaves the tile.
+Here codes are multiplied as bytes in *units*, features whose activations share a scale, and the
+parts of one whose weights do; what a part adds up to is exact, and is scaled as it leaves the tile.
 
 Tiles are slow to answer, so several units are under way at once: while one is multiplied, a later
 one is unpacked, and what earlier ones came to is stored and added up. A row of weights is read in
@@ -37,12 +37,14 @@ from llmc.targets.cpu.kernels.panels import (
     scratch,
     splat,
 )
-from llmc.targets.cpu.kernels.register_tiles import slot_panel, store_slots
+from llmc.targets.cpu.kernels.register_tiles import slot_panel
 from llmc.targets.cpu.kernels.tile_tasks import (
     first_bytes,
+    for_each_column,
     panels_of_a_task,
     row_groups,
     store_sums,
+    store_totals,
 )
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.layout import PANEL, ceildiv, stored_zero_point
@@ -68,18 +70,20 @@ def code_tiles(product: Product, x: CodedRows, count: Expr, params: CodeTilePara
     weights = product.weights
     rows = _Rows.prepare(x, weights, count)
     width = panels_of_a_task(product, params.panels, params.min_columns)
-    with T.parallel(i64(ceildiv(weights.panels, width))) as column:
-        first = T.Bind(column * i64(width))
+
+    def column(first_slot: Expr, num_panels: Expr) -> None:
         _Task(
             product=product,
             rows=rows,
             streams=_Streams.of(rows.units, len(weights.fmt.planes), params),
-            first_slot=first,
-            num_panels=T.Bind(T.min(i64(width), i64(weights.panels) - first)),
+            first_slot=first_slot,
+            num_panels=num_panels,
             unpacked=scratch((_SLOTS, rows.unit // 4, PANEL), "int32"),
             stored=scratch((_SLOTS, rows.parts, amx.TILE_ROWS, PANEL), "int32"),
             totals=scratch((width, amx.TILE_ROWS, PANEL)),
         ).emit(count)
+
+    for_each_column(product, width, column)
 
 
 def _offset(fmt: WeightFormat) -> int:
@@ -174,7 +178,7 @@ class _Streams:
     @classmethod
     def of(cls, units: int, planes: int, params: CodeTileParameters) -> _Streams:
         """As many streams as divide the units, of 1, 2 and 4; each plane of codes is one itself."""
-        count = gcd(units, min(params.streams, _TURNS) // planes)
+        count = gcd(units, max(1, params.streams // planes))
         return cls(units=units, count=count, ahead=min(params.ahead, units // count))
 
     def place(self, step: Expr, turn: int) -> tuple[Expr, Expr]:
@@ -219,14 +223,8 @@ class _Task:
                 self._multiply_panel(group, panel, following, p)
             amx.release()
             first = T.Bind(group * i64(amx.TILE_ROWS))
-            with T.serial(T.min(i64(amx.TILE_ROWS), count - first)) as row:
-                store_slots(
-                    self.product,
-                    first + row,
-                    self.first_slot,
-                    self.num_panels,
-                    lambda slot: self.totals[slot, row, lanes(i64(0))],
-                )
+            rows = first, T.min(i64(amx.TILE_ROWS), count - first)
+            store_totals(self.product, rows, (self.first_slot, self.num_panels), self.totals)
 
     def _multiply_panel(self, group: Expr, panel: Expr, following: Expr, p: Expr) -> None:
         """Leaves a panel's totals in place `p`."""

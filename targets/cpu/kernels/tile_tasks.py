@@ -123,14 +123,8 @@ class TileTask:
         """Stores what becomes of the totals `[groups, slots, 16, 16]`."""
         with T.serial(self.num_groups) as group:
             first = self.first_row(group)
-            with T.serial(self.rows_from(first)) as row:
-                store_slots(
-                    self.product,
-                    first + row,
-                    self.first_slot,
-                    self.num_panels,
-                    lambda slot: totals[group, slot, row, lanes(i64(0))],
-                )
+            rows = first, self.rows_from(first)
+            store_totals(self.product, rows, (self.first_slot, self.num_panels), totals, group)
 
 
 def for_each_task(
@@ -160,6 +154,28 @@ def for_each_task(
                 width=width,
                 size=size,
             )
+        )
+
+
+def for_each_column(product: Product, width: int, body: Callable[[Expr, Expr], None]) -> None:
+    """`body(first slot, panels)` in parallel, for columns of up to `width` panels."""
+    panels = product.weights.panels
+    with T.parallel(i64(ceildiv(panels, width))) as column:
+        first = T.Bind(column * i64(width))
+        body(first, T.Bind(T.min(i64(width), i64(panels) - first)))
+
+
+def store_totals(
+    product: Product,
+    rows: tuple[Expr, Expr],
+    slots: tuple[Expr, Expr],
+    totals: Expr,
+    *index: Expr,
+) -> None:
+    """Stores what becomes of totals[index] `[slots, 16, 16]`; rows and slots are (first, count)."""
+    with T.serial(rows[1]) as row:
+        store_slots(
+            product, rows[0] + row, *slots, lambda slot: totals[*index, slot, row, lanes(i64(0))]
         )
 
 

@@ -46,6 +46,7 @@ INTEGER = replace(
 # Tasks of two panels and of one; every number of rows.
 CODE_TILES = CodeTileParameters(first=1, last=40, panels=2, min_columns=1)
 CODES = replace(INTEGER, code_tiles=CODE_TILES)
+ONE_STREAM = replace(CODES, code_tiles=replace(CODE_TILES, streams=1))
 # Up to sixteen rows in tasks of two rounds of four panels, more of them in blocks.
 BFLOAT16 = replace(
     PARAMETERS["amx"].bfloat16,
@@ -104,6 +105,7 @@ def functions():
         f"codes_{n}": integer(FORMATS[f], 40, block, CODES) for n, (f, block) in CODE_BLOCKS.items()
     }
     made |= {f"codes_{k}": integer(FORMATS["q4_1"], 72, 32, CODES, k) for k in FEATURES}
+    made |= {"codes_one_stream": integer(FORMATS["q6_k"], 72, 32, ONE_STREAM)}
     made |= {n: gated(*GATED[n]) for n in GATED}
     made |= {f"rows_{n}": integer(FORMATS["q4_0"], m, 32) for n, m in SHAPES.items()}
     return made | {f"bfloat16_{n}": bfloat16(m, K - 16) for n, m in SHAPES.items()}
@@ -180,6 +182,11 @@ def test_codes_in_every_number_of_tiles(library, tokens):
 def test_codes_in_rows_of_every_number_of_units(library, k):
     case = Case(FORMATS["q4_1"], 72, k, 11, 32)
     case.check(lambda *arrays: library.run(f"codes_{k}", *arrays), TOLERANCE)
+
+
+def test_codes_in_two_planes_are_read_in_one_stream_at_least(library):
+    case = Case(FORMATS["q6_k"], 72, K, 11, 32)
+    case.check(lambda *arrays: library.run("codes_one_stream", *arrays), TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CODE_BLOCKS)
