@@ -81,6 +81,11 @@ class WeightFormat:
         """
         return {3: (2, 1), 5: (4, 1), 6: (4, 2)}.get(self.code_bits, (self.code_bits,))
 
+    @property
+    def is_composed(self) -> bool:
+        """Whether kernels have to put codes together from planes, or scales from sub-scales."""
+        return self.planes != (self.bits,) or self.sub_scales is not None
+
     def num_groups(self, k: int) -> int:
         """Scales of a row of k input features; ValueError where the group does not divide k."""
         if self.group == 0:

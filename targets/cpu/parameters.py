@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from llmc.errors import UnsupportedError
+from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.attention_tile import AttentionTuning, MatrixTuning
 from llmc.targets.cpu.kernels.byte_dot import (
     PMADDUBSW_256,
@@ -53,6 +54,7 @@ class Tiling:
     panels: int
     token_tiles: tuple[int, ...]  # largest first, ending in 1
     one_token_panels: int = 1  # in place of `panels` where there is one token
+    words: int = 1  # stored words of one step of several tokens' integers
     row_block_bytes: int = 393216  # activations that a task meets again in the L2 cache
     serial_weights: int = 65536  # products of one token with fewer weights start no threads
 
@@ -106,15 +108,22 @@ class IntegerParameters:
     table: ByteTable
     block: int = 32  # activation features that share a scale, or a weight group if that is larger
     tiling: Tiling = field(default_factory=lambda: Tiling(panels=2, token_tiles=(6, 4, 3, 2, 1)))
+    composed: Tiling | None = None  # in its place for formats that are put together
     min_chains: int = 4  # independent sums below which a tile splits each in two
     unit_words: int = 4  # stored words of one step of a one-token product
     prefetch_words: int = 128  # word vectors (64 bytes each) asked for ahead for one token
     prefetch_cache: int = 1  # the level that they are brought to
-    next_panels: int = 2  # panels ahead whose words a tile of several tokens asks for; 0: none
+    next_cache: int = 2  # to which tiles of several tokens bring the panels that follow
     tiles: TileParameters | None = None  # None: there are no matrix registers
     byte_tiles: TileParameters | None = None  # in their place, for what these take
     code_tiles: CodeTileParameters | None = None
     avx512_gate: bool = False  # activations as precise as what they are rounded to
+
+    def of(self, fmt: WeightFormat) -> IntegerParameters:
+        """Those for a format."""
+        if self.composed is None or not fmt.is_composed:
+            return self
+        return replace(self, tiling=self.composed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,13 +132,12 @@ class Bfloat16Parameters:
     only.
     """
 
-    tiling: Tiling = field(
-        default_factory=lambda: Tiling(panels=2, token_tiles=(12, 8, 6, 4, 2, 1))
-    )
+    # Rows often lie a multiple of 4 KiB apart: more than eight drive each other out of the cache.
+    tiling: Tiling = field(default_factory=lambda: Tiling(panels=4, token_tiles=(6, 4, 2, 1)))
     chains: int = 8  # independent sums that hide the latency of a dot product
     words: int = 4  # stored words of one step of a one-token product
     prefetch_words: int = 128
-    next_panels: int = 2
+    next_cache: int = 2
     tiles: TileParameters | None = None  # None: there are no matrix registers
     few_tiles: FewTileParameters | None = None  # where `tiles` are not used
     avx512_gate: bool = False  # as above
@@ -170,7 +178,11 @@ _AVX512 = _vectors(
     ),
     few_tiles=(4, 2, 1),
 )
-_VNNI = replace(_AVX512, integer=IntegerParameters(dot=VPDPBUSD_512, table=PSHUFB_512))
+# Of formats that are put together, what a tile of one panel takes stays in registers.
+_COMPOSED = Tiling(panels=1, token_tiles=(8, 6, 4, 3, 2, 1), words=4)
+_VNNI = replace(
+    _AVX512, integer=IntegerParameters(dot=VPDPBUSD_512, table=PSHUFB_512, composed=_COMPOSED)
+)
 _BF16 = replace(_VNNI, bfloat16=Bfloat16Parameters(), attention=AttentionTuning(bf16_dot=True))
 
 # 16 registers of 8 floats, of which a panel takes two: 6 x 2 accumulators.
@@ -198,7 +210,7 @@ _NEON = replace(_AVX2, linear=replace(_AVX2.linear, table=TBL), few=replace(_AVX
 def _narrow(dot: ByteDot, table: ByteTable, token_tiles: tuple[int, ...]) -> IntegerParameters:
     """Products of one panel at a time, where sums and codes take most of the registers."""
     tiling = Tiling(panels=1, token_tiles=token_tiles)
-    return IntegerParameters(dot=dot, table=table, tiling=tiling, next_panels=1)
+    return IntegerParameters(dot=dot, table=table, tiling=tiling)
 
 
 PARAMETERS: dict[str, CpuParameters] = {
@@ -207,6 +219,7 @@ PARAMETERS: dict[str, CpuParameters] = {
         integer=IntegerParameters(
             dot=VPDPBUSD_512,
             table=PSHUFB_512,
+            composed=_COMPOSED,
             prefetch_cache=2,
             tiles=TileParameters(crossover=24),
             byte_tiles=TileParameters(crossover=16, steps=32),
@@ -214,7 +227,7 @@ PARAMETERS: dict[str, CpuParameters] = {
             avx512_gate=True,
         ),
         bfloat16=Bfloat16Parameters(
-            tiling=Tiling(panels=2, token_tiles=(12, 8, 6, 4, 2, 1), one_token_panels=4),
+            tiling=Tiling(panels=4, token_tiles=(6, 4, 2, 1), one_token_panels=4),
             prefetch_words=32,
             tiles=TileParameters(crossover=16),
             few_tiles=FewTileParameters(first=4),

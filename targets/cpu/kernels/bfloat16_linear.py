@@ -33,7 +33,7 @@ from llmc.targets.cpu.kernels.panels import (
     size_var,
     splat,
 )
-from llmc.targets.cpu.kernels.register_tiles import multiply_tiles
+from llmc.targets.cpu.kernels.register_tiles import Turn, multiply_tiles
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.layout import PANEL
 from llmc.targets.cpu.parameters import Bfloat16Parameters
@@ -70,9 +70,9 @@ def bfloat16_linear(
             weights = product.weights
 
             def multiply(
-                panels: list[Expr], rows: list[Expr], following: Expr | None = None
+                panels: list[Expr], rows: list[Expr], turn: Turn | None, following: Expr | None
             ) -> list[list[Expr]]:
-                return _tile(weights, panels, x, rows, params, following)
+                return _tile(weights, panels, x, rows, params, turn, following)
 
             def values(row: Expr, first: Expr) -> Expr:
                 return x[i64(0), row, lanes(first)]
@@ -112,6 +112,7 @@ def _tile(
     x: Expr,
     rows: Sequence[Expr],
     params: Bfloat16Parameters,
+    turn: Turn | None,
     following: Expr | None,
 ) -> list[list[Expr]]:
     """The products of rows with panels: a float32x16 for each [row][panel]."""
@@ -129,10 +130,11 @@ def _tile(
                 for panel in panels:
                     ahead = word + i64(params.prefetch_words)
                     prefetch(weights.ahead_address(i64(0), panel, ahead, following))
-            if params.next_panels and len(rows) > 1:
+            if turn is not None:
+                ahead = turn.share(word, weights.words)
                 for panel in panels:
-                    ahead = panel + i64(params.next_panels)
-                    prefetch(weights.word_address(i64(0), ahead, word))
+                    after = panel + i64(len(panels))
+                    prefetch(weights.word_address(i64(0), after, ahead), params.next_cache)
             stored = [T.Bind(weights.word(i64(0), panel, word)) for panel in panels]
             for r, row in enumerate(rows):
                 pair = x[i64(0), row, T.ramp(word * i64(2), i64(1), 2)]

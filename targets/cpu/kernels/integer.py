@@ -7,7 +7,7 @@ int32, and leaves the integers once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from llmc.targets.cpu.kernels.panels import (
     registers,
     splat,
 )
+from llmc.targets.cpu.kernels.register_tiles import Turn
 from llmc.targets.cpu.kernels.unpacked import UnpackedPanels
 from llmc.targets.cpu.layout import PANEL, stored_zero_point
 from llmc.targets.cpu.parameters import IntegerParameters
@@ -103,16 +104,18 @@ def integer_panels(
     x: CodedRows,
     rows: Sequence[Expr],
     params: IntegerParameters,
+    turn: Turn | None = None,
     unpacked: UnpackedPanels | None = None,
     following: Expr | None = None,
 ) -> list[list[Expr]]:
     """The products of a few activation rows with a few panels: a float32x16 for each [row][panel].
 
     y = Σ_blocks a · Σ_groups (s · Σ (code - zero)·x + min · Σ x), the sums over codes in int32.
-    `unpacked` are the same panels, if they have been put together before; `following` is the panel
-    that is read after the last one, where that is not the next.
+    A tile of several rows asks for its `turn`'s share of the panels that follow. `unpacked` are the
+    same panels, if they have been put together before; `following` is the panel that is read after
+    the last one, where that is not the next.
     """
-    tile = _Tile(weights, expert, panels, x, rows, params, unpacked, following)
+    tile = _Tile(weights, expert, panels, x, rows, params, turn, unpacked, following)
     tile.multiply()
     return tile.result()
 
@@ -128,10 +131,12 @@ class _Tile:
         x: CodedRows,
         rows: Sequence[Expr],
         params: IntegerParameters,
+        turn: Turn | None,
         unpacked: UnpackedPanels | None,
         following: Expr | None,
     ) -> None:
-        self.following = following
+        self.turn, self.following = turn, following
+        self.lead: Expr | None = None  # words from those multiplied to those asked for meanwhile
         self.weights, self.expert, self.panels = weights, expert, panels
         self.x, self.rows = x, rows
         self.source = weights if unpacked is None else unpacked
@@ -194,8 +199,6 @@ class _Tile:
     def _scaled(self, sums: list[Expr], group: Expr, before: Sequence[Expr | None]) -> list[Expr]:
         """before + scale · sum + min · Σx for every [row][panel]."""
         source = self.source
-        for panel in self._next_panels():
-            prefetch(self.weights.scale_address(self.expert, panel, group))
         scales = [T.Bind(source.scale(self.expert, p, group)) for p in self.panels]
         values = []
         for i, (total, start) in enumerate(zip(sums, before, strict=True)):
@@ -223,7 +226,12 @@ class _Tile:
                 nothing = T.broadcast(T.int32(0), PANEL)
                 sums.append([T.broadcast(start, PANEL)] + [nothing] * (self.chains - 1))
         first = T.Bind(unit * i64(words))
-        step_words = params.unit_words if len(self.rows) == 1 else 1
+        self.lead = None
+        if self.turn is not None:
+            share = self.turn.share(unit, self.weights.k // self.unit)
+            self._fetch_next(lambda panel: self.weights.scale_lines(self.expert, panel, share))
+            self.lead = T.Bind(share * i64(words) - first)
+        step_words = params.unit_words if len(self.rows) == 1 else params.tiling.words
         steps, tail = divmod(words, step_words)
         if steps == 1 or (steps == 2 and not tail):
             sums = self._words(sums, first, words)
@@ -272,8 +280,9 @@ class _Tile:
                     ahead = word + i64(self.params.prefetch_words)
                     address = weights.ahead_address(self.expert, panel, ahead, self.following)
                     prefetch(address, self.params.prefetch_cache)
-            for panel in self._next_panels():
-                prefetch(weights.word_address(self.expert, panel, word))
+            if self.lead is not None and begins_line:
+                ahead = T.Bind(word + self.lead)
+                self._fetch_next(lambda p, at=ahead: weights.word_lines(self.expert, p, at))
             stored = [T.Bind(self.source.word(self.expert, p, word)) for p in self.panels]
             for part in range(width // 4):
                 codes = [T.Bind(self._bytes(s, part)) for s in stored]
@@ -286,15 +295,11 @@ class _Tile:
                 step += 1
         return sums
 
-    def _next_panels(self) -> list[Expr]:
-        """The panels to ask for while these are multiplied: several rows leave memory the time.
-
-        None where panels are unpacked first, which reads them all.
-        """
-        alone = len(self.rows) == 1 or self.source is not self.weights
-        if alone or not self.params.next_panels:
-            return []
-        return [panel + i64(self.params.next_panels) for panel in self.panels]
+    def _fetch_next(self, addresses: Callable[[Expr], Iterable[Expr]]) -> None:
+        """Asks for addresses(panel) of the next panels: several rows leave memory the time."""
+        for panel in self.panels:
+            for address in addresses(T.Bind(panel + i64(len(self.panels)))):
+                prefetch(address, self.params.next_cache)
 
     def _dot(self, total: Expr, codes: Expr, x: Expr) -> Expr:
         return self.params.dot.apply(self.weights.fmt.bits, total, codes, x)

@@ -18,9 +18,9 @@ from llmc.formats import WeightFormat
 from llmc.targets.cpu.kernels.expert_choices import group_choices
 from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
 from llmc.targets.cpu.kernels.panels import Rows, WeightPanels, argument, i64, size_var
-from llmc.targets.cpu.kernels.register_tiles import Tile, cover_column, store_tile
+from llmc.targets.cpu.kernels.register_tiles import Tile, Turn, cover_column, store_tile
 from llmc.targets.cpu.kernels.tiles import Product
-from llmc.targets.cpu.kernels.unpacked import UnpackedPanels, unpack, worth_unpacking
+from llmc.targets.cpu.kernels.unpacked import UnpackedPanels, unpack
 from llmc.targets.cpu.layout import ceildiv
 from llmc.targets.cpu.parameters import IntegerParameters
 
@@ -45,6 +45,7 @@ def integer_grouped_linear(
     Ids have to be in 0 … num_experts - 1: they are not checked here. Raises CompileError where the
     format cannot hold k features.
     """
+    params = params.of(fmt)
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("integer_grouped_linear")
@@ -82,10 +83,13 @@ def integer_grouped_linear(
                 expert: Expr,
                 panels: list[Expr],
                 positions: list[Expr],
+                turn: Turn | None,
                 unpacked: UnpackedPanels | None = None,
             ) -> None:
                 rows = [T.Bind(x_row(position)) for position in positions]
-                totals = integer_panels(weights, expert, panels, coded, rows, params, unpacked)
+                totals = integer_panels(
+                    weights, expert, panels, coded, rows, params, turn, unpacked
+                )
                 outputs = [T.Bind(choice(position)) for position in positions]
                 store_tile(product, panels, outputs, totals, expert)
 
@@ -104,6 +108,6 @@ def integer_grouped_linear(
                     count,
                     params.tiling,
                     partial(tile, expert),
-                    partial(prepare, expert) if worth_unpacking(fmt) else None,
+                    partial(prepare, expert) if fmt.is_composed else None,
                 )
     return builder.get()

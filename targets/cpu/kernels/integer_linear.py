@@ -27,9 +27,9 @@ from llmc.targets.cpu.kernels.code_tiles import code_tiles, takes
 from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
 from llmc.targets.cpu.kernels.outputs import Gated
 from llmc.targets.cpu.kernels.panels import argument, i64, size_var
-from llmc.targets.cpu.kernels.register_tiles import Multiply, multiply_tiles
+from llmc.targets.cpu.kernels.register_tiles import Multiply, Turn, multiply_tiles
 from llmc.targets.cpu.kernels.tiles import Product
-from llmc.targets.cpu.kernels.unpacked import UnpackedPanels, unpack, worth_unpacking
+from llmc.targets.cpu.kernels.unpacked import UnpackedPanels, unpack
 from llmc.targets.cpu.parameters import IntegerParameters
 
 Expr = Any
@@ -53,6 +53,7 @@ def integer_linear(
     whose blocks divide M / 2. Raises CompileError where the format cannot hold k features.
     """
     assert tokens in (1, None), tokens
+    params = params.of(fmt)
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("integer_linear")
@@ -70,18 +71,19 @@ def integer_linear(
             def multiply(
                 panels: list[Expr],
                 rows: list[Expr],
-                following: Expr | None = None,
+                turn: Turn | None,
+                following: Expr | None,
                 unpacked: UnpackedPanels | None = None,
             ) -> list[list[Expr]]:
                 return integer_panels(
-                    weights, i64(0), panels, coded, rows, params, unpacked, following
+                    weights, i64(0), panels, coded, rows, params, turn, unpacked, following
                 )
 
             def prepare(panels: list[Expr]) -> Multiply:
                 return partial(multiply, unpacked=unpack(weights, i64(0), panels))
 
             def vectors() -> None:
-                prepared = prepare if worth_unpacking(fmt) else None
+                prepared = prepare if fmt.is_composed else None
                 multiply_tiles(product, tokens, count, k, params.tiling, multiply, prepared)
 
             def many() -> None:

@@ -260,7 +260,7 @@ class WeightPanels:
         name = "values" if self.fmt.is_float else "codes"
         if self.words_per_line > 1:
             word = T.floordiv(word, i64(self.words_per_line))
-        return T.address_of(self.buffers[name][self._index(expert, panel, word, i64(0))])
+        return self._address(name, expert, panel, word)
 
     def ahead_address(
         self, expert: Expr, panel: Expr, word: Expr, following: Expr | None = None
@@ -280,6 +280,35 @@ class WeightPanels:
             return T.address_of(self.buffers["scales"][self._index(expert, panel, group, i64(0))])
         byte = T.floordiv(group, i64(8 // sub_scale_planes(self.fmt)[0]))
         return T.address_of(self.buffers["sub_scales"][self._index(expert, panel, byte, i64(0))])
+
+    def word_lines(self, expert: Expr, panel: Expr, word: Expr) -> list[Expr]:
+        """Where the parts of a word vector lie, one for each plane of its codes; as in
+        `word_address`, it may lie past the panel's last.
+        """
+        planes = self.fmt.planes if self.words_per_line > 1 else (8,)
+        names = plane_suffixes("codes", planes)
+        return [
+            self._address(name, expert, panel, T.floordiv(word, i64(8 // bits)))
+            for name, bits in zip(names, planes, strict=True)
+        ]
+
+    def scale_lines(self, expert: Expr, panel: Expr, group: Expr) -> list[Expr]:
+        """Where sixteen rows' scales and minimums of a group lie, in all their parts."""
+        subs = self.fmt.sub_scales
+        if not self.fmt.group:
+            return []
+        found = []
+        for name in ("scales", "mins") if self.fmt.has_min else ("scales",):
+            per_scale = 1 if subs is None else subs.group // self.fmt.group
+            found.append(self._address(name, expert, panel, T.floordiv(group, i64(per_scale))))
+            planes = sub_scale_planes(self.fmt)
+            for part, bits in zip(plane_suffixes(f"sub_{name}", planes), planes, strict=True):
+                byte = T.floordiv(group, i64(8 // bits))
+                found.append(self._address(part, expert, panel, byte))
+        return found
+
+    def _address(self, name: str, expert: Expr, panel: Expr, index: Expr) -> Expr:
+        return T.address_of(self.buffers[name][self._index(expert, panel, index, i64(0))])
 
     def scalar_word(self, expert: Expr, row: Expr, word: Expr) -> Expr:
         """One row's word."""

@@ -6,6 +6,7 @@ The functions here run while an IRBuilder frame is open, as those of panels.py d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -25,12 +26,44 @@ from llmc.targets.cpu.layout import PANEL, ceildiv
 from llmc.targets.cpu.parameters import Tiling
 
 Expr = Any
-# (panels, rows) -> None: multiplies and stores one tile
-Tile = Callable[[list[Expr], list[Expr]], None]
 
 
-# (panels, rows, the panel that is read afterwards where that is not the next) -> [row][panel]
-Multiply = Callable[[list[Expr], list[Expr], Expr | None], list[list[Expr]]]
+_FRACTION = 16  # bits
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Which rows a tile takes of those that meet the same panels.
+
+    While they do, the panels that follow come from memory: each tile asks for its share of them.
+    """
+
+    first: Expr  # as a fraction of all rows, times 2^_FRACTION
+    rows: Expr  # likewise
+
+    @classmethod
+    def of(cls, first: Expr, size: int, count: Expr) -> Turn:
+        """That of rows first … first + size - 1 of `count`."""
+
+        def fraction(rows: Expr) -> Expr:
+            # There are as many rows where there is the tile; TVM has to see that it is not by zero.
+            return T.Bind(T.floordiv(rows * i64(1 << _FRACTION), T.max(count, i64(size))))
+
+        return cls(fraction(first), fraction(i64(size)))
+
+    def share(self, step: Expr, steps: int) -> Expr:
+        """The step of the next panels to ask for in a step of this tile, of so many each."""
+        done = self.first * i64(steps) + step * self.rows
+        return T.Bind(T.shift_right(done, i64(_FRACTION)))
+
+
+# (panels, rows, whose turn it is) -> None: multiplies and stores one tile
+Tile = Callable[[list[Expr], list[Expr], Turn | None], None]
+
+
+# (panels, rows, turn, the panel that is read afterwards where that is not the next) ->
+# [row][panel]
+Multiply = Callable[[list[Expr], list[Expr], Turn | None, Expr | None], list[list[Expr]]]
 
 
 def multiply_tiles(
@@ -54,10 +87,10 @@ def multiply_tiles(
         return
 
     def storing(multiply: Multiply) -> Tile:
-        def tile(panels: list[Expr], rows: list[Expr]) -> None:
+        def tile(panels: list[Expr], rows: list[Expr], turn: Turn | None) -> None:
             if len(rows) > 1:
                 fetch_residual(product.residual, panels, rows)
-            store_tile(product, panels, rows, multiply(panels, rows, None))
+            store_tile(product, panels, rows, multiply(panels, rows, turn, None))
 
         return tile
 
@@ -132,7 +165,7 @@ def _for_each_gated_tile(
         with loop(i64(columns)) as column:
             values: list[Expr] = []
             for _, panels, following in pieces(column):
-                [found] = multiply(panels, [i64(0)], following)
+                [found] = multiply(panels, [i64(0)], None, following)
                 values += [T.Bind(v) for v in _started(product, panels, i64(0), found)]
             gated.store(i64(0), column, values[:count_of], values[count_of:])
         return
@@ -146,8 +179,9 @@ def _for_each_gated_tile(
 
         def piece(place: int, panels: list[Expr]) -> None:
             def keeping(multiply: Multiply) -> Tile:
-                def tile(panels: list[Expr], rows: list[Expr]) -> None:
-                    for row, totals in zip(rows, multiply(panels, rows, None), strict=True):
+                def tile(panels: list[Expr], rows: list[Expr], turn: Turn | None) -> None:
+                    found = multiply(panels, rows, turn, None)
+                    for row, totals in zip(rows, found, strict=True):
                         for p, value in enumerate(_started(product, panels, row, totals)):
                             at = [row - first, i64(place + p), lanes(i64(0))]
                             T.buffer_store(sums, value, at)
@@ -190,8 +224,9 @@ def _cover(
         for size in tiling.token_tiles:
             tiles = T.Bind(T.floordiv(rows - done, i64(size)))
             with T.serial(tiles) as number:
-                start = T.Bind(first + done + number * i64(size))
-                tile(panels, [start + i64(r) for r in range(size)])
+                start = T.Bind(done + number * i64(size))
+                turn = Turn.of(start, size, rows) if size > 1 else None
+                tile(panels, [first + start + i64(r) for r in range(size)], turn)
             done = T.Bind(done + tiles * i64(size))
 
     if prepare is None:
@@ -221,7 +256,7 @@ def cover_column(
     def emit(num_panels: int) -> None:
         panels = [panel + i64(p) for p in range(num_panels)]
         if rows is None:
-            tile(panels, [first])
+            tile(panels, [first], None)
         else:
             _cover(panels, first, rows, tiling, tile, prepare)
 

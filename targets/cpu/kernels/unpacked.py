@@ -22,11 +22,6 @@ Expr = Any
 _STEP = 8  # words: as many as the finest plane has in one
 
 
-def worth_unpacking(fmt: WeightFormat) -> bool:
-    """Whether anything of the format has to be put together."""
-    return fmt.planes != (fmt.bits,) or fmt.sub_scales is not None
-
-
 @dataclass(frozen=True, slots=True)
 class UnpackedPanels:
     """Reads like WeightPanels, for the panels from `first` on: those that were unpacked."""
@@ -64,7 +59,7 @@ def unpack(weights: WeightPanels, expert: Expr, panels: Sequence[Expr]) -> Unpac
         assert weights.words % _STEP == 0, (fmt.name, weights.k)
         codes = scratch((count, weights.words, PANEL), "int32")
         with T.serial(i64(weights.words // _STEP)) as step:
-            first = T.Bind(step * i64(_STEP))
+            first = step * i64(_STEP)  # not bound: places in a line are then known
             for p, panel in enumerate(panels):
                 words = [weights.word(expert, panel, first + i64(j)) for j in range(_STEP)]
                 for j, word in enumerate([T.Bind(w) for w in words]):

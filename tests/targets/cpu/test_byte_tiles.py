@@ -28,6 +28,7 @@ BYTES = replace(
     byte_tiles=TILES,
     code_tiles=None,
     tiling=Tiling(panels=1, token_tiles=(1,)),
+    composed=None,
 )
 WHOLE = replace(BYTES, byte_tiles=replace(TILES, steps=12))  # one chunk
 

@@ -41,7 +41,12 @@ from llmc.targets.cpu.target import CpuTarget
 TILES = TileParameters(crossover=8, rows=32, panels=4, min_columns=1, steps=7)
 VECTORS = Tiling(panels=1, token_tiles=(1,))  # which are tested elsewhere, and quickly compiled
 INTEGER = replace(
-    PARAMETERS["amx"].integer, tiles=TILES, byte_tiles=None, code_tiles=None, tiling=VECTORS
+    PARAMETERS["amx"].integer,
+    tiles=TILES,
+    byte_tiles=None,
+    code_tiles=None,
+    tiling=VECTORS,
+    composed=None,
 )
 # Tasks of two panels and of one; every number of rows.
 CODE_TILES = CodeTileParameters(first=1, last=40, panels=2, min_columns=1)
@@ -239,9 +244,8 @@ def test_few_tokens_use_no_tiles(emulated):
 
 
 def test_misused_tiles_are_noticed(emulated, monkeypatch):
-    """What the other tests rely on: tiles of half the depth do not fit each other."""
-    configure = amx.configure
-    monkeypatch.setattr(amx, "configure", lambda depth: configure(depth // 2))
+    """What the other tests rely on: weights of half the activations' depth do not fit them."""
+    monkeypatch.setattr(amx, "ceildiv", lambda depth, part: depth // part // 2)
     wrong = Library({"f": integer(FORMATS["q4_0"], 72, 32)})
     with pytest.raises(AssertionError):
         wrong.run("f", *rows_of(9))
