@@ -47,13 +47,14 @@ from llmc.targets.cpu.kernels.tile_tasks import (
     store_totals,
 )
 from llmc.targets.cpu.kernels.tiles import Product
-from llmc.targets.cpu.layout import PANEL, ceildiv, stored_zero_point
+from llmc.targets.cpu.layout import PANEL, ceildiv, plane_suffixes
 from llmc.targets.cpu.parameters import CodeTileParameters
 
 Expr = Any
 _TURNS = 4  # units of a step of the loop over them, and tiles for their sums
 _SLOTS = 4  # places in memory for what one stage leaves to the next
 _UNPACK, _STORE, _SUM = -2, 2, 3  # when a unit is, counted from when it is multiplied
+_LINE = 32  # features whose bits fill whole words in every plane
 _STORE_PARTS = 1  # and where a unit has two sums, which takes all tiles in two turns
 
 
@@ -61,8 +62,7 @@ def takes(fmt: WeightFormat, block: int) -> bool:
     """Whether products with activations of such blocks can be made here."""
     if fmt.is_float or _parts(fmt, block) > _TURNS // 2:
         return False
-    # What codes of 4 bits lose is their zero point, or becomes part of their minimum.
-    return fmt.bits == 8 or fmt.has_min or stored_zero_point(fmt) == _offset(fmt)
+    return fmt.planes == (fmt.bits,) or block % _LINE == 0
 
 
 def code_tiles(product: Product, x: CodedRows, count: Expr, params: CodeTileParameters) -> None:
@@ -86,11 +86,14 @@ def code_tiles(product: Product, x: CodedRows, count: Expr, params: CodeTilePara
     for_each_column(product, width, column)
 
 
+def _bits(fmt: WeightFormat) -> int:
+    """Of a code as it is multiplied."""
+    return 8 if fmt.codebook is not None else fmt.code_bits
+
+
 def _offset(fmt: WeightFormat) -> int:
-    """What is taken off a code as stored, so that it is a signed byte."""
-    if fmt.bits == 4:
-        return 8
-    return 0 if fmt.has_min else stored_zero_point(fmt)
+    """What is taken off an unsigned code so that it is a signed one."""
+    return 1 << (_bits(fmt) - 1)
 
 
 def _parts(fmt: WeightFormat, block: int) -> int:
@@ -99,10 +102,10 @@ def _parts(fmt: WeightFormat, block: int) -> int:
 
 
 def _shift(fmt: WeightFormat) -> int:
-    """Bits below a code in its byte: codes of 4 bits are taken as the upper half of one, which
-    costs less than to make them signed bytes.
+    """Bits below a code in its byte: it is taken as the upper part of one, which costs less than to
+    make it a signed byte.
     """
-    return 8 - fmt.bits
+    return 8 - _bits(fmt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,23 +275,29 @@ class _Task:
 
     def _unpack(self, panel: Expr, following: Expr, step: Expr, turn: int) -> Iterator[None]:
         """A unit's codes as signed bytes, and asks for one that is unpacked later."""
-        weights = self.product.weights
-        words = self.rows.unit // weights.width
-        unit = self.streams.unit(step, turn)
+        weights, unit = self.product.weights, self.streams.unit(step, turn)
         over, next_unit = self.streams.next(step, turn)
         next_panel = T.Bind(T.Select(over, following, panel))
-        if weights.fmt.group:
-            prefetch(weights.scale_address(i64(0), next_panel, next_unit * i64(self.rows.parts)))
-        for number in range(words):
-            if number % weights.words_per_line == 0:
-                word = next_unit * i64(words) + i64(number)
-                prefetch(weights.word_address(i64(0), next_panel, word))
-            word = T.Bind(weights.word(i64(0), panel, unit * i64(words) + i64(number)))
-            for i, found in enumerate(_signed_bytes(weights.fmt, word)):
-                row = i64(number * (weights.width // 4) + i)
-                T.buffer_store(self.unpacked, found, [i64(turn % _SLOTS), row, lanes(i64(0))])
-            if number % ceildiv(words, 4) == 0:
-                yield
+        addresses = self._addresses(next_panel, next_unit)
+        words = self.rows.unit // 4
+        for quarter in range(4):
+            for address in addresses[quarter::4]:
+                prefetch(address)
+            for number in range(quarter * words // 4, (quarter + 1) * words // 4):
+                found = _signed_bytes(weights, panel, unit, words, number)
+                at = [i64(turn % _SLOTS), i64(number), lanes(i64(0))]
+                T.buffer_store(self.unpacked, found, at)
+            yield
+
+    def _addresses(self, panel: Expr, unit: Expr) -> list[Expr]:
+        """Where a unit of a panel lies."""
+        weights, fmt = self.product.weights, self.product.weights.fmt
+        found = weights.scale_lines(i64(0), panel, unit * i64(self.rows.parts))
+        for name, bits in zip(plane_suffixes("codes", fmt.planes), fmt.planes, strict=True):
+            words = self.rows.unit * bits // 32
+            for i in range(words):
+                found.append(weights.address(name, i64(0), panel, unit * i64(words) + i64(i)))
+        return found
 
     def _multiply(self, group: Expr, step: Expr, turn: int) -> Iterator[None]:
         """Starts a unit's sums."""
@@ -352,15 +361,32 @@ def _interleave(stages: list[Iterator[None]]) -> None:
         stages = [stage for stage in stages if next(stage, stage) is None]
 
 
-def _signed_bytes(fmt: WeightFormat, word: Expr) -> list[Expr]:
-    """Four features' codes of each of 16 rows less the offset, int32x16 each, times 2^shift."""
-    if fmt.bits == 4:
-        ends = T.broadcast(T.int32(0xF0F0F0F0 - (1 << 32)), PANEL)
-        signs = T.broadcast(T.int32(0x80808080 - (1 << 32)), PANEL)
-        low = T.shift_left(word, T.broadcast(T.int32(4), PANEL))
-        return [T.bitwise_xor(T.bitwise_and(half, ends), signs) for half in (low, word)]
-    offset = _offset(fmt)
-    if not offset:
-        return [word]
-    codes = T.reinterpret("uint8x64", word) - T.broadcast(T.uint8(offset), 4 * PANEL)
-    return [T.reinterpret("int32x16", codes)]
+def _signed_bytes(weights: WeightPanels, panel: Expr, unit: Expr, words: int, number: int) -> Expr:
+    """Word `number` of a unit's: four features' codes of each of 16 rows less the offset, int32x16,
+    times 2^shift.
+    """
+    fmt = weights.fmt
+    signs = _in_each_byte(0x80)
+    if fmt.codebook is not None:
+        word = weights.word(i64(0), panel, unit * i64(words) + i64(number))
+        return T.bitwise_xor(word, signs)
+    parts: list[Expr] = []
+    low = _shift(fmt)  # where in its byte the plane belongs
+    for name, bits in zip(plane_suffixes("codes", fmt.planes), fmt.planes, strict=True):
+        fields = 8 // bits
+        at = unit * i64(words // fields) + i64(number // fields)
+        word = weights.buffers[name][panel, at, lanes(i64(0))]
+        shift = low - number % fields * bits
+        move = T.shift_left if shift > 0 else T.shift_right
+        if shift:
+            word = move(word, T.broadcast(T.int32(abs(shift)), PANEL))
+        parts.append(T.bitwise_and(word, _in_each_byte(((1 << bits) - 1) << low)))
+        low += bits
+    word = parts[0] if len(parts) == 1 else T.bitwise_or(*parts)
+    return T.bitwise_xor(word, signs)
+
+
+def _in_each_byte(value: int) -> Expr:
+    """The byte in all bytes of an int32x16."""
+    word = int.from_bytes(bytes([value] * 4), "little", signed=True)
+    return T.broadcast(T.int32(word), PANEL)

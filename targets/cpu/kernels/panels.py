@@ -260,7 +260,7 @@ class WeightPanels:
         name = "values" if self.fmt.is_float else "codes"
         if self.words_per_line > 1:
             word = T.floordiv(word, i64(self.words_per_line))
-        return self._address(name, expert, panel, word)
+        return self.address(name, expert, panel, word)
 
     def ahead_address(
         self, expert: Expr, panel: Expr, word: Expr, following: Expr | None = None
@@ -288,7 +288,7 @@ class WeightPanels:
         planes = self.fmt.planes if self.words_per_line > 1 else (8,)
         names = plane_suffixes("codes", planes)
         return [
-            self._address(name, expert, panel, T.floordiv(word, i64(8 // bits)))
+            self.address(name, expert, panel, T.floordiv(word, i64(8 // bits)))
             for name, bits in zip(names, planes, strict=True)
         ]
 
@@ -300,14 +300,15 @@ class WeightPanels:
         found = []
         for name in ("scales", "mins") if self.fmt.has_min else ("scales",):
             per_scale = 1 if subs is None else subs.group // self.fmt.group
-            found.append(self._address(name, expert, panel, T.floordiv(group, i64(per_scale))))
+            found.append(self.address(name, expert, panel, T.floordiv(group, i64(per_scale))))
             planes = sub_scale_planes(self.fmt)
             for part, bits in zip(plane_suffixes(f"sub_{name}", planes), planes, strict=True):
                 byte = T.floordiv(group, i64(8 // bits))
-                found.append(self._address(part, expert, panel, byte))
+                found.append(self.address(part, expert, panel, byte))
         return found
 
-    def _address(self, name: str, expert: Expr, panel: Expr, index: Expr) -> Expr:
+    def address(self, name: str, expert: Expr, panel: Expr, index: Expr) -> Expr:
+        """Where sixteen rows' numbers lie in the array of that suffix."""
         return T.address_of(self.buffers[name][self._index(expert, panel, index, i64(0))])
 
     def scalar_word(self, expert: Expr, row: Expr, word: Expr) -> Expr:
