@@ -166,7 +166,12 @@ class _Tile:
 
     def _block(self, b: Expr) -> None:
         """Adds a block to the totals."""
-        group, block = self.weights.fmt.group, self.x.block
+        weights, group, block = self.weights, self.weights.fmt.group, self.x.block
+        if self.turn is not None:
+            share = self.turn.share(b, weights.k // block)
+            self.lead = T.Bind((share - b) * i64(block // weights.width))
+            first = share * i64(block // group if group else 1)
+            self._fetch_next(lambda panel: weights.scale_lines(self.expert, panel, first))
         if group and group < block:
             self._groups(b, block // group)
             return
@@ -226,11 +231,6 @@ class _Tile:
                 nothing = T.broadcast(T.int32(0), PANEL)
                 sums.append([T.broadcast(start, PANEL)] + [nothing] * (self.chains - 1))
         first = T.Bind(unit * i64(words))
-        self.lead = None
-        if self.turn is not None:
-            share = self.turn.share(unit, self.weights.k // self.unit)
-            self._fetch_next(lambda panel: self.weights.scale_lines(self.expert, panel, share))
-            self.lead = T.Bind(share * i64(words) - first)
         step_words = params.unit_words if len(self.rows) == 1 else params.tiling.words
         steps, tail = divmod(words, step_words)
         if steps == 1 or (steps == 2 and not tail):
