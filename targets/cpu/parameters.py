@@ -54,6 +54,7 @@ class Tiling:
     panels: int
     token_tiles: tuple[int, ...]  # largest first, ending in 1
     one_token_panels: int = 1  # in place of `panels` where there is one token
+    ahead_words: int = 128  # word vectors (64 bytes each) then asked for ahead; 0: none
     words: int = 1  # stored words of one step of several tokens' integers
     row_block_bytes: int = 393216  # activations that a task meets again in the L2 cache
     serial_weights: int = 65536  # products of one token with fewer weights start no threads
@@ -109,10 +110,10 @@ class IntegerParameters:
     block: int = 32  # activation features that share a scale, or a weight group if that is larger
     tiling: Tiling = field(default_factory=lambda: Tiling(panels=2, token_tiles=(6, 4, 3, 2, 1)))
     composed: Tiling | None = None  # in its place for formats that are put together
+    whole: Tiling | None = None  # and for codes that lie in memory as bytes
     min_chains: int = 4  # independent sums below which a tile splits each in two
     unit_words: int = 4  # stored words of one step of a one-token product
-    prefetch_words: int = 128  # word vectors (64 bytes each) asked for ahead for one token
-    prefetch_cache: int = 1  # the level that they are brought to
+    ahead_cache: int = 1  # the level that words asked for ahead for one token are brought to
     next_cache: int = 2  # to which tiles of several tokens bring the panels that follow
     tiles: TileParameters | None = None  # None: there are no matrix registers
     byte_tiles: TileParameters | None = None  # in their place, for what these take
@@ -121,9 +122,8 @@ class IntegerParameters:
 
     def of(self, fmt: WeightFormat) -> IntegerParameters:
         """Those for a format."""
-        if self.composed is None or not fmt.is_composed:
-            return self
-        return replace(self, tiling=self.composed)
+        tiling = self.composed if fmt.is_composed else self.whole if fmt.bits == 8 else None
+        return self if tiling is None else replace(self, tiling=tiling)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +136,6 @@ class Bfloat16Parameters:
     tiling: Tiling = field(default_factory=lambda: Tiling(panels=4, token_tiles=(6, 4, 2, 1)))
     chains: int = 8  # independent sums that hide the latency of a dot product
     words: int = 4  # stored words of one step of a one-token product
-    prefetch_words: int = 128
     next_cache: int = 2
     tiles: TileParameters | None = None  # None: there are no matrix registers
     few_tiles: FewTileParameters | None = None  # where `tiles` are not used
@@ -178,12 +177,22 @@ _AVX512 = _vectors(
     ),
     few_tiles=(4, 2, 1),
 )
-# Of formats that are put together, what a tile of one panel takes stays in registers.
-_COMPOSED = Tiling(panels=1, token_tiles=(8, 6, 4, 3, 2, 1), words=4)
-_VNNI = replace(
-    _AVX512, integer=IntegerParameters(dot=VPDPBUSD_512, table=PSHUFB_512, composed=_COMPOSED)
+_INTEGER = IntegerParameters(
+    dot=VPDPBUSD_512,
+    table=PSHUFB_512,
+    # What a tile of one panel takes stays in registers.
+    composed=Tiling(panels=1, token_tiles=(8, 6, 4, 3, 2, 1), words=4),
 )
-_BF16 = replace(_VNNI, bfloat16=Bfloat16Parameters(), attention=AttentionTuning(bf16_dot=True))
+_VNNI = replace(_AVX512, integer=_INTEGER)
+# For one token AMD's processors read four panels side by side, best by their own foresight.
+_BF16 = replace(
+    _VNNI,
+    integer=replace(_INTEGER, whole=replace(_INTEGER.tiling, one_token_panels=4, ahead_words=0)),
+    bfloat16=Bfloat16Parameters(
+        tiling=Tiling(panels=4, token_tiles=(6, 4, 2, 1), one_token_panels=4, ahead_words=0)
+    ),
+    attention=AttentionTuning(bf16_dot=True),
+)
 
 # 16 registers of 8 floats, of which a panel takes two: 6 x 2 accumulators.
 _AVX2 = replace(
@@ -216,19 +225,16 @@ def _narrow(dot: ByteDot, table: ByteTable, token_tiles: tuple[int, ...]) -> Int
 PARAMETERS: dict[str, CpuParameters] = {
     "amx": replace(
         _BF16,
-        integer=IntegerParameters(
-            dot=VPDPBUSD_512,
-            table=PSHUFB_512,
-            composed=_COMPOSED,
-            prefetch_cache=2,
+        integer=replace(
+            _INTEGER,
+            ahead_cache=2,
             tiles=TileParameters(crossover=24),
             byte_tiles=TileParameters(crossover=16, steps=32),
             code_tiles=CodeTileParameters(first=9, last=16),
             avx512_gate=True,
         ),
         bfloat16=Bfloat16Parameters(
-            tiling=Tiling(panels=4, token_tiles=(6, 4, 2, 1), one_token_panels=4),
-            prefetch_words=32,
+            tiling=Tiling(panels=4, token_tiles=(6, 4, 2, 1), one_token_panels=4, ahead_words=32),
             tiles=TileParameters(crossover=16),
             few_tiles=FewTileParameters(first=4),
             avx512_gate=True,

@@ -126,9 +126,9 @@ def _tile(
         values = [get(sums, i) for i in range(size * chains)]
         for j in range(count):
             word = T.Bind(first + i64(j))
-            if params.prefetch_words and len(rows) == 1:
+            if params.tiling.ahead_words and len(rows) == 1:
                 for panel in panels:
-                    ahead = word + i64(params.prefetch_words)
+                    ahead = word + i64(params.tiling.ahead_words)
                     prefetch(weights.ahead_address(i64(0), panel, ahead, following))
             if turn is not None:
                 ahead = turn.share(word, weights.words)

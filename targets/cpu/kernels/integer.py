@@ -275,11 +275,11 @@ class _Tile:
         for j in range(count):
             word = T.Bind(first + i64(j))
             begins_line = j % weights.words_per_line == 0  # the first word does
-            if self.params.prefetch_words and len(self.rows) == 1 and begins_line:
+            if self.params.tiling.ahead_words and len(self.rows) == 1 and begins_line:
                 for panel in self.panels:
-                    ahead = word + i64(self.params.prefetch_words)
+                    ahead = word + i64(self.params.tiling.ahead_words)
                     address = weights.ahead_address(self.expert, panel, ahead, self.following)
-                    prefetch(address, self.params.prefetch_cache)
+                    prefetch(address, self.params.ahead_cache)
             if self.lead is not None and begins_line:
                 ahead = T.Bind(word + self.lead)
                 self._fetch_next(lambda p, at=ahead: weights.word_lines(self.expert, p, at))
