@@ -121,9 +121,9 @@ class IntegerParameters:
     avx512_gate: bool = False  # activations as precise as what they are rounded to
 
     def of(self, fmt: WeightFormat) -> IntegerParameters:
-        """Those for a format."""
+        """Those for a format, with one tiling."""
         tiling = self.composed if fmt.is_composed else self.whole if fmt.bits == 8 else None
-        return self if tiling is None else replace(self, tiling=tiling)
+        return replace(self, tiling=tiling or self.tiling, composed=None, whole=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -160,9 +160,9 @@ def _integer_grouped_linear(site: Site, params: IntegerParameters | None) -> Ker
     if not isinstance(site.op, dialect.IntegerGroupedLinear) or params is None:
         return None
     if site.tokens == 1:  # each expert has one row at most
-        tiling = params.of(FORMATS[site.op.format]).tiling
-        tiling = replace(tiling, panels=tiling.one_token_panels)
-        params = replace(params, tiling=tiling, composed=None, whole=None)
+        params = params.of(FORMATS[site.op.format])
+        tiling = replace(params.tiling, panels=params.tiling.one_token_panels)
+        params = replace(params, tiling=tiling)
     num_experts, m, k = site.extents("weight")
     tokens, top_k = site.types["expert_ids"].shape
     func = integer_grouped_linear(

@@ -277,9 +277,9 @@ class WeightPanels:
     def scale_address(self, expert: Expr, panel: Expr, group: Expr) -> Expr:
         """Where sixteen rows' scales lie, or the lowest bits of their sub-scales."""
         if self.fmt.sub_scales is None:
-            return T.address_of(self.buffers["scales"][self._index(expert, panel, group, i64(0))])
+            return self.address("scales", expert, panel, group)
         byte = T.floordiv(group, i64(8 // sub_scale_planes(self.fmt)[0]))
-        return T.address_of(self.buffers["sub_scales"][self._index(expert, panel, byte, i64(0))])
+        return self.address("sub_scales", expert, panel, byte)
 
     def word_lines(self, expert: Expr, panel: Expr, word: Expr) -> list[Expr]:
         """Where the parts of a word vector lie, one for each plane of its codes; as in

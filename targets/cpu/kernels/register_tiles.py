@@ -26,8 +26,6 @@ from llmc.targets.cpu.layout import PANEL, ceildiv
 from llmc.targets.cpu.parameters import Tiling
 
 Expr = Any
-
-
 _FRACTION = 16  # bits
 
 
@@ -59,8 +57,6 @@ class Turn:
 
 # (panels, rows, whose turn it is) -> None: multiplies and stores one tile
 Tile = Callable[[list[Expr], list[Expr], Turn | None], None]
-
-
 # (panels, rows, turn, the panel that is read afterwards where that is not the next) ->
 # [row][panel]
 Multiply = Callable[[list[Expr], list[Expr], Turn | None, Expr | None], list[list[Expr]]]
