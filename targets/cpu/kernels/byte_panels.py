@@ -14,7 +14,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.targets.cpu.kernels.avx512 import HALVES, INT16, UINT16, scale_halves, upper_bytes
-from llmc.targets.cpu.kernels.byte_rows import EXACT, STEP
+from llmc.targets.cpu.kernels.byte_rows import STEP
 from llmc.targets.cpu.kernels.outputs import rounded
 from llmc.targets.cpu.kernels.panels import (
     F32X16,
@@ -32,6 +32,7 @@ from llmc.targets.cpu.layout import PANEL, stored_zero_point
 
 Expr = Any
 _LIMIT = 127.0
+PIECE = 32  # features that are unpacked at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,41 +97,36 @@ class BytePanels:
         return scale, None if base is None else T.Bind(base)
 
     def unpack(
-        self,
-        panel: Expr,
-        step: Expr,
-        inverse: Expr,
-        into: Expr,
-        slot: Expr,
-        place: Expr,
-        following: Expr,
+        self, panel: Expr, piece: Expr, inverse: Expr, into: Expr, at: list[Expr], following: Expr
     ) -> None:
-        """Features 64 · step … of a panel as bytes `[slots, places, 16, 16]` int32; `inverse` is
-        one over what they stand for. Asks for as many of the panel `following`.
+        """Features PIECE · piece … of a panel as bytes, into the rows of a tile `into[at]`
+        `[16, 16]` int32; `inverse` is one over what they stand for. Asks for as many of the panel
+        `following`.
         """
         weights = self.weights
         fmt, width = weights.fmt, weights.width
-        span = min(fmt.group or STEP, STEP)
-        for part in range(STEP // span):
+        span = min(fmt.group or PIECE, PIECE)
+        top = T.Bind(T.floormod(piece, i64(STEP // PIECE)) * i64(PIECE // 4))
+        for part in range(PIECE // span):
             factors: tuple[Expr, Expr] | None = None
             if not self.is_whole:
                 group = i64(0)
                 if fmt.group:
-                    group = T.floordiv(step * i64(STEP) + i64(part * span), i64(fmt.group))
+                    group = T.floordiv(piece * i64(PIECE) + i64(part * span), i64(fmt.group))
                 group = T.Bind(group)
                 if fmt.group:
                     prefetch(weights.scale_address(i64(0), following, group), cache=2)
                 factors = self._rounding(panel, group, inverse)
             for number in range(span // width):
                 first = part * span + number * width
-                at = T.Bind(step * i64(STEP // width) + i64(first // width))
+                word_at = T.Bind(piece * i64(PIECE // width) + i64(first // width))
                 if first // width % weights.words_per_line == 0:
-                    prefetch(weights.word_address(i64(0), following, at), cache=2)
-                word = T.Bind(weights.word(i64(0), panel, at))
+                    prefetch(weights.word_address(i64(0), following, word_at), cache=2)
+                word = T.Bind(weights.word(i64(0), panel, word_at))
                 for field in range(width // 4):
-                    row = first // 4 + field
+                    row = top + i64(first // 4 + field)
                     found = self._bytes(word, field, factors)
-                    T.buffer_store(into, found, [slot, place, i64(row), lanes(i64(0))])
+                    T.buffer_store(into, found, [*at, row, lanes(i64(0))])
 
     def _rounding(self, panel: Expr, group: Expr, inverse: Expr) -> tuple[Expr, Expr]:
         """What a code in the upper bits of 16 is multiplied by, and what is added then."""
@@ -172,20 +168,10 @@ class BytePanels:
 
         return upper_bytes(product(4 * field), product(8 + 4 * field))
 
-    def unpack_exact(
-        self, panel: Expr, features: Expr, number: Expr, into: Expr, slot: Expr
-    ) -> None:
-        """A chunk's `features` `[chunks, n]` in pairs of bfloat16, `[slots, n / 32, 16, 16]` int32;
-        zeros for -1.
-        """
-        pairs = EXACT // 2
-        with T.serial(i64(int(features.shape[1]) // 2)) as pair:
-            low, high = (
-                self._exact(panel, T.Bind(features[number, pair * i64(2) + i64(i)]))
-                for i in range(2)
-            )
-            at = [slot, T.floordiv(pair, i64(pairs)), T.floormod(pair, i64(pairs))]
-            T.buffer_store(into, rounded_pairs(low, high), [*at, lanes(i64(0))])
+    def exact_pair(self, panel: Expr, features: list[Expr]) -> Expr:
+        """Two features in bfloat16, int32x16; zeros for -1."""
+        low, high = (self._exact(panel, T.Bind(feature)) for feature in features)
+        return rounded_pairs(low, high)
 
     def _exact(self, panel: Expr, feature: Expr) -> Expr:
         """A feature's weights in 16 rows, float32x16."""

@@ -88,9 +88,25 @@ class TileTask:
 
     def for_each_stage(self, chunks: int, stage: Callable[[Expr, Expr], None]) -> None:
         """`stage(chunk, slot)` for two panels from `slot` on at a time, of every chunk."""
-        pairs = T.floordiv(self.num_panels + i64(amx.PANELS - 1), i64(amx.PANELS))
-        with T.serial(i64(chunks)) as part, T.serial(pairs) as pair:
+        with T.serial(i64(chunks)) as part, T.serial(self._pairs) as pair:
             stage(part, T.Bind(pair * i64(amx.PANELS)))
+
+    @property
+    def _pairs(self) -> Expr:
+        return T.floordiv(self.num_panels + i64(amx.PANELS - 1), i64(amx.PANELS))
+
+    def stage_number(self, chunk: Expr, slot: Expr) -> Expr:
+        """How many stages are before it."""
+        return chunk * self._pairs + T.floordiv(slot, i64(amx.PANELS))
+
+    def next_stage(self, chunk: Expr, slot: Expr) -> tuple[Expr, Expr]:
+        """(chunk, slot) of the stage that follows, of which the last chunk has none."""
+        after = T.Bind(slot + i64(amx.PANELS))
+        more = T.Bind(after < self.num_panels)
+        return (
+            T.Bind(T.Select(more, chunk, chunk + i64(1))),
+            T.Bind(T.Select(more, after, i64(0))),
+        )
 
     def stage_panels(self, slot: Expr) -> Expr:
         """Panels of the stage from `slot` on."""
@@ -105,6 +121,10 @@ class TileTask:
             with T.If(T.floormod(self.num_groups, i64(2)) > i64(0)), T.Then():
                 block(self.num_groups - i64(1), 1, panels)
 
+        self.for_each_width(panels, column)
+
+    def for_each_width(self, panels: Expr, column: Callable[[int], None]) -> None:
+        """`column` of so many panels of a stage, as a constant."""
         if self.product.weights.panels % amx.PANELS == 0:
             column(amx.PANELS)
             return
