@@ -92,32 +92,36 @@ class ByteRows:
         group, place = place_of(row)
         start = chunks.start(number)
         steps = chunks.length(start)
-        scale = T.Bind(self._highest_scale(x, source, start, steps))
-        unit = T.Bind(T.float32(_FRACTION) / scale)
+        first = T.Bind(T.floordiv(start * i64(STEP), i64(x.block)))
+        last = T.floordiv((start + steps) * i64(STEP) + i64(x.block - 1), i64(x.block))
+        blocks = T.Bind(last - first)
+        scale = T.Bind(_highest(x.scales, source, first, blocks))
+        shares = local(ceildiv(chunks.size * STEP, x.block) + 1, "int16")
+        _in_units(x.scales, source, first, blocks, T.Bind(T.float32(_FRACTION) / scale), shares)
+        values = local(chunks.size * STEP, "int16")  # of a step, even ones come first
         width = gcd(x.block, STEP)
-
-        def values(step: Expr) -> list[Expr]:
-            """Features of a step in units of the chunk's highest scale: even ones, odd ones."""
-            feature = T.Bind((start + step) * i64(STEP))
-            all_of_step = T.ramp(feature, i64(1), STEP)
-            codes = T.bitwise_and(x.codes[i64(0), source, all_of_step], kept[all_of_step])
-            halves = T.Bind(T.reinterpret(UINT16, codes))
-            shares = []
-            for part in range(0, STEP, width):
-                share = x.scales[i64(0), source, T.floordiv(feature + i64(part), i64(x.block))]
-                shares.append(T.broadcast(T.Cast("int16", share * unit), width // 2))
-            share = shares[0] if len(shares) == 1 else tirx.Shuffle(shares, list(range(HALVES)))
-            share = T.Bind(share)
-            even = T.shift_left(halves, T.broadcast(T.uint16(8), HALVES))
-            odd = T.bitwise_and(halves, T.broadcast(T.uint16(0xFF00), HALVES))
-            return [T.Bind(scale_halves(T.reinterpret(INT16, half), share)) for half in (even, odd)]
 
         zero = T.broadcast(T.int16(0), HALVES)
         everything = T.ramp(i64(0), i64(1), HALVES)
         largest = local(HALVES, "int16")
         T.buffer_store(largest, zero, [everything])
         with T.serial(steps) as step:
-            for value in values(step):
+            # Even features, and odd ones, in units of the chunk's highest scale.
+            feature = T.Bind((start + step) * i64(STEP))
+            all_of_step = T.ramp(feature, i64(1), STEP)
+            codes = T.bitwise_and(x.codes[i64(0), source, all_of_step], kept[all_of_step])
+            halves = T.Bind(T.reinterpret(UINT16, codes))
+            parts = []
+            for part in range(0, STEP, width):
+                share = shares[T.floordiv(feature + i64(part), i64(x.block)) - first]
+                parts.append(T.broadcast(share, width // 2))
+            share = parts[0] if len(parts) == 1 else tirx.Shuffle(parts, list(range(HALVES)))
+            share = T.Bind(share)
+            even = T.shift_left(halves, T.broadcast(T.uint16(8), HALVES))
+            odd = T.bitwise_and(halves, T.broadcast(T.uint16(0xFF00), HALVES))
+            for i, half in enumerate((even, odd)):
+                value = T.Bind(scale_halves(T.reinterpret(INT16, half), share))
+                T.buffer_store(values, value, [_half_of(step, i)])
                 magnitude = T.max(value, zero - value)
                 T.buffer_store(largest, T.max(largest[everything], magnitude), [everything])
         reduce = f"llvm.vector.reduce.smax.v{HALVES}i16"
@@ -135,27 +139,15 @@ class ByteRows:
         half = T.broadcast(T.int16(128), HALVES)
         with T.serial(steps) as step:
             parts = []
-            for value in values(step):
-                part = scale_halves(T.shift_left(value, shift), T.broadcast(factor, HALVES))
-                part = T.Bind(part)
+            for i in range(2):
+                value = T.shift_left(values[_half_of(step, i)], shift)
+                part = T.Bind(scale_halves(value, T.broadcast(factor, HALVES)))
                 parts.append(part + part + half)
             T.buffer_store(
                 self.codes,
                 T.reinterpret("int8x64", upper_bytes(*parts)),
                 [group, start + step, place, T.ramp(i64(0), i64(1), STEP)],
             )
-
-    @staticmethod
-    def _highest_scale(x: CodedRows, source: Expr, start: Expr, steps: Expr) -> Expr:
-        """Of the blocks that have features of a chunk."""
-        first = T.Bind(T.floordiv(start * i64(STEP), i64(x.block)))
-        last = T.floordiv((start + steps) * i64(STEP) + i64(x.block - 1), i64(x.block))
-        highest = local(1, "float32")
-        T.buffer_store(highest, T.float32(1e-30), [i64(0)])
-        with T.serial(last - first) as block:
-            scale = x.scales[i64(0), source, first + block]
-            T.buffer_store(highest, T.max(highest[i64(0)], scale), [i64(0)])
-        return highest[i64(0)]
 
     def _fill_exact(self, x: CodedRows, row: Expr, source: Expr, number: Expr) -> None:
         """What a chunk of a row keeps in bfloat16."""
@@ -175,6 +167,38 @@ class ByteRows:
             value = from_float32(T.Bind(T.Cast(F32X16, code) * scale))
             at = [group, number, i64(i // EXACT), place, lanes(i64(i % EXACT))]
             T.buffer_store(self.exact, value, at)
+
+
+def _half_of(step: Expr, half: int) -> Expr:
+    return T.ramp(step * i64(STEP) + i64(half * HALVES), i64(1), HALVES)
+
+
+def _highest(scales: Expr, row: Expr, first: Expr, count: Expr) -> Expr:
+    """Of a row's scales of `count` blocks from `first` on."""
+    vectors = T.Bind(T.floordiv(count, i64(PANEL)))
+    highest = registers(1)
+    put(highest, 0, splat(1e-30))
+    with T.serial(vectors) as vector:
+        found = scales[i64(0), row, lanes(first + vector * i64(PANEL))]
+        put(highest, 0, T.max(get(highest, 0), found))
+    done = T.Bind(vectors * i64(PANEL))
+    with T.serial(count - done) as rest:
+        found = scales[i64(0), row, first + done + rest]
+        put(highest, 0, T.max(get(highest, 0), T.broadcast(found, PANEL)))
+    return lane_max(get(highest, 0))
+
+
+def _in_units(scales: Expr, row: Expr, first: Expr, count: Expr, unit: Expr, into: Expr) -> None:
+    """A row's scales of `count` blocks from `first` on times `unit`, as int16 `[count]`."""
+    vectors = T.Bind(T.floordiv(count, i64(PANEL)))
+    with T.serial(vectors) as vector:
+        at = T.Bind(vector * i64(PANEL))
+        found = scales[i64(0), row, lanes(first + at)] * T.broadcast(unit, PANEL)
+        T.buffer_store(into, T.Cast(f"int16x{PANEL}", found), [lanes(at)])
+    done = T.Bind(vectors * i64(PANEL))
+    with T.serial(count - done) as rest:
+        found = T.Cast("int16", scales[i64(0), row, first + done + rest] * unit)
+        T.buffer_store(into, found, [done + rest])
 
 
 def _choose(

@@ -145,7 +145,7 @@ class _Weights:
 
     @classmethod
     def of(cls, of: _Task, number: Expr, slot: Expr, turn: Expr) -> _Weights:
-        """Leaves the chunk's scales in their place; it has no pieces where `number` is too large."""
+        """Leaves a chunk's scales in their place; one past the last has no pieces."""
         task, chunks = of.task, of.chunks
         exists = T.Bind(number < i64(chunks.count))
         number = T.Bind(T.min(number, i64(chunks.count - 1)))
@@ -220,7 +220,8 @@ class _Weights:
         of = self.task
         p = T.Bind(T.floormod(number, i64(amx.PANELS)))
         pair = T.Bind(T.floordiv(number, i64(amx.PANELS)))
-        features = [of.rows.features[self.numbers[i64(1)], pair * i64(2) + i64(i)] for i in range(2)]
+        chunk = self.numbers[i64(1)]
+        features = [of.rows.features[chunk, pair * i64(2) + i64(i)] for i in range(2)]
         place = [T.floordiv(pair, i64(EXACT // 2)), T.floormod(pair, i64(EXACT // 2))]
         found = of.panels.exact_pair(self._panel(p), features)
         T.buffer_store(of.exact, found, [self._turn, p, *place, lanes(i64(0))])
