@@ -100,6 +100,11 @@ class _Task:
             totals=scratch((task.size, task.width, *tile)) if waits else None,
         )
 
+    @property
+    def exact_pairs(self) -> int:
+        """Pairs of exact features of a panel's chunk."""
+        return int(self.exact.shape[2]) * EXACT // 2
+
     def emit(self) -> None:
         """Multiplies and stores."""
         amx.configure(STEP)
@@ -152,8 +157,7 @@ class _Weights:
         start = chunks.start(number)
         steps = chunks.length(start)
         codes = steps * i64(STEP // PIECE)
-        pairs = i64(int(of.exact.shape[2]) * EXACT // 2)
-        pieces = T.Select(exists, (codes + pairs) * i64(amx.PANELS), i64(0))
+        pieces = T.Select(exists, (codes + i64(of.exact_pairs)) * i64(amx.PANELS), i64(0))
         last = task.stage_panels(slot) - i64(1)
         # Where there is no second panel, the first is taken again.
         panels = [task.panel(slot + T.min(i64(p), last)) for p in range(amx.PANELS)]
@@ -183,30 +187,30 @@ class _Weights:
 
     def unpack_all(self) -> None:
         """Makes all pieces ready."""
-        codes = T.Bind(self._codes * i64(amx.PANELS))
-        with T.serial(codes) as piece:
-            self._unpack_codes(piece)
-        with T.serial(self.pieces - codes) as piece:
-            self._unpack_exact(piece)
+        for p in range(amx.PANELS):
+            with T.serial(self._codes) as piece:
+                self._unpack_codes(i64(p), piece)
+            with T.serial(i64(self.task.exact_pairs)) as pair:
+                self._unpack_exact(i64(p), pair)
 
     def unpack(self, number: Expr) -> None:
         """Makes a piece ready."""
         exact = T.Bind(number - self._codes * i64(amx.PANELS))
         with T.If(exact < i64(0)):
             with T.Then():
-                self._unpack_codes(number)
+                p = T.Bind(T.Cast("int64", number >= self._codes))
+                self._unpack_codes(p, T.Bind(number - p * self._codes))
             with T.Else():
-                self._unpack_exact(exact)
+                p = T.Bind(T.floormod(exact, i64(amx.PANELS)))
+                self._unpack_exact(p, T.Bind(T.floordiv(exact, i64(amx.PANELS))))
 
     @property
     def _codes(self) -> Expr:
         """Pieces of bytes of a panel."""
         return self.numbers[i64(3)]
 
-    def _unpack_codes(self, number: Expr) -> None:
+    def _unpack_codes(self, p: Expr, piece: Expr) -> None:
         of = self.task
-        p = T.Bind(T.Cast("int64", number >= self._codes))
-        piece = T.Bind(number - p * self._codes)
         of.panels.unpack(
             self._panel(p),
             self.numbers[i64(2)] + piece,
@@ -216,11 +220,8 @@ class _Weights:
             self._panel(p + i64(amx.PANELS)),
         )
 
-    def _unpack_exact(self, number: Expr) -> None:
-        of = self.task
-        p = T.Bind(T.floormod(number, i64(amx.PANELS)))
-        pair = T.Bind(T.floordiv(number, i64(amx.PANELS)))
-        chunk = self.numbers[i64(1)]
+    def _unpack_exact(self, p: Expr, pair: Expr) -> None:
+        of, chunk = self.task, self.numbers[i64(1)]
         features = [of.rows.features[chunk, pair * i64(2) + i64(i)] for i in range(2)]
         place = [T.floordiv(pair, i64(EXACT // 2)), T.floormod(pair, i64(EXACT // 2))]
         found = of.panels.exact_pair(self._panel(p), features)
