@@ -34,6 +34,8 @@ WHOLE = replace(BYTES, byte_tiles=replace(TILES, steps=12))  # one chunk
 BEFORE = replace(BYTES, byte_tiles=replace(TILES, ahead=99))  # weights are unpacked before a stage
 LONG = replace(BYTES, byte_tiles=replace(TILES, rows=96))  # blocks of rows follow each other
 
+DEFAULT = replace(BYTES, byte_tiles=PARAMETERS["amx"].integer.byte_tiles)
+
 K = 768
 # Rows of weights: five panels, four, half a one.
 SHAPES = {"odd": (72, LONG), "even": (64, BYTES), "one": (9, BYTES), "before": (72, BEFORE)}
@@ -54,16 +56,16 @@ def key(fmt):
     return fmt.name.replace("-", "_")
 
 
-def linear(fmt, m, block, params=BYTES):
-    return integer_linear(fmt, m, K, None, block=block, bias=True, residual=True, params=params)
+def linear(fmt, m, block, params=BYTES, k=K):
+    return integer_linear(fmt, m, k, None, block=block, bias=True, residual=True, params=params)
 
 
-def gated(fmt, params):
+def gated(fmt, params, k=K):
     fmt = FORMATS[fmt]
     gate = quantized_gate(fmt, 192, "silu")
-    block = activation_block(fmt, K, 32)
+    block = activation_block(fmt, k, 32)
     return integer_linear(
-        fmt, 192, K, None, block=block, bias=True, residual=False, params=params, gate=gate
+        fmt, 192, k, None, block=block, bias=True, residual=False, params=params, gate=gate
     )
 
 
@@ -73,7 +75,9 @@ def library():
     functions |= {n: linear(FORMATS[f], 40, block) for n, (f, block) in BLOCKS.items()}
     functions |= {f"rows_{n}": linear(FORMATS["q4_0"], m, 32, p) for n, (m, p) in SHAPES.items()}
     functions |= {f"gated_{n}": gated(*GATED[n]) for n in GATED}
-    return Library(functions | {"whole": linear(FORMATS["q4_0"], 72, 32, WHOLE)})
+    functions |= {"whole": linear(FORMATS["q4_0"], 72, 32, WHOLE)}
+    functions |= {"default": linear(FORMATS["q8_0"], 304, 32, DEFAULT, 4096)}
+    return Library(functions | {"gated_default": gated("q4_0", DEFAULT, 2048)})
 
 
 def check(library, name, case, tolerance=TOLERANCE):
@@ -114,6 +118,13 @@ def test_gated_products(library, name, tokens):
     fmt = FORMATS[GATED[name][0]]
     case = Case(fmt, 192, K, tokens, activation_block(fmt, K, 32), residual=False)
     check_gated(case, lambda *a: library.run_all(f"gated_{name}", *a), TOLERANCE)
+
+
+def test_the_table_s_own_parameters(library):
+    """Two chunks of 32 steps, tasks of two sizes, a last block of few rows."""
+    check(library, "default", Case(FORMATS["q8_0"], 304, 4096, 290, 32))
+    case = Case(FORMATS["q4_0"], 192, 2048, 70, 32, residual=False)
+    check_gated(case, lambda *a: library.run_all("gated_default", *a), TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["q4_0", "whole"])
