@@ -43,6 +43,8 @@ from llmc.targets.cpu.parameters import TileParameters
 Expr = Any
 _BLOCK = amx.PANELS  # groups of rows that are multiplied together
 _FRACTION = 16  # bits
+# Places of what describes a stage's weights; panels and those read afterwards stand at the end.
+_TURN, _CHUNK, _FIRST, _CODES, _PIECES, _PANELS = range(6)
 
 
 def takes(fmt: WeightFormat, k: int) -> bool:
@@ -70,9 +72,9 @@ class _Task:
     rows: ByteRows
     panels: BytePanels
     ahead: bool  # whether the next stage's weights are unpacked meanwhile
-    codes: Expr  # `[2, 2, steps, 16, 16]` int32: a chunk of two panels as bytes
-    exact: Expr  # `[2, 2, tiles, 16, 16]` int32: and features of it in bfloat16
-    scales: Expr  # `[2, 2, 16]`: what the bytes stand for
+    codes: Expr  # `[stages, 2, steps, 16, 16]` int32: a chunk of two panels as bytes
+    exact: Expr  # `[stages, 2, tiles, 16, 16]` int32: and features of it in bfloat16
+    scales: Expr  # `[stages, 2, 16]`: what the bytes stand for
     inverses: Expr  # likewise: one over it
     sums: Expr  # `[2, panels, groups, 16, 16]` int32: a block's sums of bytes
     exact_sums: Expr  # likewise, float32
@@ -146,7 +148,7 @@ class _Weights:
     """
 
     task: _Task
-    numbers: Expr  # in the order of `of`
+    numbers: Expr  # int64
 
     @classmethod
     def of(cls, of: _Task, number: Expr, slot: Expr, turn: Expr) -> _Weights:
@@ -173,17 +175,20 @@ class _Weights:
             T.buffer_store(of.inverses, splat(1.0) / of.scales[*place], place)
         return weights
 
+    def _number(self, place: int) -> Expr:
+        return self.numbers[i64(place)]
+
     @property
     def _turn(self) -> Expr:
-        return self.numbers[i64(0)] if self.task.ahead else i64(0)
+        return self._number(_TURN) if self.task.ahead else i64(0)
 
     @property
     def pieces(self) -> Expr:
         """Of both panels: of bytes, and behind them pairs of exact features."""
-        return self.numbers[i64(4)]
+        return self._number(_PIECES)
 
     def _panel(self, p: Expr) -> Expr:
-        return self.numbers[i64(5) + p]
+        return self.numbers[i64(_PANELS) + p]
 
     def unpack_all(self) -> None:
         """Makes all pieces ready."""
@@ -207,13 +212,13 @@ class _Weights:
     @property
     def _codes(self) -> Expr:
         """Pieces of bytes of a panel."""
-        return self.numbers[i64(3)]
+        return self._number(_CODES)
 
     def _unpack_codes(self, p: Expr, piece: Expr) -> None:
         of = self.task
         of.panels.unpack(
             self._panel(p),
-            self.numbers[i64(2)] + piece,
+            self._number(_FIRST) + piece,
             T.Bind(of.inverses[self._turn, p, lanes(i64(0))]),
             of.codes,
             [self._turn, p, T.floordiv(piece, i64(STEP // PIECE))],
@@ -221,7 +226,7 @@ class _Weights:
         )
 
     def _unpack_exact(self, p: Expr, pair: Expr) -> None:
-        of, chunk = self.task, self.numbers[i64(1)]
+        of, chunk = self.task, self._number(_CHUNK)
         features = [of.rows.features[chunk, pair * i64(2) + i64(i)] for i in range(2)]
         place = [T.floordiv(pair, i64(EXACT // 2)), T.floormod(pair, i64(EXACT // 2))]
         found = of.panels.exact_pair(self._panel(p), features)
