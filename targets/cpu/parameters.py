@@ -74,7 +74,7 @@ class TileParameters:
     panels: int = 16  # of a task, at most: activations are read once for all of them
     min_columns: int = 8  # tasks that a matrix' rows are shared out to, at least
     steps: int = 18  # tiles' depths that are multiplied before sums go to memory
-    ahead: int = 32  # bytes of at least so many are unpacked while those before are multiplied
+    ahead: int = 32  # least steps of a chunk that is unpacked while the one before is multiplied
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
