@@ -132,7 +132,10 @@ def _emit(task: TileTask, activations: Expr, chunks: Chunks, depth: int) -> None
                         task.store_row(slot, first + row, sums)
 
         # The panels' weights stay in the first-level cache while rows pass.
-        task.for_each_block(slots, block)
+        def column(panels: int) -> None:
+            task.for_each_block(lambda group, groups: block(group, groups, panels))
+
+        task.with_width(slots, column)
 
     task.for_each_stage(chunks.count, stage)
     if gated:

@@ -9,6 +9,7 @@ The functions here run while an IRBuilder frame is open, as those of panels.py d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.cpu.kernels import amx
+from llmc.targets.cpu.kernels import amx, vector
 from llmc.targets.cpu.kernels.avx512 import HALVES, INT16, UINT16, gather, scale_halves, upper_bytes
 from llmc.targets.cpu.kernels.bfloat16 import from_float32
 from llmc.targets.cpu.kernels.integer import CodedRows
@@ -175,30 +176,36 @@ def _half_of(step: Expr, half: int) -> Expr:
 
 def _highest(scales: Expr, row: Expr, first: Expr, count: Expr) -> Expr:
     """Of a row's scales of `count` blocks from `first` on."""
-    vectors = T.Bind(T.floordiv(count, i64(PANEL)))
     highest = registers(1)
     put(highest, 0, splat(1e-30))
-    with T.serial(vectors) as vector:
-        found = scales[i64(0), row, lanes(first + vector * i64(PANEL))]
+
+    def compare(at: Expr, size: int) -> None:
+        found = scales[i64(0), row, vector.at(first + at, size)]
+        found = found if size == PANEL else T.broadcast(found, PANEL)
         put(highest, 0, T.max(get(highest, 0), found))
-    done = T.Bind(vectors * i64(PANEL))
-    with T.serial(count - done) as rest:
-        found = scales[i64(0), row, first + done + rest]
-        put(highest, 0, T.max(get(highest, 0), T.broadcast(found, PANEL)))
+
+    _in_vectors(count, compare)
     return lane_max(get(highest, 0))
 
 
 def _in_units(scales: Expr, row: Expr, first: Expr, count: Expr, unit: Expr, into: Expr) -> None:
     """A row's scales of `count` blocks from `first` on times `unit`, as int16 `[count]`."""
+
+    def scale(at: Expr, size: int) -> None:
+        found = scales[i64(0), row, vector.at(first + at, size)] * vector.spread(unit, size)
+        T.buffer_store(into, vector.convert(found, "int16"), [vector.at(at, size)])
+
+    _in_vectors(count, scale)
+
+
+def _in_vectors(count: Expr, body: Callable[[Expr, int], None]) -> None:
+    """`body(first, size)` for `count` numbers: sixteen at a time, what is left one by one."""
     vectors = T.Bind(T.floordiv(count, i64(PANEL)))
-    with T.serial(vectors) as vector:
-        at = T.Bind(vector * i64(PANEL))
-        found = scales[i64(0), row, lanes(first + at)] * T.broadcast(unit, PANEL)
-        T.buffer_store(into, T.Cast(f"int16x{PANEL}", found), [lanes(at)])
+    with T.serial(vectors) as number:
+        body(T.Bind(number * i64(PANEL)), PANEL)
     done = T.Bind(vectors * i64(PANEL))
     with T.serial(count - done) as rest:
-        found = T.Cast("int16", scales[i64(0), row, first + done + rest] * unit)
-        T.buffer_store(into, found, [done + rest])
+        body(T.Bind(done + rest), 1)
 
 
 def _choose(
@@ -214,8 +221,8 @@ def _choose(
     largest = registers(1)
     put(largest, 0, splat(0.0))
     stride = T.Bind(T.floordiv(count + i64(_SCORED_ROWS - 1), i64(_SCORED_ROWS)))
-    with T.serial(vectors) as vector:
-        feature = T.Bind(first + vector * i64(PANEL))
+    with T.serial(vectors) as index:
+        feature = T.Bind(first + index * i64(PANEL))
         score = registers(1)
         put(score, 0, splat(0.0))
         with T.serial(T.floordiv(count + stride - i64(1), stride)) as turn:
@@ -223,7 +230,7 @@ def _choose(
             scale = x.scale(row, T.floordiv(feature, i64(x.block)))
             value = T.Bind(x.values(row, feature) * scale)
             put(score, 0, T.max(get(score, 0), T.max(value, splat(0.0) - value)))
-        T.buffer_store(scores, get(score, 0), [lanes(vector * i64(PANEL))])
+        T.buffer_store(scores, get(score, 0), [lanes(index * i64(PANEL))])
         put(largest, 0, T.max(get(largest, 0), get(score, 0)))
 
     limit = _limit(scores, vectors, lane_max(get(largest, 0)), most)
@@ -248,8 +255,8 @@ def _limit(scores: Expr, vectors: Expr, largest: Expr, most: int) -> Expr:
         middle = T.Bind((limits[i64(0)] + limits[i64(1)]) * T.float32(0.5))
         reached = local(PANEL, "int32")
         T.buffer_store(reached, T.broadcast(T.int32(0), PANEL), [lanes(i64(0))])
-        with T.serial(vectors) as vector:
-            over = scores[lanes(vector * i64(PANEL))] >= T.broadcast(middle, PANEL)
+        with T.serial(vectors) as index:
+            over = scores[lanes(index * i64(PANEL))] >= T.broadcast(middle, PANEL)
             ones = T.Select(over, T.broadcast(T.int32(1), PANEL), T.broadcast(T.int32(0), PANEL))
             T.buffer_store(reached, reached[lanes(i64(0))] + ones, [lanes(i64(0))])
         total = fold([reached[lanes(i64(0))]], lambda a, b: a + b)

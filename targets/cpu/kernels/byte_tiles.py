@@ -5,9 +5,9 @@ numbers, so all features of a chunk share a scale: weights (byte_panels.py) and 
 (byte_rows.py) are brought to it from their groups' own scales and rounded to bytes again. What that
 would cost most of its bits, features with outlying activations, is multiplied in bfloat16 besides.
 
-Registers of matrices and of vectors work at the same time where their instructions stand side by
-side. So while a block of rows is multiplied, what the block before it summed up is scaled, added,
-gated and stored, and the weights that the next stage multiplies are unpacked.
+While a block of rows is multiplied, what the block before it summed up is scaled and added or
+stored, and, where chunks are long, the weights that the next stage multiplies are unpacked: beside
+tile instructions much of that takes no time of its own.
 
 The functions here run while an IRBuilder frame is open, as those of panels.py do.
 """
@@ -33,6 +33,7 @@ from llmc.targets.cpu.kernels.tile_tasks import (
     first_bytes,
     for_each_task,
     multiply_step,
+    place_of,
     store_sums,
 )
 from llmc.targets.cpu.kernels.tiles import Product
@@ -128,16 +129,12 @@ class _Task:
 
         def column(width: int) -> None:
             stage = _Stage(self, number, slot, width, turn, following)
-            with T.serial(T.floordiv(task.num_groups, i64(_BLOCK))) as q:
-                stage.multiply(T.Bind(q * i64(_BLOCK)), _BLOCK)
-            odd = T.Bind(T.floormod(task.num_groups, i64(_BLOCK)))
-            with T.If(odd > i64(0)), T.Then():
-                stage.multiply(task.num_groups - odd, 1)
-            last = named(task.num_groups - T.Select(odd > i64(0), odd, i64(_BLOCK)))
+            task.for_each_block(stage.multiply)
+            last = named(T.floordiv(task.num_groups - i64(1), i64(_BLOCK)) * i64(_BLOCK))
             rest = task.num_rows - task.first_row(last)
             stage.settle(last, T.min(rest, i64(_BLOCK * amx.TILE_ROWS)))
 
-        task.for_each_width(task.stage_panels(slot), column)
+        task.with_width(task.stage_panels(slot), column)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +177,7 @@ class _Weights:
 
     @property
     def _turn(self) -> Expr:
+        # A constant where there is one place: TVM cuts a buffer down to the index that is read.
         return self._number(_TURN) if self.task.ahead else i64(0)
 
     @property
@@ -272,9 +270,10 @@ class _Stage:
             steps = of.chunks.length(start)
             before = named(T.max(group - i64(_BLOCK), i64(0)))
             settled = T.min(group, i64(_BLOCK)) * i64(amx.TILE_ROWS)
-            works = [(_Spread.of(settled, steps), lambda row: self._settle(before, row))]
+            works: list[_Work] = []
             if self.following is not None:
-                works.insert(0, self._unpacking(self.following, group, steps))
+                works.append(self._unpacking(self.following, group, steps))
+            works.append((_Spread.of(settled, steps), lambda row: self._settle(before, row)))
             with T.serial(steps) as step:
                 self._fetch(group, step)
                 activations = [first_bytes(rows.codes, n, start + step) for n in numbers]
@@ -308,10 +307,10 @@ class _Stage:
         of, task = self.of, self.of.task
         if of.chunks.count > 1:
             assert of.totals is not None
-            row = T.floormod(step, i64(_BLOCK * amx.TILE_ROWS))
+            g, place = place_of(T.floormod(step, i64(_BLOCK * amx.TILE_ROWS)))
             for p in range(self.width):
-                *at, _ = self._place(group, row, p)
-                prefetch(T.address_of(of.totals[*at, i64(0)]))
+                at = (group + g, self.slot + i64(p), place, i64(0))
+                prefetch(T.address_of(of.totals[*at]))
             return
         row = T.min(task.first_row(group) + step, task.num_rows - i64(1))
         panels = [task.first_slot + self.slot + i64(p) for p in range(self.width)]
@@ -322,17 +321,16 @@ class _Stage:
         block's first, which is that of `group`.
         """
         of, task = self.of, self.of.task
-        g = T.Bind(T.floordiv(row, i64(amx.TILE_ROWS)))
-        place = T.Bind(T.floormod(row, i64(amx.TILE_ROWS)))
+        g, place = place_of(row)
         scale = of.rows.scales[self.number, task.first_group + group + g, place]
         scale = T.Bind(T.broadcast(scale, PANEL))
-        values = []
+        values, places = [], []
         for p in range(self.width):
+            places.append((group + g, self.slot + i64(p), place, lanes(i64(0))))
             at = (_turn_of(group), i64(p), g, place, lanes(i64(0)))
             unit = of.scales[self.turn, i64(p), lanes(i64(0))]
             scaled = T.Cast(F32X16, of.sums[*at]) * (scale * unit)
             values.append(T.Bind(scaled + of.exact_sums[*at]))
-        places = [self._place(group, row, p) for p in range(self.width)]
 
         def keep(values: list[Expr]) -> None:
             for value, at in zip(values, places, strict=True):
@@ -357,11 +355,6 @@ class _Stage:
                     end(added())
                 with T.Else():
                     keep(added())
-
-    def _place(self, group: Expr, row: Expr, p: int) -> tuple[Expr, ...]:
-        """Where a row's total of a panel is."""
-        g = group + T.floordiv(row, i64(amx.TILE_ROWS))
-        return g, self.slot + i64(p), T.floormod(row, i64(amx.TILE_ROWS)), lanes(i64(0))
 
 
 @dataclass(frozen=True, slots=True)

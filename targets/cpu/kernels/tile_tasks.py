@@ -100,7 +100,7 @@ class TileTask:
         return chunk * self._pairs + T.floordiv(slot, i64(amx.PANELS))
 
     def next_stage(self, chunk: Expr, slot: Expr) -> tuple[Expr, Expr]:
-        """(chunk, slot) of the stage that follows, of which the last chunk has none."""
+        """(chunk, slot) of the stage that follows; behind the last one a chunk too many."""
         after = T.Bind(slot + i64(amx.PANELS))
         more = T.Bind(after < self.num_panels)
         return (
@@ -112,19 +112,15 @@ class TileTask:
         """Panels of the stage from `slot` on."""
         return T.Bind(T.min(i64(amx.PANELS), self.num_panels - slot))
 
-    def for_each_block(self, panels: Expr, block: Callable[[Expr, int, int], None]) -> None:
-        """`block(first group, groups, panels)` for all groups and so many panels of a stage."""
+    def for_each_block(self, block: Callable[[Expr, int], None]) -> None:
+        """`block(first group, groups)` for all groups, two at a time and the last alone if odd."""
+        with T.serial(T.floordiv(self.num_groups, i64(2))) as q:
+            block(T.Bind(q * i64(2)), 2)
+        with T.If(T.floormod(self.num_groups, i64(2)) > i64(0)), T.Then():
+            block(self.num_groups - i64(1), 1)
 
-        def column(panels: int) -> None:
-            with T.serial(T.floordiv(self.num_groups, i64(2))) as q:
-                block(T.Bind(q * i64(2)), 2, panels)
-            with T.If(T.floormod(self.num_groups, i64(2)) > i64(0)), T.Then():
-                block(self.num_groups - i64(1), 1, panels)
-
-        self.for_each_width(panels, column)
-
-    def for_each_width(self, panels: Expr, column: Callable[[int], None]) -> None:
-        """`column` of so many panels of a stage, as a constant."""
+    def with_width(self, panels: Expr, column: Callable[[int], None]) -> None:
+        """`column(panels)` for so many panels of a stage, one or two, as a constant."""
         if self.product.weights.panels % amx.PANELS == 0:
             column(amx.PANELS)
             return
