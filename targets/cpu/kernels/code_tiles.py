@@ -54,6 +54,8 @@ Expr = Any
 _TURNS = 4  # units of a step of the loop over them, and tiles for their sums
 _SLOTS = 4  # places in memory for what one stage leaves to the next
 _UNPACK, _STORE, _SUM = -2, 2, 3  # when a unit is, counted from when it is multiplied
+_WHOLE = 1.5 * 2**23  # a float32's last bit counts ones there, above and below
+_WHOLE_BITS = 0x4B400000
 _LINE = 32  # features whose bits fill whole words in every plane
 _STORE_PARTS = 1  # and where a unit has two sums, which takes all tiles in two turns
 
@@ -334,19 +336,25 @@ class _Task:
         scales, minimums = [], []
         if fmt.group:
             scales = [T.Bind(weights.scale(i64(0), panel, part)) for part in parts]
+            back = T.Bind(scales[0] * splat(-_WHOLE))
         if fmt.has_min:
             offset = splat(float(_offset(fmt)))
             for part, scale in zip(parts, scales, strict=True):
                 minimum = weights.minimum(i64(0), panel, part)
                 minimums.append(T.Bind(minimum + scale * offset))
         for row in range(amx.TILE_ROWS):
-            values = []
-            for part in range(rows.parts):
-                at = (i64(turn % _SLOTS), i64(part), i64(row), lanes(i64(0)))
-                found = T.Cast(F32X16, self.stored[*at])
-                values.append(found * scales[part] if scales else found)
+            sums = [
+                self.stored[i64(turn % _SLOTS), i64(part), i64(row), lanes(i64(0))]
+                for part in range(rows.parts)
+            ]
+            if scales:
+                value = _fma(_above_whole(sums[0]), scales[0], back)
+                for found, scale in zip(sums[1:], scales[1:], strict=True):
+                    value = _fma(T.Cast(F32X16, found), scale, value)
+            else:
+                value = T.Cast(F32X16, sums[0])
             scale = T.broadcast(rows.scales[group, unit, i64(row)], PANEL)
-            total = get(totals, row) + sum(values[1:], start=values[0]) * scale
+            total = get(totals, row) + value * scale
             if rows.sums is not None:
                 for part, minimum in zip(parts, minimums, strict=True):
                     total = total + minimum * T.broadcast(rows.sums[group, part, i64(row)], PANEL)
@@ -384,6 +392,20 @@ def _signed_bytes(weights: WeightPanels, panel: Expr, unit: Expr, words: int, nu
         low += bits
     word = parts[0] if len(parts) == 1 else T.bitwise_or(*parts)
     return T.bitwise_xor(word, signs)
+
+
+def _above_whole(value: Expr) -> Expr:
+    """_WHOLE + an int32x16 of less than 2^22, float32x16, by whole-number arithmetic alone.
+
+    Beside tiles a processor has one unit for float arithmetic, and two for this. What is too much
+    goes with the multiplication by a group's scale, exactly: 1.5 times one has few enough bits.
+    """
+    return T.reinterpret(F32X16, value + T.broadcast(T.int32(_WHOLE_BITS), PANEL))
+
+
+def _fma(a: Expr, b: Expr, c: Expr) -> Expr:
+    """a · b + c, rounded once."""
+    return T.call_llvm_pure_intrin(F32X16, "llvm.fma.v16f32", a, b, c)
 
 
 def _in_each_byte(value: int) -> Expr:
