@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -118,18 +119,25 @@ def bindings(func: relax.Function) -> Iterator[relax.VarBinding]:
         yield from block.bindings
 
 
+def variables(expr: Expr) -> list[relax.Var]:
+    """The variables that `expr` reads, each as often as it does, and its types' extents."""
+    found: list[relax.Var] = []
+
+    def visit(part: Expr) -> None:
+        if isinstance(part, relax.Var):
+            found.append(part)
+
+    relax.analysis.post_order_visit(expr, visit)
+    return found
+
+
 def count_uses(func: relax.Function) -> dict[relax.Var, int]:
     """How often each variable is read; what the function returns counts as read."""
-    uses: dict[relax.Var, int] = {}
-
-    def visit(expr: Expr) -> None:
-        if isinstance(expr, relax.Var):
-            uses[expr] = uses.get(expr, 0) + 1
-
+    uses: Counter[relax.Var] = Counter()
     for binding in bindings(func):
-        relax.analysis.post_order_visit(binding.value, visit)
-    relax.analysis.post_order_visit(func.body.body, visit)
-    return uses
+        uses.update(variables(binding.value))
+    uses.update(variables(func.body.body))
+    return dict(uses)
 
 
 def op_args(expr: Expr, name: str) -> list[Expr] | None:

@@ -25,7 +25,8 @@ class Site:
 
     types holds the operands' types by name, a weight's being its logical matrix `[M, K]`
     (`[X, M, K]` for experts); max_tokens is the entry point's bound, tokens is set where T is
-    static.
+    static. `residual_ends` says that nothing else reads the operand of this name, then or later: a
+    kernel may write over it.
     """
 
     op: Operator
@@ -34,6 +35,7 @@ class Site:
     tokens: int | None
     num_groups: int
     page_size: int
+    residual_ends: bool = False
 
     def extents(self, name: str) -> list[int]:
         """The extents of an operand; 0 where symbolic."""

@@ -17,7 +17,15 @@ from tvm import relax
 from llmc import dialect
 from llmc.compiler import weight_plan
 from llmc.compiler.passes.lower_attention import STEP_INPUTS
-from llmc.compiler.rewriter import Expr, Scope, apply_rule, bindings, relax_functions, with_params
+from llmc.compiler.rewriter import (
+    Expr,
+    Scope,
+    apply_rule,
+    bindings,
+    relax_functions,
+    variables,
+    with_params,
+)
 from llmc.errors import UnsupportedError
 from llmc.formats import FORMATS
 from llmc.targets.base import Kernel, Site, Target
@@ -90,7 +98,7 @@ def _with_root_block(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
 def _site_key(site: Site) -> str:
     """Equal for sites that get the same kernel."""
     types = {n: f"{[str(e) for e in t.shape]}{t.dtype}" for n, t in site.types.items()}
-    return f"{site.op!r}|{json.dumps(types)}|{site.max_tokens}|{site.tokens}"
+    return f"{site.op!r}|{json.dumps(types)}|{site.max_tokens}|{site.tokens}|{site.residual_ends}"
 
 
 def _dispatch_function(
@@ -104,6 +112,7 @@ def _dispatch_function(
     extent = func.params[0].ty.shape[0]
     tokens = int(extent) if isinstance(extent, tvm.tirx.IntImm) else None
     max_tokens = int(func.attrs[MAX_TOKENS])
+    ending = _ending_residuals(func)
 
     def rewrite(call: Expr, scope: Scope) -> Expr | None:
         found = dialect.match_any(call)
@@ -117,6 +126,7 @@ def _dispatch_function(
             tokens=tokens,
             num_groups=int(tables[0]),
             page_size=target.page_size,
+            residual_ends=scope.target in ending,
         )
         kernel, variable = kernels.choose(site)
         return _call(kernel, variable, operands, packed, found.out)
@@ -124,6 +134,44 @@ def _dispatch_function(
     rewritten = apply_rule(single, rewrite)
     [(_, function)] = list(relax_functions(rewritten))
     return function
+
+
+def _ending_residuals(func: relax.Function) -> set[relax.Var]:
+    """The results of operators whose residual nothing else reads, then or later.
+
+    Such a residual is what an operator made and only operators read: others may be fused, and read
+    it where the last of them stood.
+    """
+    # The parameters and results that a variable may be a part of; extents are variables as well.
+    made_of = {param: {param} for param in func.params}
+    last: dict[relax.Var, int] = {}
+    kept = set(func.params)
+
+    def origins(expr: Expr) -> set[relax.Var]:
+        return {origin for var in variables(expr) for origin in made_of.get(var, ())}
+
+    calls = []
+    for number, binding in enumerate(bindings(func)):
+        read = origins(binding.value)
+        last.update(dict.fromkeys(read, number))
+        found = dialect.match_any(binding.value)
+        if found is not None:
+            made_of[binding.var] = {binding.var}
+            if "residual" in found.operands:
+                calls.append((number, binding.var, found.operands))
+            continue
+        made_of[binding.var] = read
+        if not isinstance(binding.value, relax.TupleGetItem):
+            kept |= read
+    kept |= origins(func.body.body)
+
+    ending = set()
+    for number, var, operands in calls:
+        others = {o for n, v in operands.items() if n != "residual" for o in origins(v)}
+        residual = origins(operands["residual"])
+        if residual.isdisjoint(kept | others) and all(last[o] == number for o in residual):
+            ending.add(var)
+    return ending
 
 
 def _call(

@@ -32,7 +32,14 @@ import numpy as np
 import tvm
 from tvm import relax, sym
 
-from llmc.compiler.rewriter import Expr, bindings, op_args, relax_functions, with_bindings
+from llmc.compiler.rewriter import (
+    Expr,
+    bindings,
+    op_args,
+    relax_functions,
+    variables,
+    with_bindings,
+)
 
 PLANNED_BYTES = "llmc.planned_bytes"  # of a function: what it allocates at its bounds
 _ALLOC = "relax.builtin.alloc_tensor"
@@ -178,14 +185,7 @@ def _tensors(func: relax.Function) -> tuple[list[_Tensor], list[_Tensor]]:
 
 
 def _read(expr: Expr, within: dict[relax.Var, set[relax.Var]]) -> set[relax.Var]:
-    read: set[relax.Var] = set()
-
-    def visit(part: Expr) -> None:
-        if isinstance(part, relax.Var):
-            read.update(within.get(part, ()))
-
-    relax.analysis.post_order_visit(expr, visit)
-    return read
+    return {origin for var in variables(expr) for origin in within.get(var, ())}
 
 
 class _Place:

@@ -22,6 +22,7 @@ from llmc.compiler.rewriter import (
     count_uses,
     op_args,
     relax_functions,
+    variables,
     with_params,
 )
 from llmc.compiler.weight_plan import WeightSpec
@@ -124,21 +125,9 @@ def _routers(func: relax.Function) -> set[relax.Var]:
             continue
         if match is not None and not isinstance(match.op, dialect.TopK):
             continue  # what a router reads is not a router
-        pending += [definitions[v] for v in _operands(value) if v in definitions]
+        pending += [definitions[v] for v in variables(value) if v in definitions]
     return found
 
 
 def _chooses(value: Expr) -> bool:
     return op_args(value, "relax.topk") is not None or dialect.TopK.match(value) is not None
-
-
-def _operands(value: Expr) -> list[relax.Var]:
-    """The variables that `value` reads."""
-    read: list[relax.Var] = []
-
-    def visit(expr: Expr) -> None:
-        if isinstance(expr, relax.Var):
-            read.append(expr)
-
-    relax.analysis.post_order_visit(value, visit)
-    return read

@@ -112,9 +112,15 @@ def _linear(site: Site, params: LinearParameters) -> Kernel | None:
         1 if site.tokens == 1 and int(rows) == 1 else None,
         bias="bias" in site.types,
         residual="residual" in site.types,
+        in_place=site.residual_ends,
         params=params,
     )
-    return Kernel.of(func, site, ("x", "weight", "bias", "residual"))
+    return Kernel.of(func, site, ("x", "weight", "bias", "residual"), _over_residual(site))
+
+
+def _over_residual(site: Site) -> tuple[str | None]:
+    """What the output of a product is written over."""
+    return ("residual" if site.residual_ends else None,)
 
 
 def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | None:
@@ -140,11 +146,13 @@ def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | No
         block=op.block,
         bias="bias" in site.types,
         residual="residual" in site.types,
+        in_place=site.residual_ends,
         params=params,
         gate=gate,
     )
     operands = ("codes", "scales", "sums", "weight", "bias", "residual")
-    return Kernel.of(func, site, operands, (None,) * (1 if gate is None else 3))
+    outputs = _over_residual(site) if gate is None else (None,) * 3
+    return Kernel.of(func, site, operands, outputs)
 
 
 def _quantized_gate(
@@ -206,10 +214,11 @@ def _bfloat16_linear(site: Site, params: Bfloat16Parameters | None) -> Kernel | 
         1 if site.tokens == 1 and int(site.types["x"].shape[1]) == 1 else None,
         bias="bias" in site.types,
         residual="residual" in site.types,
+        in_place=site.residual_ends,
         params=params,
         gate=gate,
     )
-    return Kernel.of(func, site, ("x", "weight", "bias", "residual"))
+    return Kernel.of(func, site, ("x", "weight", "bias", "residual"), _over_residual(site))
 
 
 def _rounded_gate(

@@ -204,6 +204,66 @@ def test_what_a_kernel_overwrites_is_a_call_in_place():
     assert [int(i) for i in call.attrs.inplace_indices] == [3, 4]
 
 
+def _ends(emit, h, x, product):
+    return product(x, h)
+
+
+def _is_multiplied(emit, h, x, product):
+    return product(h, h)
+
+
+def _is_read_later(emit, h, x, product):
+    return emit(dialect.RmsNorm(eps=1e-5).call(emit(product(x, h)), h))
+
+
+def _is_shown_later(emit, h, x, product):
+    flat = emit(relax.op.reshape(h, relax.ShapeExpr([1, T, 2, 4])))
+    y = emit(product(x, h))
+    return emit(relax.op.add(emit(relax.op.reshape(flat, y.ty.shape)), y))
+
+
+def _is_read_by_what_may_be_fused(emit, h, x, product):
+    twice = emit(relax.op.add(h, h))
+    return emit(relax.op.add(emit(product(x, h)), twice))
+
+
+def _is_not_the_step_s_own(emit, h, x, product):
+    return product(h, x)
+
+
+@pytest.mark.parametrize(
+    ("body", "ends"),
+    [
+        (_ends, True),
+        (_is_multiplied, False),
+        (_is_read_later, False),
+        (_is_shown_later, False),
+        (_is_read_by_what_may_be_fused, False),
+        (_is_not_the_step_s_own, False),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_rule_sees_whether_the_residual_may_be_overwritten(body, ends):
+    seen = []
+
+    def look(site):
+        seen.append(site.residual_ends)
+        return kernel("x", "weight", "residual")
+
+    def whole(emit, input_ids, x, w, **inputs):
+        h = emit(dialect.Embedding(format="w8").call(emit(relax.op.expand_dims(input_ids, 0)), w))
+        op = dialect.Linear(format="w8")
+        return body(emit, h, x, lambda a, residual: op.call(a, w, residual=residual))
+
+    rules = [
+        ("toy.table", only(dialect.Embedding, kernel("ids", "weight"))),
+        ("toy.norm", only(dialect.RmsNorm, kernel("x", "weight"))),
+        ("toy.gemm", look),
+    ]
+    dispatch(step(whole, {"w": "w8"}, **LINEAR), Device(rules))
+    assert seen == [ends]
+
+
 def test_an_operator_without_a_kernel_is_refused_by_name_and_shape():
     with pytest.raises(
         UnsupportedError, match=r"target toy has no kernel for operator linear on .*'x'"

@@ -49,6 +49,7 @@ def bfloat16_linear(
     *,
     bias: bool,
     residual: bool,
+    in_place: bool = False,
     params: Bfloat16Parameters,
     gate: Callable[[Expr], Gated] | None = None,
 ) -> tvm.tirx.PrimFunc:
@@ -65,7 +66,7 @@ def bfloat16_linear(
             count = i64(1) if tokens == 1 else size_var("num_tokens")
             x = argument("x", (1, count, k), "uint16")
             product = Product.arguments(
-                x, FORMATS["bf16"], m, k, bias=bias, residual=residual, gate=gate
+                x, FORMATS["bf16"], m, k, bias=bias, residual=residual, in_place=in_place, gate=gate
             )
             weights = product.weights
 

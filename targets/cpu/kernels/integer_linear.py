@@ -44,6 +44,7 @@ def integer_linear(
     block: int,
     bias: bool,
     residual: bool,
+    in_place: bool = False,
     params: IntegerParameters,
     gate: Callable[[Expr], Gated] | None = None,
 ) -> tvm.tirx.PrimFunc:
@@ -63,7 +64,15 @@ def integer_linear(
             scales = argument("scales", (1, count, k // block))
             sums = argument("sums", (1, count, k // unit_of(fmt, block)), "int32")
             product = Product.arguments(
-                codes, fmt, m, k, bias=bias, residual=residual, table=params.table, gate=gate
+                codes,
+                fmt,
+                m,
+                k,
+                bias=bias,
+                residual=residual,
+                in_place=in_place,
+                table=params.table,
+                gate=gate,
             )
             weights = product.weights
             coded = CodedRows(codes, scales, sums, block)

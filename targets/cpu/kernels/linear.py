@@ -43,6 +43,7 @@ def linear(
     *,
     bias: bool,
     residual: bool,
+    in_place: bool = False,
     params: LinearParameters,
 ) -> tvm.tirx.PrimFunc:
     """The product with a matrix `[m, k]` for exactly one token (`tokens=1`) or for any number
@@ -59,7 +60,7 @@ def linear(
             count = i64(1) if tokens == 1 else size_var("num_tokens")
             x = argument("x", (1, count, k))
             product = Product.arguments(
-                x, fmt, m, k, bias=bias, residual=residual, table=params.table
+                x, fmt, m, k, bias=bias, residual=residual, in_place=in_place, table=params.table
             )
             if tokens == 1 or params.fused:
                 _fused(product, tokens, count, params)

@@ -61,18 +61,24 @@ class Product:
         *,
         bias: bool,
         residual: bool,
+        in_place: bool = False,
         table: ByteTable | None = None,
         gate: Callable[[Expr], Gated] | None = None,
     ) -> Product:
         """One matrix times all rows of x `[1, T, K]`; declares the kernel's arguments behind x: the
         packed arrays, bias and residual where asked, y `[1, T, M]` or what `gate(T)` declares.
+
+        In place, y is the residual to begin with: each element is read once, before it is written.
         """
         count = x.ty.shape[1]
         weights = WeightPanels.arguments(fmt, m, k, table=table)
         biases = [argument("bias", (m,))] if bias else []
-        residuals = [argument("residual", (1, count, m))] if residual else []
+        apart = residual and not in_place
+        residuals = [argument("residual", (1, count, m))] if apart else []
         gated = None if gate is None else gate(count)
         y = argument("y", (1, count, m)) if gated is None else None
+        if residual and in_place:
+            residuals = [y]
 
         def start(expert: Expr, row: Expr, index: Expr) -> Expr:
             values = [b[index] for b in biases] + [r[i64(0), row, index] for r in residuals]
