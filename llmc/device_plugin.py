@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -161,6 +160,8 @@ def _sources(plugin: Plugin) -> list[Path]:
 
 def _key(plugin: Plugin) -> str:
     """Changes with everything that the library depends on."""
+    import importlib.metadata  # 20 ms, of which other devices have nothing
+
     digest = hashlib.sha256(f"{platform.system()} {platform.machine()}".encode())
     for package in ("apache-tvm", "apache-tvm-ffi"):
         digest.update(importlib.metadata.version(package).encode())
