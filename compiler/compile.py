@@ -40,7 +40,6 @@ from llmc.compiler.thread_scratch import ScratchMeter
 from llmc.compiler.tokenizer_file import compact
 from llmc.compiler.weight_plan import WeightSpec
 from llmc.compiler.weights import (
-    WEIGHTS_FILE,
     Argument,
     Grids,
     arguments,
@@ -142,9 +141,7 @@ def compile_model(
                 model, notes = replace(model, tensors=found.tensors), found.notes
         if weights:
             with timer.phase("weights") as progress:
-                grids = write_weights(
-                    folder / WEIGHTS_FILE, built.arguments, model.tensors, device, progress
-                )
+                grids = write_weights(folder, built.arguments, model.tensors, device, progress)
             with timer.phase("reference"):
                 _write_reference(folder, model, built.arguments, scheme, grids)
         shutil.rmtree(scratch, ignore_errors=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import ml_dtypes  # noqa: F401 - makes "bfloat16" a NumPy dtype
 import numpy as np
@@ -25,8 +26,10 @@ from llmc.formats import FORMATS, QuantizedMatrix, WeightFormat, concatenate
 from llmc.models.source import SourceTensor
 from llmc.targets.base import Array, Matrix, Target
 
-WEIGHTS_FILE = "weights-00001.safetensors"
 ALIGNMENT = 64
+FILE_BYTES = 128 * 2**20
+"""Of a file's arrays, or it is one larger array: files are read and hashed side by side."""
+_MOST_FILES = 64
 
 Grids = dict[str, list[Grid]]
 """What the matrices of a source (one, or one an expert) were rounded to, by the source's name."""
@@ -63,10 +66,11 @@ def arguments(params: list[relax.Var], weights: Weights) -> list[Argument]:
 
 def describe(wanted: list[Argument]) -> list[WeightTensor]:
     """The arguments for the manifest."""
+    file_of = {a.name: name for name, inside in _files(wanted).items() for a in inside}
     return [
         WeightTensor(
             name=a.name,
-            file=WEIGHTS_FILE,
+            file=file_of[a.name],
             dtype=a.dtype,
             shape=list(a.shape),
             format=a.spec.format,
@@ -78,47 +82,46 @@ def describe(wanted: list[Argument]) -> list[WeightTensor]:
     ]
 
 
+def _files(wanted: list[Argument]) -> dict[str, list[Argument]]:
+    """The arguments of each file, by its name."""
+    most = max(FILE_BYTES, sum(a.num_bytes for a in wanted) // _MOST_FILES)
+    files: list[list[Argument]] = [[]]
+    for argument in wanted:
+        if files[-1] and sum(a.num_bytes for a in files[-1]) + argument.num_bytes > most:
+            files.append([])
+        files[-1].append(argument)
+    return {f"weights-{i:05}.safetensors": inside for i, inside in enumerate(files, 1)}
+
+
 def write_weights(
-    path: Path,
+    folder: Path,
     wanted: list[Argument],
     tensors: Mapping[str, SourceTensor],
     target: Target,
     on_progress: Callable[[float], None],
 ) -> Grids:
-    """Writes all arguments into one safetensors file; what was rounded to.
+    """Writes all arguments into safetensors files; what was rounded to.
 
     Some rows of one weight are in memory at a time. Large arrays start at multiples of 64 bytes.
     """
     grids: Grids = {}
-    # Odd sizes last, so that they move nothing behind them off its alignment.
-    order = sorted(wanted, key=lambda a: a.num_bytes % ALIGNMENT != 0)
-    header: dict[str, object] = {}
-    places: dict[str, int] = {}
-    end = 0
-    for argument in order:
-        places[argument.name] = end
-        end += argument.num_bytes
-        header[argument.name] = {
-            "dtype": _SAFETENSORS_DTYPES[argument.dtype],
-            "shape": list(argument.shape),
-            "data_offsets": [places[argument.name], end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        begin = file.tell()
+    with ExitStack() as stack:
+        places: dict[str, tuple[BinaryIO, int]] = {}
+        for name, inside in _files(wanted).items():
+            file = stack.enter_context((folder / name).open("wb"))
+            places |= {n: (file, begin) for n, begin in _write_header(file, inside).items()}
         lock = Lock()
 
         def write(argument: Argument, array: Array, bytes_before: int = 0) -> None:
+            file, begin = places[argument.name]
             with lock:
-                file.seek(begin + places[argument.name] + bytes_before)
+                file.seek(begin + bytes_before)
                 file.write(np.ascontiguousarray(array).data)
 
-        done = 0
+        done, end = 0, sum(a.num_bytes for a in wanted)
         # Backwards: what the system still holds of the files are the layers that a reference,
         # computed from the first layer on, reads first.
-        backwards = reversed(order)
+        backwards = reversed(wanted)
         for _, weight in groupby(backwards, key=lambda a: (a.spec.sources, a.spec.part is None)):
             parts = list(weight)
             if parts[0].spec.part is None:
@@ -129,6 +132,26 @@ def write_weights(
             done += sum(argument.num_bytes for argument in parts)
             on_progress(done / max(end, 1))
     return grids
+
+
+def _write_header(file: BinaryIO, inside: list[Argument]) -> dict[str, int]:
+    """Writes what a safetensors file of these arrays begins with; where each of them goes."""
+    header: dict[str, object] = {}
+    begins: dict[str, int] = {}
+    end = 0
+    # Odd sizes last, so that they move nothing behind them off its alignment.
+    for argument in sorted(inside, key=lambda a: a.num_bytes % ALIGNMENT != 0):
+        begins[argument.name] = end
+        end += argument.num_bytes
+        header[argument.name] = {
+            "dtype": _SAFETENSORS_DTYPES[argument.dtype],
+            "shape": list(argument.shape),
+            "data_offsets": [begins[argument.name], end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    file.write(len(text).to_bytes(8, "little") + text)
+    return {name: file.tell() + begin for name, begin in begins.items()}
 
 
 _SAFETENSORS_DTYPES = {

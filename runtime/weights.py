@@ -40,7 +40,7 @@ class WeightFiles:
         self._resident = resident
         names = dict.fromkeys(w.file for w in manifest.weights)
         paths = {name: manifest.path_of(directory, name) for name in names}
-        workers = max(1, num_cores() // 2)  # the caller has work to do as well
+        workers = num_cores()
         self._readers = ThreadPoolExecutor(workers)
         self._hashers = ThreadPoolExecutor(workers)
         self._files = {

@@ -21,6 +21,7 @@ from llmc.formats import FORMATS, QuantizedMatrix
 from llmc.models.source import SourceTensor
 from llmc.targets.registry import open_target
 
+FILE = "weights-00001.safetensors"
 RNG = np.random.default_rng(0)
 
 
@@ -131,7 +132,7 @@ def test_what_was_written_is_what_the_reference_sees_without_another_search(
         *arguments_of(target, "x", experts, (3, 50, 64)),
     ]
     given = tensors(**shown)
-    grids = write_weights(tmp_path / "w", wanted, given, target, lambda f: None)
+    grids = write_weights(tmp_path, wanted, given, target, lambda f: None)
     monkeypatch.setattr("llmc.compiler.weights.fit_grid", None)
     for name, spec in (("q", joined), ("k", joined), ("x", experts)):
         found = dequantized(name, spec, given, grids).whole()
@@ -155,9 +156,9 @@ def test_codes_of_another_format_are_quantized_from_their_values(tmp_path):
     target = open_target("cpu")
     wanted = arguments_of(target, "a", packed(["a"], "w8"), values.shape)
     given = tensors(a=source("a", values, "q4_1", codes))
-    write_weights(tmp_path / "w", wanted, given, target, lambda f: None)
+    write_weights(tmp_path, wanted, given, target, lambda f: None)
     expected = target.pack(FORMATS["w8"], quantize(values, FORMATS["w8"]))
-    np.testing.assert_array_equal(load_file(tmp_path / "w")["a.codes"], expected[0])
+    np.testing.assert_array_equal(load_file(tmp_path / FILE)["a.codes"], expected[0])
 
 
 @pytest.mark.parametrize("target", ["cpu", "vulkan"])
@@ -173,8 +174,8 @@ def test_weights_that_are_written_some_panels_at_a_time_are_those_packed_as_a_wh
         *arguments_of(device, "qk", packed(["q", "k"], fmt), (225, 64)),
         *arguments_of(device, "x", packed(["x"], fmt), experts.shape),
     ]
-    write_weights(tmp_path / "w", wanted, tensors(q=q, k=k, x=experts), device, lambda f: None)
-    stored = load_file(tmp_path / "w")
+    write_weights(tmp_path, wanted, tensors(q=q, k=k, x=experts), device, lambda f: None)
+    stored = load_file(tmp_path / FILE)
 
     def whole(values):
         form = FORMATS[fmt]
@@ -255,10 +256,10 @@ def test_the_file_holds_every_array_aligned_and_described(tmp_path):
         Argument(name="bias", spec=WeightSpec(sources=["bias"]), shape=(5,), dtype="float32"),
         Argument(name="norm", spec=WeightSpec(sources=["norm"]), shape=(64,), dtype="float32"),
     ]
-    path = tmp_path / "weights.safetensors"
+    path = tmp_path / FILE
     seen = []
     given = tensors(a=a, norm=norm, bias=bias)
-    write_weights(path, wanted, given, target, seen.append)
+    write_weights(tmp_path, wanted, given, target, seen.append)
     entries = describe(wanted)
     stored = load_file(path)
     np.testing.assert_array_equal(stored["norm"], norm)
@@ -273,6 +274,30 @@ def test_the_file_holds_every_array_aligned_and_described(tmp_path):
     assert seen[-1] == 1.0
     begins = {name: begin for name, (begin, _) in offsets(path).items()}
     assert all(begins[n] % ALIGNMENT == 0 for n in ("a.codes", "a.scales", "norm"))
+
+
+def test_arrays_are_shared_out_to_files_in_their_order(tmp_path, monkeypatch):
+    """Files of 100 bytes, or of one larger array."""
+    monkeypatch.setattr("llmc.compiler.weights.FILE_BYTES", 100)
+    given = {n: dense(size) for n, size in (("a", 10), ("b", 15), ("c", 30), ("d", 1), ("e", 20))}
+    wanted = [
+        Argument(name=n, spec=WeightSpec(sources=[n]), shape=v.shape, dtype="float32")
+        for n, v in given.items()
+    ]
+    write_weights(tmp_path, wanted, tensors(**given), open_target("cpu"), lambda f: None)
+    files = {e.name: e.file for e in describe(wanted)}
+    names = [f"weights-{i:05}.safetensors" for i in range(1, 4)]
+    assert list(files.values()) == [names[0], names[0], names[1], names[2], names[2]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    for name, values in given.items():
+        np.testing.assert_array_equal(load_file(tmp_path / files[name])[name], values)
+
+
+def test_a_large_model_has_no_more_than_64_files(monkeypatch):
+    monkeypatch.setattr("llmc.compiler.weights.FILE_BYTES", 100)
+    spec = WeightSpec(sources=["a"])
+    wanted = [Argument(name=f"{i}", spec=spec, shape=(5,), dtype="float32") for i in range(6400)]
+    assert len({e.file for e in describe(wanted)}) == 64
 
 
 def offsets(path):
@@ -290,12 +315,10 @@ def test_a_tensor_that_the_checkpoint_lacks_is_named(tmp_path):
         Argument(name="n", spec=WeightSpec(sources=["model.norm"]), shape=(4,), dtype="float32")
     ]
     with pytest.raises(ImportModelError, match=r"no tensor model\.norm"):
-        write_weights(tmp_path / "w", wanted, {}, open_target("cpu"), lambda f: None)
+        write_weights(tmp_path, wanted, {}, open_target("cpu"), lambda f: None)
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path):
     wanted = [Argument(name="n", spec=WeightSpec(sources=["n"]), shape=(4,), dtype="float32")]
     with pytest.raises(ImportModelError, match=r"shape \(5,\), expected \(4,\)"):
-        write_weights(
-            tmp_path / "w", wanted, tensors(n=dense(5)), open_target("cpu"), lambda f: None
-        )
+        write_weights(tmp_path, wanted, tensors(n=dense(5)), open_target("cpu"), lambda f: None)
