@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -466,11 +468,14 @@ def _write_tokenizer(folder: Path, model: ModelSource) -> None:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): artifact.sha256_of(path)
+    paths = [
+        path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != artifact.MANIFEST_FILE
-    }
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(artifact.sha256_of, paths)
+        return {str(p.relative_to(folder)): d for p, d in zip(paths, digests, strict=True)}
 
 
 def _folder_name(title: str, quant: str, target: str) -> str:
