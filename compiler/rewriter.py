@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import tvm
@@ -129,6 +129,11 @@ def variables(expr: Expr) -> list[relax.Var]:
 
     relax.analysis.post_order_visit(expr, visit)
     return found
+
+
+def origins(expr: Expr, made_of: Mapping[relax.Var, set[relax.Var]]) -> set[relax.Var]:
+    """What `expr` may read a part of, where `made_of` says so of variables."""
+    return {origin for var in variables(expr) for origin in made_of.get(var, ())}
 
 
 def count_uses(func: relax.Function) -> dict[relax.Var, int]:

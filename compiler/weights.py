@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, Protocol
@@ -28,7 +28,7 @@ from llmc.targets.base import Array, Matrix, Target
 
 ALIGNMENT = 64
 FILE_BYTES = 128 * 2**20
-"""Of a file's arrays, or it is one larger array: files are read and hashed side by side."""
+"""That a file's arrays begin within: files are read and hashed side by side."""
 _MOST_FILES = 64
 
 Grids = dict[str, list[Grid]]
@@ -84,13 +84,13 @@ def describe(wanted: list[Argument]) -> list[WeightTensor]:
 
 def _files(wanted: list[Argument]) -> dict[str, list[Argument]]:
     """The arguments of each file, by its name."""
-    most = max(FILE_BYTES, sum(a.num_bytes for a in wanted) // _MOST_FILES)
-    files: list[list[Argument]] = [[]]
-    for argument in wanted:
-        if files[-1] and sum(a.num_bytes for a in files[-1]) + argument.num_bytes > most:
-            files.append([])
-        files[-1].append(argument)
-    return {f"weights-{i:05}.safetensors": inside for i, inside in enumerate(files, 1)}
+    *begins, total = accumulate((a.num_bytes for a in wanted), initial=0)
+    size = max(FILE_BYTES, -(-total // _MOST_FILES))
+    files = groupby(zip(begins, wanted, strict=True), key=lambda placed: placed[0] // size)
+    return {
+        f"weights-{i:05}.safetensors": [argument for _, argument in placed]
+        for i, (_, placed) in enumerate(files, 1)
+    }
 
 
 def write_weights(

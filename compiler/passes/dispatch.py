@@ -22,8 +22,8 @@ from llmc.compiler.rewriter import (
     Scope,
     apply_rule,
     bindings,
+    origins,
     relax_functions,
-    variables,
     with_params,
 )
 from llmc.errors import UnsupportedError
@@ -147,12 +147,9 @@ def _ending_residuals(func: relax.Function) -> set[relax.Var]:
     last: dict[relax.Var, int] = {}
     kept = set(func.params)
 
-    def origins(expr: Expr) -> set[relax.Var]:
-        return {origin for var in variables(expr) for origin in made_of.get(var, ())}
-
     calls = []
     for number, binding in enumerate(bindings(func)):
-        read = origins(binding.value)
+        read = origins(binding.value, made_of)
         last.update(dict.fromkeys(read, number))
         found = dialect.match_any(binding.value)
         if found is not None:
@@ -163,12 +160,12 @@ def _ending_residuals(func: relax.Function) -> set[relax.Var]:
         made_of[binding.var] = read
         if not isinstance(binding.value, relax.TupleGetItem):
             kept |= read
-    kept |= origins(func.body.body)
+    kept |= origins(func.body.body, made_of)
 
     ending = set()
     for number, var, operands in calls:
-        others = {o for n, v in operands.items() if n != "residual" for o in origins(v)}
-        residual = origins(operands["residual"])
+        others = {o for n, v in operands.items() if n != "residual" for o in origins(v, made_of)}
+        residual = origins(operands["residual"], made_of)
         if residual.isdisjoint(kept | others) and all(last[o] == number for o in residual):
             ending.add(var)
     return ending

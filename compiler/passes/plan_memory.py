@@ -36,8 +36,8 @@ from llmc.compiler.rewriter import (
     Expr,
     bindings,
     op_args,
+    origins,
     relax_functions,
-    variables,
     with_bindings,
 )
 
@@ -176,16 +176,12 @@ def _tensors(func: relax.Function) -> tuple[list[_Tensor], list[_Tensor]]:
                 found[var] = _Tensor(var, num_bytes, number, number)
             continue
         # Whatever reads a tensor may give it on, or a view of it: reshapes do, kernels do not.
-        within[var] = _read(value, within)
+        within[var] = origins(value, within)
         for origin in within[var] & found.keys():
             found[origin].last = number
-    returned = _read(func.body.body, within)
+    returned = origins(func.body.body, within)
     kept = [tensor for var, tensor in found.items() if var not in returned]
     return kept, [tensor for var, tensor in found.items() if var in returned]
-
-
-def _read(expr: Expr, within: dict[relax.Var, set[relax.Var]]) -> set[relax.Var]:
-    return {origin for var in variables(expr) for origin in within.get(var, ())}
 
 
 class _Place:

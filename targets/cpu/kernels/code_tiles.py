@@ -55,7 +55,7 @@ _TURNS = 4  # units of a step of the loop over them, and tiles for their sums
 _SLOTS = 4  # places in memory for what one stage leaves to the next
 _UNPACK, _STORE, _SUM = -2, 2, 3  # when a unit is, counted from when it is multiplied
 _WHOLE = 1.5 * 2**23  # a float32's last bit counts ones there, above and below
-_WHOLE_BITS = 0x4B400000
+_WHOLE_BITS = 0x4B400000  # of _WHOLE
 _LINE = 32  # features whose bits fill whole words in every plane
 _STORE_PARTS = 1  # and where a unit has two sums, which takes all tiles in two turns
 

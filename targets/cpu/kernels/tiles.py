@@ -73,11 +73,10 @@ class Product:
         count = x.ty.shape[1]
         weights = WeightPanels.arguments(fmt, m, k, table=table)
         biases = [argument("bias", (m,))] if bias else []
-        apart = residual and not in_place
-        residuals = [argument("residual", (1, count, m))] if apart else []
+        residuals = [argument("residual", (1, count, m))] if residual and not in_place else []
         gated = None if gate is None else gate(count)
         y = argument("y", (1, count, m)) if gated is None else None
-        if residual and in_place:
+        if in_place:
             residuals = [y]
 
         def start(expert: Expr, row: Expr, index: Expr) -> Expr:
