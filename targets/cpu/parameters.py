@@ -144,6 +144,14 @@ class Bfloat16Parameters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParameters:
+    """Choosing tokens from logits (kernels/argmax.py, draw.py): multiples of 16."""
+
+    part: int = 8192  # logits that a thread searches for the largest at a time
+    block: int = 512  # logits that are passed over together, and weighed together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CpuParameters:
     """Tunables of one instruction set: `linear` for any number of tokens, `few` for at most 8.
 
@@ -155,6 +163,7 @@ class CpuParameters:
     integer: IntegerParameters | None = None
     bfloat16: Bfloat16Parameters | None = None
     attention: AttentionTuning = field(default_factory=AttentionTuning)
+    sampling: SamplingParameters = field(default_factory=SamplingParameters)
 
 
 def _vectors(linear: LinearParameters, few_tiles: tuple[int, ...]) -> CpuParameters:

@@ -18,6 +18,7 @@ from llmc.targets.base import (
     KernelRule,
     Matrix,
     PackedPart,
+    Sampling,
     ScheduleRule,
     Target,
 )
@@ -28,6 +29,7 @@ from llmc.targets.cpu.layout import PANEL
 from llmc.targets.cpu.link import Platform, host_machine, link
 from llmc.targets.cpu.parameters import parameters_for
 from llmc.targets.cpu.rules import kernel_rules
+from llmc.targets.cpu.sampling import CpuSampling
 from llmc.targets.cpu.schedule import schedule_elementwise, schedule_reduction
 
 
@@ -137,9 +139,9 @@ class CpuTarget:
             ("cpu.reduction", schedule_reduction),
         )
 
-    def sampling(self, vocab_size: int) -> None:
-        """The host reads logits where they are."""
-        return None
+    def sampling(self, vocab_size: int) -> Sampling:
+        """By all threads: NumPy takes one, and several passes over what may be many megabytes."""
+        return CpuSampling(vocab_size, self._parameters.sampling).build()
 
     def key_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
         """`[Kv, elements]`, as kernels/kv_pages.py lays them out."""

@@ -10,7 +10,7 @@ from llmc.targets.gpu import layout
 from llmc.targets.gpu.layout import PANEL
 from llmc.targets.gpu.parameters import GpuParameters
 from llmc.targets.gpu.rules import key_page, value_page
-from llmc.targets.gpu.sampling import sampling
+from llmc.targets.gpu.sampling import GpuSampling
 
 
 class GpuTarget:
@@ -29,7 +29,7 @@ class GpuTarget:
 
     def sampling(self, vocab_size: int) -> Sampling:
         """On the device: logits of large batches would take longer to copy than to compute."""
-        return sampling(vocab_size, self.parameters)
+        return GpuSampling(vocab_size, self.parameters).build()
 
     def key_page(self, kv_heads: int, head_dim: int, kv_dtype: str) -> list[int]:
         """`[Kv, elements]`."""

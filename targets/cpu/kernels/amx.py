@@ -18,7 +18,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.cpu.kernels.panels import i64
+from llmc.targets.building import i64
 from llmc.targets.cpu.layout import ceildiv
 
 Expr = Any

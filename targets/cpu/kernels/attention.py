@@ -16,6 +16,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from llmc.errors import UnsupportedError
+from llmc.targets.building import argument, i64, size_var
 from llmc.targets.cpu.kernels import bfloat16
 from llmc.targets.cpu.kernels.attention_block import TileAttention
 from llmc.targets.cpu.kernels.attention_matrix import MatrixAttention
@@ -29,7 +30,7 @@ from llmc.targets.cpu.kernels.attention_tile import (
 )
 from llmc.targets.cpu.kernels.kv_pages import kv_type
 from llmc.targets.cpu.kernels.math import exp2, lane_sum
-from llmc.targets.cpu.kernels.panels import argument, i64, scratch, size_var
+from llmc.targets.cpu.kernels.panels import scratch
 from llmc.targets.cpu.kernels.vector import at, named, registers, spread
 
 __all__ = ["AttentionTuning", "paged_attention"]

@@ -19,12 +19,13 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import i64
 from llmc.targets.cpu.kernels import bfloat16
 from llmc.targets.cpu.kernels.attention_pages import ContextPages, Inputs, Work, masked
 from llmc.targets.cpu.kernels.attention_tile import LOG2E, LOWEST, Plan, Tile
 from llmc.targets.cpu.kernels.kv_pages import PageMatrix
 from llmc.targets.cpu.kernels.math import exp2, lane_max, tanh
-from llmc.targets.cpu.kernels.panels import i64, prefetch, scratch
+from llmc.targets.cpu.kernels.panels import prefetch, scratch
 from llmc.targets.cpu.kernels.vector import at, lanes_of, named, registers, spread
 
 Expr = Any

@@ -23,6 +23,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import i64
 from llmc.targets.cpu.kernels import amx, bfloat16
 from llmc.targets.cpu.kernels.attention_pages import ContextPages, Inputs, Work, masked
 from llmc.targets.cpu.kernels.attention_tile import (
@@ -36,7 +37,7 @@ from llmc.targets.cpu.kernels.attention_tile import (
 from llmc.targets.cpu.kernels.avx512 import power_of_two
 from llmc.targets.cpu.kernels.kv_pages import PageMatrix
 from llmc.targets.cpu.kernels.math import exp2, lane_max, tanh
-from llmc.targets.cpu.kernels.panels import get, i64, lanes, put, registers, scratch, splat
+from llmc.targets.cpu.kernels.panels import get, lanes, put, registers, scratch, splat
 from llmc.targets.cpu.kernels.vector import named
 
 Expr = Any

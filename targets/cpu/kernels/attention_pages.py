@@ -7,9 +7,9 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import i64
 from llmc.targets.cpu.kernels.attention_tile import Plan
 from llmc.targets.cpu.kernels.kv_pages import PageMatrix
-from llmc.targets.cpu.kernels.panels import i64
 from llmc.targets.cpu.kernels.vector import at, named, spread
 
 Expr = Any

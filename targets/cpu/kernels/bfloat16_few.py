@@ -13,9 +13,10 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import i64
 from llmc.targets.cpu.kernels import amx
 from llmc.targets.cpu.kernels.bfloat16_tiles import Values, tile_depth
-from llmc.targets.cpu.kernels.panels import for_each_row, i64, lanes, prefetch, scratch
+from llmc.targets.cpu.kernels.panels import for_each_row, lanes, prefetch, scratch
 from llmc.targets.cpu.kernels.register_tiles import slot_panel
 from llmc.targets.cpu.kernels.tile_tasks import (
     first_bytes,

@@ -15,6 +15,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import FORMATS
+from llmc.targets.building import argument, i64, size_var
 from llmc.targets.cpu.kernels.bfloat16 import dot, from_float32, with_dot
 from llmc.targets.cpu.kernels.bfloat16_few import bfloat16_few
 from llmc.targets.cpu.kernels.bfloat16_tiles import bfloat16_tiles, tile_depth
@@ -22,15 +23,12 @@ from llmc.targets.cpu.kernels.dot import sum_pairwise
 from llmc.targets.cpu.kernels.outputs import Gated
 from llmc.targets.cpu.kernels.panels import (
     WeightPanels,
-    argument,
     for_each_row,
     get,
-    i64,
     lanes,
     prefetch,
     put,
     registers,
-    size_var,
     splat,
 )
 from llmc.targets.cpu.kernels.register_tiles import Turn, multiply_tiles

@@ -15,8 +15,9 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import i64
 from llmc.targets.cpu.kernels import amx
-from llmc.targets.cpu.kernels.panels import i64, lanes, prefetch, scratch
+from llmc.targets.cpu.kernels.panels import lanes, prefetch, scratch
 from llmc.targets.cpu.kernels.tile_tasks import (
     Chunks,
     TileTask,

@@ -13,6 +13,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import i64
 from llmc.targets.cpu.kernels.avx512 import HALVES, INT16, UINT16, scale_halves, upper_bytes
 from llmc.targets.cpu.kernels.byte_rows import STEP
 from llmc.targets.cpu.kernels.outputs import rounded
@@ -20,7 +21,6 @@ from llmc.targets.cpu.kernels.panels import (
     F32X16,
     WeightPanels,
     get,
-    i64,
     lanes,
     prefetch,
     put,

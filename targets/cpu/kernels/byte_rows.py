@@ -17,6 +17,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import i64
 from llmc.targets.cpu.kernels import amx, vector
 from llmc.targets.cpu.kernels.avx512 import HALVES, INT16, UINT16, gather, scale_halves, upper_bytes
 from llmc.targets.cpu.kernels.bfloat16 import from_float32
@@ -26,7 +27,6 @@ from llmc.targets.cpu.kernels.outputs import fold
 from llmc.targets.cpu.kernels.panels import (
     F32X16,
     get,
-    i64,
     lanes,
     local,
     put,

@@ -21,11 +21,12 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.building import i64
 from llmc.targets.cpu.kernels import amx
 from llmc.targets.cpu.kernels.byte_panels import PIECE, BytePanels
 from llmc.targets.cpu.kernels.byte_rows import EXACT, STEP, ByteRows
 from llmc.targets.cpu.kernels.integer import CodedRows
-from llmc.targets.cpu.kernels.panels import F32X16, i64, lanes, local, prefetch, scratch, splat
+from llmc.targets.cpu.kernels.panels import F32X16, lanes, local, prefetch, scratch, splat
 from llmc.targets.cpu.kernels.register_tiles import fetch_residual
 from llmc.targets.cpu.kernels.tile_tasks import (
     Chunks,

@@ -22,6 +22,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.building import i64
 from llmc.targets.cpu.kernels import amx
 from llmc.targets.cpu.kernels.integer import CodedRows
 from llmc.targets.cpu.kernels.panels import (
@@ -29,7 +30,6 @@ from llmc.targets.cpu.kernels.panels import (
     WeightPanels,
     for_each_row,
     get,
-    i64,
     lanes,
     prefetch,
     put,

@@ -12,12 +12,12 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import i64
 from llmc.targets.cpu.kernels.panels import (
     Rows,
     WeightPanels,
     decode,
     get,
-    i64,
     lanes,
     prefetch,
     put,

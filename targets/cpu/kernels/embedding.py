@@ -14,7 +14,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
-from llmc.targets.cpu.kernels.panels import WeightPanels, argument, decode, i64, size_var
+from llmc.targets.building import argument, i64, size_var
+from llmc.targets.cpu.kernels.panels import WeightPanels, decode
 from llmc.targets.cpu.layout import stored_zero_point
 
 Expr = Any

@@ -10,7 +10,8 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.cpu.kernels.panels import i64, scratch
+from llmc.targets.building import i64
+from llmc.targets.cpu.kernels.panels import scratch
 
 Expr = Any
 

@@ -14,13 +14,13 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.building import i64
 from llmc.targets.cpu.kernels.bfloat16 import from_float32
 from llmc.targets.cpu.kernels.byte_dot import CENTRE
 from llmc.targets.cpu.kernels.panels import (
     F32X16,
     WeightPanels,
     get,
-    i64,
     lanes,
     prefetch,
     put,

@@ -15,9 +15,10 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.building import argument, i64, size_var
 from llmc.targets.cpu.kernels.expert_choices import group_choices
 from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
-from llmc.targets.cpu.kernels.panels import Rows, WeightPanels, argument, i64, size_var
+from llmc.targets.cpu.kernels.panels import Rows, WeightPanels
 from llmc.targets.cpu.kernels.register_tiles import Tile, Turn, cover_column, store_tile
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.kernels.unpacked import UnpackedPanels, unpack

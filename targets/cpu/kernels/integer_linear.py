@@ -20,13 +20,13 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.building import argument, i64, size_var
 from llmc.targets.cpu.kernels.bfloat16_tiles import bfloat16_tiles
 from llmc.targets.cpu.kernels.byte_tiles import byte_tiles
 from llmc.targets.cpu.kernels.byte_tiles import takes as takes_bytes
 from llmc.targets.cpu.kernels.code_tiles import code_tiles, takes
 from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
 from llmc.targets.cpu.kernels.outputs import Gated
-from llmc.targets.cpu.kernels.panels import argument, i64, size_var
 from llmc.targets.cpu.kernels.register_tiles import Multiply, Turn, multiply_tiles
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.kernels.unpacked import UnpackedPanels, unpack

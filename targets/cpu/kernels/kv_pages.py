@@ -19,10 +19,10 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.errors import UnsupportedError
+from llmc.targets.building import i64
 from llmc.targets.cpu.kernels import bfloat16
 from llmc.targets.cpu.kernels.bfloat16 import typed
 from llmc.targets.cpu.kernels.math import lane_max, nearest
-from llmc.targets.cpu.kernels.panels import i64
 from llmc.targets.cpu.kernels.vector import at, convert, lanes_of, registers, spread
 
 Expr = Any

@@ -15,14 +15,9 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.building import argument, i64, size_var
 from llmc.targets.cpu.kernels.dot import prepare_activations
-from llmc.targets.cpu.kernels.panels import (
-    Rows,
-    WeightPanels,
-    argument,
-    i64,
-    size_var,
-)
+from llmc.targets.cpu.kernels.panels import Rows, WeightPanels
 from llmc.targets.cpu.kernels.tiles import (
     Product,
     dot_tile,

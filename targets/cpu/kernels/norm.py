@@ -13,10 +13,11 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder, tirx
 from tvm.tirx import Buffer, Expr, PrimFunc
 
+from llmc.targets.building import argument, i64, size_var
 from llmc.targets.cpu.kernels import panels
 from llmc.targets.cpu.kernels.math import lane_sum
 from llmc.targets.cpu.kernels.outputs import Output, for_each_block
-from llmc.targets.cpu.kernels.panels import get, i64, put, splat
+from llmc.targets.cpu.kernels.panels import get, put, splat
 from llmc.targets.cpu.kernels.vector import at, for_rows, lanes_of, registers, spread
 from llmc.targets.cpu.layout import PANEL
 
@@ -73,9 +74,9 @@ def narrow_rms_norm(
         with tirx.prim_func(s_tir=True):
             tirx.func_name("narrow_rms_norm")
             tirx.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-            count = panels.size_var("num_tokens") if tokens is None else i64(tokens)
-            x = panels.argument("x", (1, count, features))
-            weight = panels.argument("weight", (features,))
+            count = size_var("num_tokens") if tokens is None else i64(tokens)
+            x = argument("x", (1, count, features))
+            weight = argument("weight", (features,))
             out = output(count)
 
             def normalize(row: Expr) -> None:

@@ -13,10 +13,11 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from llmc.errors import UnsupportedError
+from llmc.targets.building import argument, i64
 from llmc.targets.cpu.kernels import avx512, vector
 from llmc.targets.cpu.kernels.bfloat16 import from_float32
 from llmc.targets.cpu.kernels.math import gelu, gelu_tanh, relu, silu
-from llmc.targets.cpu.kernels.panels import argument, get, i64, lanes, local, put, registers, splat
+from llmc.targets.cpu.kernels.panels import get, lanes, local, put, registers, splat
 from llmc.targets.cpu.layout import PANEL
 
 Expr = Any

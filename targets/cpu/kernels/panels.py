@@ -16,6 +16,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.building import argument, i64
 from llmc.targets.cpu.kernels.byte_table import ByteTable, lookup_scalar
 from llmc.targets.cpu.kernels.vector import SERIAL_FLOATS
 from llmc.targets.cpu.layout import (
@@ -34,11 +35,6 @@ Expr = Any
 F32X16 = "float32x16"
 
 
-def i64(value: int) -> Expr:
-    """An int64 constant: every index is 64 bits wide, so that no weight or batch is too large."""
-    return tirx.IntImm("int64", value)
-
-
 def splat(value: float) -> Expr:
     """`value` in all 16 lanes."""
     return T.broadcast(T.float32(value), PANEL)
@@ -47,17 +43,6 @@ def splat(value: float) -> Expr:
 def lanes(start: Expr) -> Expr:
     """The 16 consecutive indices from `start`."""
     return T.ramp(start, i64(1), PANEL)
-
-
-def size_var(name: str) -> Expr:
-    """A symbolic dimension."""
-    return tirx.Var(name, "int64")
-
-
-def argument(name: str, shape: tuple[int | Expr, ...], dtype: str = "float32") -> Expr:
-    """Declares the kernel's next buffer argument."""
-    dims = [i64(d) if isinstance(d, int) else d for d in shape]
-    return T.arg(name, T.Buffer(dims, dtype))
 
 
 def scratch(shape: tuple[int | Expr, ...], dtype: str = "float32") -> Expr:

@@ -13,8 +13,8 @@ import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import argument, i64
 from llmc.targets.cpu.kernels import amx
-from llmc.targets.cpu.kernels.panels import argument, i64
 
 CHAINS = 16
 TILE_CHAINS = amx.PANELS * amx.PANELS

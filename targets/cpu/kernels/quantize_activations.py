@@ -8,8 +8,9 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
+from llmc.targets.building import argument, i64, size_var
 from llmc.targets.cpu.kernels.outputs import Quantized, for_each_block
-from llmc.targets.cpu.kernels.panels import argument, for_each_row, i64, lanes, size_var
+from llmc.targets.cpu.kernels.panels import for_each_row, lanes
 from llmc.targets.cpu.layout import PANEL
 
 Expr = Any

@@ -11,16 +11,9 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import i64
 from llmc.targets.cpu.kernels.outputs import Gated, blocks_together
-from llmc.targets.cpu.kernels.panels import (
-    WeightPanels,
-    get,
-    i64,
-    lanes,
-    prefetch,
-    registers,
-    scratch,
-)
+from llmc.targets.cpu.kernels.panels import WeightPanels, get, lanes, prefetch, registers, scratch
 from llmc.targets.cpu.kernels.tiles import Product, load_panel, store_panel
 from llmc.targets.cpu.layout import PANEL, ceildiv
 from llmc.targets.cpu.parameters import Tiling

@@ -15,8 +15,9 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import i64
 from llmc.targets.cpu.kernels import amx
-from llmc.targets.cpu.kernels.panels import i64, lanes
+from llmc.targets.cpu.kernels.panels import lanes
 from llmc.targets.cpu.kernels.register_tiles import slot_panel, store_slots, store_tile
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.layout import PANEL, ceildiv

@@ -10,15 +10,14 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.building import argument, i64
 from llmc.targets.cpu.kernels.byte_table import ByteTable
 from llmc.targets.cpu.kernels.dot import Activations, dot_panel
 from llmc.targets.cpu.kernels.outputs import Gated
 from llmc.targets.cpu.kernels.panels import (
     Rows,
     WeightPanels,
-    argument,
     get,
-    i64,
     k_block_words,
     lanes,
     put,

@@ -14,7 +14,8 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
-from llmc.targets.cpu.kernels.panels import WeightPanels, i64, lanes, scratch
+from llmc.targets.building import i64
+from llmc.targets.cpu.kernels.panels import WeightPanels, lanes, scratch
 from llmc.targets.cpu.layout import PANEL
 
 Expr = Any

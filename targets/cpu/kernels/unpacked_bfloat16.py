@@ -9,7 +9,8 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.cpu.kernels.panels import F32X16, WeightPanels, i64, lanes, splat
+from llmc.targets.building import i64
+from llmc.targets.cpu.kernels.panels import F32X16, WeightPanels, lanes, splat
 from llmc.targets.cpu.layout import PANEL, stored_zero_point
 
 Expr = Any

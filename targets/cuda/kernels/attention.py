@@ -11,10 +11,11 @@ from typing import Any
 from tvm.backend.cuda.op import cuda_func_call
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import i64
 from llmc.targets.cuda.kernels.source import NAMES, source
 from llmc.targets.cuda.parameters import FLASH_PLANS, FlashPlan
 from llmc.targets.gpu.kernels.attention_inputs import Inputs, Shape
-from llmc.targets.gpu.kernels.block import i64, launch, quotient
+from llmc.targets.gpu.kernels.block import launch, quotient
 from llmc.targets.gpu.layout import ceildiv
 
 Expr = Any

@@ -7,11 +7,12 @@ from typing import Any
 from tvm.backend.cuda.op import cuda_func_call
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import i64
 from llmc.targets.cuda.kernels.source import NAMES, source
 from llmc.targets.cuda.kernels.tensor_cores import start
 from llmc.targets.cuda.parameters import DecodePlan
 from llmc.targets.gpu.kernels.attention_inputs import LOG2E, Inputs, Shape
-from llmc.targets.gpu.kernels.block import i64, launch, workspace
+from llmc.targets.gpu.kernels.block import launch, workspace
 
 Expr = Any
 

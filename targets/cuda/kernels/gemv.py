@@ -13,10 +13,11 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from llmc.formats import WeightFormat
+from llmc.targets.building import argument, i64, kernel
 from llmc.targets.cuda.kernels.source import NAMES, source
 from llmc.targets.cuda.kernels.tensor_cores import CHUNKS, cuda_format, start
 from llmc.targets.cuda.parameters import CLUSTERS, STREAM_BYTES, GemvPlan, StreamPlan, gemv_plan
-from llmc.targets.gpu.kernels.block import argument, i64, kernel, launch
+from llmc.targets.gpu.kernels.block import launch
 from llmc.targets.gpu.kernels.weights import Weights
 from llmc.targets.gpu.layout import (
     PANEL,

@@ -15,17 +15,10 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from llmc.formats import WeightFormat
+from llmc.targets.building import argument, i64, kernel
 from llmc.targets.cuda.kernels.source import NAMES, source
 from llmc.targets.cuda.parameters import FewTokens, ManyTokens, Step, TensorCorePlan
-from llmc.targets.gpu.kernels.block import (
-    argument,
-    i64,
-    kernel,
-    launch,
-    quotient_up,
-    rows_of,
-    workspace,
-)
+from llmc.targets.gpu.kernels.block import launch, quotient_up, rows_of, workspace
 from llmc.targets.gpu.kernels.weights import Weights
 from llmc.targets.gpu.layout import ceildiv, chunk_features, num_chunks, stored_groups
 

@@ -14,19 +14,12 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from llmc.formats import WeightFormat
+from llmc.targets.building import argument, i64, kernel
 from llmc.targets.cuda.kernels.gemv import GATES
 from llmc.targets.cuda.kernels.source import NAMES, source
 from llmc.targets.cuda.kernels.tensor_cores import cuda_format, start
 from llmc.targets.cuda.parameters import WIDE_CLUSTERS, TensorCorePlan, WideTokens
-from llmc.targets.gpu.kernels.block import (
-    argument,
-    i64,
-    kernel,
-    launch,
-    quotient_up,
-    rows_of,
-    workspace,
-)
+from llmc.targets.gpu.kernels.block import launch, quotient_up, rows_of, workspace
 from llmc.targets.gpu.kernels.weights import Weights
 from llmc.targets.gpu.layout import PANEL, ceildiv, chunk_features, num_chunks, stored_groups
 

@@ -9,17 +9,8 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from llmc.errors import UnsupportedError
-from llmc.targets.gpu.kernels.block import (
-    argument,
-    f32,
-    i64,
-    kernel,
-    launch,
-    put,
-    rows_of,
-    to_f32,
-    when,
-)
+from llmc.targets.building import argument, f32, i64, kernel, put, to_f32, when
+from llmc.targets.gpu.kernels.block import launch, rows_of
 from llmc.targets.gpu.parameters import GpuParameters
 
 Expr = Any

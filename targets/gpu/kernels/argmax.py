@@ -11,19 +11,8 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from llmc.targets.gpu.kernels.block import (
-    argument,
-    i64,
-    kernel,
-    launch,
-    put,
-    registers,
-    shared,
-    size_var,
-    strided,
-    sync,
-    when,
-)
+from llmc.targets.building import argument, i64, kernel, put, registers, size_var, when
+from llmc.targets.gpu.kernels.block import launch, shared, strided, sync
 from llmc.targets.gpu.layout import ceildiv
 from llmc.targets.gpu.parameters import SamplingParameters
 

@@ -15,11 +15,12 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from llmc.errors import UnsupportedError
+from llmc.targets.building import argument, i64, kernel, size_var
 from llmc.targets.gpu.kernels.attention_decode import decode as decodes
 from llmc.targets.gpu.kernels.attention_inputs import Inputs, Shape
 from llmc.targets.gpu.kernels.attention_plans import DecodePlan, TilePlan
 from llmc.targets.gpu.kernels.attention_tile import prefill as tiles
-from llmc.targets.gpu.kernels.block import argument, i64, kernel, rows_of, size_var
+from llmc.targets.gpu.kernels.block import rows_of
 from llmc.targets.gpu.kernels.kv_pages import kv_type
 from llmc.targets.gpu.parameters import GpuParameters
 

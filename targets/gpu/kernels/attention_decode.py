@@ -19,26 +19,21 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import f32, i64, put, registers, to_f32, when
 from llmc.targets.gpu.kernels.attention_inputs import Inputs, Shape
 from llmc.targets.gpu.kernels.attention_plans import DecodePlan
 from llmc.targets.gpu.kernels.block import (
     LOWEST,
     add,
-    f32,
-    i64,
     launch,
     maximum,
-    put,
     quotient,
     quotient_up,
     reduce_all,
-    registers,
     remainder,
     shared,
     strided,
     sync,
-    to_f32,
-    when,
     when_all,
     workspace,
 )

@@ -7,12 +7,8 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.gpu.kernels.block import (
-    f32,
-    i64,
-    quotient,
-    to_f32,
-)
+from llmc.targets.building import f32, i64, to_f32
+from llmc.targets.gpu.kernels.block import quotient
 from llmc.targets.gpu.kernels.kv_pages import KvType, PageShape, key_shape, value_shape
 
 Expr = Any

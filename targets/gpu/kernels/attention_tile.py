@@ -20,24 +20,19 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import f32, i64, put, registers, to_f32, when
 from llmc.targets.gpu.kernels.attention_inputs import Inputs, Shape
 from llmc.targets.gpu.kernels.attention_plans import ACROSS, TilePlan
 from llmc.targets.gpu.kernels.block import (
     LOWEST,
-    f32,
-    i64,
     launch,
-    put,
     quotient,
     quotient_up,
     read_vector,
-    registers,
     remainder,
     shared,
     strided,
     sync,
-    to_f32,
-    when,
     when_all,
     write_vector,
 )

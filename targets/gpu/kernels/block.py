@@ -12,43 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import tvm
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import Extent, f32, i64, index, put, registers, size_var, when
 from llmc.targets.gpu.parameters import Features
 
 Expr = Any
-Extent = int | Expr
 LOWEST = -3.0e38
 """Below every score, and finite: LOWEST - LOWEST is 0, not NaN."""
-
-
-def i64(value: int) -> Expr:
-    """An int64 constant."""
-    return tirx.IntImm("int64", value)
-
-
-def index(value: Extent) -> Expr:
-    """An extent or an index as an expression."""
-    return i64(value) if isinstance(value, int) else value
-
-
-def f32(value: float) -> Expr:
-    """A float32 constant, rounded here: generators print more digits than a float has."""
-    return T.float32(float(np.float32(value)))
-
-
-def to_f32(value: Expr) -> Expr:
-    """Any number as float32: what all sums are made in."""
-    return T.Cast("float32", value)
-
-
-def size_var(name: str) -> Expr:
-    """A symbolic dimension."""
-    return tirx.Var(name, "int64")
 
 
 def rows_of(tokens: int | None) -> Expr:
@@ -56,37 +29,9 @@ def rows_of(tokens: int | None) -> Expr:
     return size_var("num_tokens") if tokens is None else i64(tokens)
 
 
-class Building:
-    """A kernel under construction; `func` is there once the frame is closed."""
-
-    func: tvm.tirx.PrimFunc
-
-
-@contextmanager
-def kernel(name: str) -> Iterator[Building]:
-    """Opens a PrimFunc; its arguments, then its launches follow inside."""
-    building = Building()
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-            yield building
-    building.func = builder.get()
-
-
-def argument(name: str, shape: tuple[Extent, ...], dtype: str = "float32") -> Expr:
-    """Declares the kernel's next buffer argument."""
-    return T.arg(name, T.Buffer([index(d) for d in shape], dtype))
-
-
 def shared(shape: tuple[int, ...], dtype: str = "float32") -> Expr:
     """Memory of the block."""
     return T.alloc_buffer([i64(d) for d in shape], dtype, scope="shared")
-
-
-def registers(shape: tuple[int, ...], dtype: str = "float32") -> Expr:
-    """Memory of one thread: registers where every index is a constant once loops are unrolled."""
-    return T.alloc_buffer([i64(d) for d in shape], dtype, scope="local")
 
 
 def workspace(shape: tuple[Extent, ...], dtype: str = "float32") -> Expr:
@@ -141,13 +86,6 @@ def quotient_up(a: Expr, b: int) -> Expr:
 
 
 @contextmanager
-def when(condition: Expr) -> Iterator[None]:
-    """Only where the condition holds."""
-    with T.If(condition), T.Then():
-        yield
-
-
-@contextmanager
 def when_all(condition: Expr) -> Iterator[None]:
     """Only where the condition holds, which has to be the same for the whole block.
 
@@ -169,14 +107,6 @@ def strided(start: Expr, extent: Extent, step: int) -> Iterator[Expr]:
         element = T.Bind(i * i64(step) + start)
         with when(element < index(extent)):
             yield element
-
-
-def put(buffer: Expr, value: Expr, *indices: Extent) -> None:
-    """Stores a value in the buffer's own type."""
-    dtype = str(buffer.ty.dtype)
-    if str(value.ty.dtype) != dtype:
-        value = T.Cast(dtype, value)
-    T.buffer_store(buffer, value, [index(i) for i in indices])
 
 
 def read_vector(buffer: Expr, at: tuple[Expr, ...], lanes: int) -> list[Expr]:

@@ -12,25 +12,11 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from llmc.targets.gpu.kernels.block import (
-    add,
-    argument,
-    f32,
-    i64,
-    kernel,
-    launch,
-    put,
-    reduce_all,
-    registers,
-    shared,
-    size_var,
-    strided,
-    sync,
-    to_f32,
-    when,
-    when_all,
-)
-from llmc.targets.gpu.kernels.token_limits import (
+from llmc.targets.building import argument, f32, i64, kernel, put, registers, size_var, to_f32, when
+from llmc.targets.gpu.kernels.block import add, launch, reduce_all, shared, strided, sync, when_all
+from llmc.targets.gpu.layout import ceildiv
+from llmc.targets.gpu.parameters import Features, SamplingParameters
+from llmc.targets.token_search import (
     INTEGERS,
     LIMIT,
     MAX_DISTANCE,
@@ -39,12 +25,11 @@ from llmc.targets.gpu.kernels.token_limits import (
     SCALE,
     SETTINGS,
     TIES,
+    Pick,
     distance,
     distance_of,
     key_of,
 )
-from llmc.targets.gpu.layout import ceildiv
-from llmc.targets.gpu.parameters import Features, SamplingParameters
 
 Expr = Any
 
@@ -100,7 +85,7 @@ def draw(vocab_size: int, params: SamplingParameters) -> PrimFunc:
                 found, place_of = shared((2,), "int32"), shared((2,), "int32")
                 share = shared((1,))
                 with when(thread == i64(0)):
-                    picked = _Pick(tokens, parts, tokens.num_ties)
+                    picked = Pick(tokens.tie_weight, parts, tokens.num_ties)
                     picked.pick(
                         lambda i: (part_weights[i], part_ties[i]),
                         tokens.setting(PART_SHARE),
@@ -119,7 +104,7 @@ def draw(vocab_size: int, params: SamplingParameters) -> PrimFunc:
                 put(thread_ties, tokens.ties[i64(0)], thread)
                 sync()
                 with when(thread == i64(0)):
-                    picked = _Pick(tokens, threads, left)
+                    picked = Pick(tokens.tie_weight, threads, left)
                     picked.pick(
                         lambda i: (thread_weights[i], thread_ties[i]),
                         tokens.setting(PLACE_SHARE),
@@ -132,7 +117,7 @@ def draw(vocab_size: int, params: SamplingParameters) -> PrimFunc:
                 left = T.Bind(place_of[i64(1)])
                 rest = T.Bind(share[i64(0)])
                 with when(owner == thread):
-                    picked = _Pick(tokens, places, left)
+                    picked = Pick(tokens.tie_weight, places, left)
                     picked.pick(
                         lambda i: tokens.of_token(T.Bind(begin + i), vocab_size),
                         rest,
@@ -216,62 +201,3 @@ class _Row:
         weight, tie = self.of_token(column, vocab_size)
         put(self.weight, self.weight[i64(0)] + weight, 0)
         put(self.ties, self.ties[i64(0)] + tie, 0)
-
-
-class _Pick:
-    """One of `count` places, as likely as its weight and that of its ties that are left."""
-
-    def __init__(self, row: _Row, count: int, num_ties: Expr) -> None:
-        self._row, self._count, self._num_ties = row, count, num_ties
-        self.index = registers((1,), "int32")
-        self.ties_left = registers((1,), "int32")  # where the place begins
-        self._sum, self._below = registers((1,)), registers((1,))
-        self._point = registers((1,))
-
-    def pick(self, at: Any, share: Expr) -> None:  # noqa: ANN401 - at(i) -> (weight, ties)
-        """Finds where `share` of the whole weight is reached: a place with a weight."""
-        zero = i64(0)
-        left = registers((1,), "int32")
-        self._walk(at, left, lambda i, before: None)
-        put(self._point, share * self._sum[zero], 0)
-        reached = registers((1,), "int32")
-        put(reached, T.int32(0), 0)
-        put(self.index, T.int32(0), 0)
-        put(self._below, f32(0), 0)
-        put(self.ties_left, self._num_ties, 0)
-
-        def look(i: Expr, before: Expr) -> None:
-            below, ties = before
-            weighs = self._sum[zero] > below
-            with when(T.And(reached[zero] == T.int32(0), weighs)):
-                put(self.index, T.Cast("int32", i), 0)
-                put(self._below, below, 0)
-                put(self.ties_left, ties, 0)
-                put(reached, T.Cast("int32", self._sum[zero] > self._point[zero]), 0)
-                put(self._above, self._sum[zero], 0)
-
-        self._above = registers((1,))
-        put(self._above, f32(1), 0)
-        self._walk(at, left, look)
-
-    def share(self) -> Expr:
-        """How far into the place's own weight the point is, in [0, 1]."""
-        zero = i64(0)
-        below = T.Bind(self._below[zero])
-        return (self._point[zero] - below) / (self._above[zero] - below)
-
-    def _walk(self, at: Any, left: Expr, look: Any) -> None:  # noqa: ANN401
-        zero = i64(0)
-        put(left, self._num_ties, 0)
-        put(self._sum, f32(0), 0)
-        with T.serial(i64(self._count)) as i:
-            weight, ties = at(i)
-            before = registers((1,))
-            ties_before = registers((1,), "int32")
-            put(before, self._sum[zero], 0)
-            put(ties_before, left[zero], 0)
-            taken = T.Bind(T.min(ties, left[zero]))
-            put(left, left[zero] - taken, 0)
-            mass = weight + to_f32(taken) * self._row.tie_weight
-            put(self._sum, self._sum[zero] + mass, 0)
-            look(i, (before[zero], ties_before[zero]))

@@ -6,16 +6,8 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from llmc.formats import WeightFormat
-from llmc.targets.gpu.kernels.block import (
-    argument,
-    i64,
-    kernel,
-    launch,
-    put,
-    rows_of,
-    strided,
-    when,
-)
+from llmc.targets.building import argument, i64, kernel, put, when
+from llmc.targets.gpu.kernels.block import launch, rows_of, strided
 from llmc.targets.gpu.kernels.weights import Weights, panel_lane
 from llmc.targets.gpu.parameters import GpuParameters
 

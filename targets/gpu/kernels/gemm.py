@@ -13,16 +13,8 @@ from typing import Any, Protocol
 
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.gpu.kernels.block import (
-    f32,
-    i64,
-    put,
-    read_vector,
-    registers,
-    shared,
-    sync,
-    when,
-)
+from llmc.targets.building import f32, i64, put, registers, when
+from llmc.targets.gpu.kernels.block import read_vector, shared, sync
 from llmc.targets.gpu.kernels.gemv import load_vector, vector_lanes
 from llmc.targets.gpu.kernels.weights import Weights
 from llmc.targets.gpu.layout import PANEL, ceildiv

@@ -13,16 +13,8 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.gpu.kernels.block import (
-    f32,
-    i64,
-    put,
-    registers,
-    shared,
-    sync,
-    to_f32,
-    when,
-)
+from llmc.targets.building import f32, i64, put, registers, to_f32, when
+from llmc.targets.gpu.kernels.block import shared, sync
 from llmc.targets.gpu.kernels.weights import Weights
 from llmc.targets.gpu.layout import PANEL, ceildiv
 from llmc.targets.gpu.parameters import GemvParameters

@@ -14,16 +14,9 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from llmc.formats import WeightFormat
+from llmc.targets.building import argument, i64, kernel, put, to_f32
 from llmc.targets.gpu.kernels import gemv
-from llmc.targets.gpu.kernels.block import (
-    argument,
-    i64,
-    kernel,
-    launch,
-    put,
-    rows_of,
-    to_f32,
-)
+from llmc.targets.gpu.kernels.block import launch, rows_of
 from llmc.targets.gpu.kernels.weights import Weights
 from llmc.targets.gpu.layout import PANEL, ceildiv
 from llmc.targets.gpu.parameters import GemvParameters

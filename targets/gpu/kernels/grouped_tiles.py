@@ -14,22 +14,9 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from llmc.formats import WeightFormat
+from llmc.targets.building import argument, i64, kernel, put, registers, size_var, to_f32, when
 from llmc.targets.gpu.kernels import gemm
-from llmc.targets.gpu.kernels.block import (
-    argument,
-    i64,
-    kernel,
-    launch,
-    put,
-    quotient,
-    registers,
-    remainder,
-    size_var,
-    to_f32,
-    when,
-    when_all,
-    workspace,
-)
+from llmc.targets.gpu.kernels.block import launch, quotient, remainder, when_all, workspace
 from llmc.targets.gpu.kernels.weights import Weights
 from llmc.targets.gpu.layout import ceildiv
 

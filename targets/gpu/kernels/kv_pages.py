@@ -18,7 +18,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.errors import UnsupportedError
-from llmc.targets.gpu.kernels.block import f32, i64, registers, to_f32
+from llmc.targets.building import f32, i64, registers, to_f32
 from llmc.targets.gpu.layout import ceildiv
 
 Expr = Any

@@ -14,23 +14,15 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from llmc.errors import UnsupportedError
+from llmc.targets.building import argument, f32, i64, kernel, put, registers, size_var, to_f32, when
 from llmc.targets.gpu.kernels.block import (
-    argument,
-    f32,
-    i64,
-    kernel,
     launch,
     maximum,
-    put,
     quotient,
     reduce,
-    registers,
     remainder,
     rows_of,
-    size_var,
     strided,
-    to_f32,
-    when,
     when_all,
 )
 from llmc.targets.gpu.kernels.kv_pages import PageShape, key_shape, kv_type, value_shape

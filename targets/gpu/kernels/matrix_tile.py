@@ -18,7 +18,8 @@ from typing import Any, Protocol
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
-from llmc.targets.gpu.kernels.block import f32, i64, put, registers, shared, sync, when
+from llmc.targets.building import f32, i64, put, registers, when
+from llmc.targets.gpu.kernels.block import shared, sync
 from llmc.targets.gpu.kernels.gemm import TileWork, load_weights, share
 from llmc.targets.gpu.kernels.gemv import load_vector, vector_lanes
 from llmc.targets.gpu.kernels.weights import Weights

@@ -14,20 +14,8 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from llmc.targets.gpu.kernels.block import (
-    add,
-    argument,
-    f32,
-    i64,
-    kernel,
-    launch,
-    put,
-    reduce,
-    registers,
-    rows_of,
-    strided,
-    to_f32,
-)
+from llmc.targets.building import argument, f32, i64, kernel, put, registers, to_f32
+from llmc.targets.gpu.kernels.block import add, launch, reduce, rows_of, strided
 from llmc.targets.gpu.parameters import GpuParameters
 
 Expr = Any

@@ -7,17 +7,8 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from llmc.targets.gpu.kernels.block import (
-    argument,
-    i64,
-    kernel,
-    launch,
-    put,
-    registers,
-    rows_of,
-    to_f32,
-    when,
-)
+from llmc.targets.building import argument, i64, kernel, put, registers, to_f32, when
+from llmc.targets.gpu.kernels.block import launch, rows_of
 from llmc.targets.gpu.parameters import GpuParameters
 
 Expr = Any

@@ -8,7 +8,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
-from llmc.targets.gpu.kernels.block import argument, f32, i64, registers, to_f32
+from llmc.targets.building import argument, f32, i64, registers, to_f32
 from llmc.targets.gpu.layout import (
     CHUNK_WORDS,
     PANEL,

@@ -7,7 +7,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
-from llmc.targets.gpu.kernels.block import f32, i64
+from llmc.targets.building import f32, i64
 
 Expr = Any
 

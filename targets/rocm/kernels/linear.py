@@ -10,7 +10,8 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from llmc.formats import WeightFormat
-from llmc.targets.gpu.kernels.block import i64, kernel, launch, quotient_up
+from llmc.targets.building import i64, kernel
+from llmc.targets.gpu.kernels.block import launch, quotient_up
 from llmc.targets.gpu.kernels.gemm import TileWork
 from llmc.targets.gpu.kernels.linear import LinearArguments
 from llmc.targets.gpu.kernels.weights import Weights

@@ -22,19 +22,14 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
+from llmc.targets.building import f32, i64, put, registers, to_f32, when
 from llmc.targets.gpu.kernels.block import (
-    f32,
-    i64,
     launch,
-    put,
     quotient,
     quotient_up,
-    registers,
     remainder,
     shared,
     sync,
-    to_f32,
-    when,
     workspace,
 )
 from llmc.targets.gpu.kernels.gemm import TileWork

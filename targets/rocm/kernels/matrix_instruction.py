@@ -17,7 +17,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.gpu.kernels.block import i64
+from llmc.targets.building import i64
 
 Expr = Any
 SIDE = 16

@@ -7,7 +7,7 @@ from matrices import build, tensor
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.cpu.kernels.panels import argument, i64, size_var
+from llmc.targets.building import argument, i64, size_var
 from llmc.targets.cpu.kernels.register_tiles import Turn
 
 STEPS = 64

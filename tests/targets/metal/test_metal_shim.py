@@ -8,15 +8,8 @@ import metal_shim
 import numpy as np
 import pytest
 
-from llmc.targets.gpu.kernels.block import (
-    add,
-    argument,
-    kernel,
-    launch,
-    put,
-    reduce,
-    rows_of,
-)
+from llmc.targets.building import argument, kernel, put
+from llmc.targets.gpu.kernels.block import add, launch, reduce, rows_of
 from llmc.targets.metal.target import PARAMETERS
 
 pytestmark = pytest.mark.skipif(

@@ -12,8 +12,9 @@ from matrices import random_matrix
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import FORMATS
+from llmc.targets.building import i64, put
 from llmc.targets.gpu import layout
-from llmc.targets.gpu.kernels.block import i64, put, quotient, shared, sync
+from llmc.targets.gpu.kernels.block import quotient, shared, sync
 from llmc.targets.gpu.kernels.grouped_tiles import grouped_tiles
 from llmc.targets.rocm.kernels.linear import ExpertTile, linear_matrix, threads
 from llmc.targets.rocm.kernels.matrix import Product, multiplied_type
