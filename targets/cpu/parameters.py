@@ -78,18 +78,31 @@ class TileParameters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CodeTileParameters:
-    """How products of a few rows use matrix registers (kernels/code_tiles.py)."""
+class FewTokens:
+    """How products of a few rows use matrix registers."""
 
     first: int  # products of at least so many tokens use them
     last: int  # and of at most so many
     panels: int = 8  # of a task, at most
     min_columns: int = 8  # tasks that a matrix' rows are shared out to, at least
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodeTileParameters(FewTokens):
+    """By codes as they are (kernels/code_tiles.py)."""
+
     streams: int = 4  # places at which a row of weights is read, of 1, 2 and 4
     ahead: int = 4  # units of a stream asked for before they are unpacked
 
     def __post_init__(self) -> None:
         assert self.streams in (1, 2, 4), self  # a turn of the loop is one of four
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NestedTileParameters(FewTokens):
+    """By codes times sub-scales (kernels/nested_tiles.py)."""
+
+    ahead: int = 3  # steps of 64 features asked for before they are unpacked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +132,7 @@ class IntegerParameters:
     tiles: TileParameters | None = None  # None: there are no matrix registers
     byte_tiles: TileParameters | None = None  # in their place, for what these take
     code_tiles: CodeTileParameters | None = None
+    nested_tiles: NestedTileParameters | None = None  # in their place, for what these take
     avx512_gate: bool = False  # activations as precise as what they are rounded to
 
     def of(self, fmt: WeightFormat) -> IntegerParameters:
@@ -241,6 +255,7 @@ PARAMETERS: dict[str, CpuParameters] = {
             tiles=TileParameters(crossover=24),
             byte_tiles=TileParameters(crossover=16, steps=32),
             code_tiles=CodeTileParameters(first=9, last=16),
+            nested_tiles=NestedTileParameters(first=9, last=16),
             avx512_gate=True,
         ),
         bfloat16=Bfloat16Parameters(

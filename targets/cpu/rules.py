@@ -31,11 +31,12 @@ from llmc.targets.cpu.parameters import (
     FewTileParameters,
     IntegerParameters,
     LinearParameters,
+    NestedTileParameters,
     TileParameters,
 )
 
 Expr = Any
-Few = TypeVar("Few", CodeTileParameters, FewTileParameters)
+Few = TypeVar("Few", CodeTileParameters, NestedTileParameters, FewTileParameters)
 
 
 def kernel_rules(parameters: CpuParameters, few_tokens: int) -> list[tuple[str, KernelRule]]:
@@ -132,6 +133,7 @@ def _integer_linear(site: Site, params: IntegerParameters | None) -> Kernel | No
         tiles=_tiles(site, params.tiles),
         byte_tiles=_tiles(site, params.byte_tiles),
         code_tiles=_few_tiles(site, params.code_tiles),
+        nested_tiles=_few_tiles(site, params.nested_tiles),
     )
     m, k = site.extents("weight")
     rows = site.types["codes"].shape[1]

@@ -39,15 +39,19 @@ from llmc.targets.cpu.kernels.panels import (
 )
 from llmc.targets.cpu.kernels.register_tiles import slot_panel
 from llmc.targets.cpu.kernels.tile_tasks import (
+    code_bytes,
     first_bytes,
     for_each_column,
+    in_each_byte,
+    interleave,
     panels_of_a_task,
     row_groups,
     store_sums,
     store_totals,
+    unit_addresses,
 )
 from llmc.targets.cpu.kernels.tiles import Product
-from llmc.targets.cpu.layout import PANEL, ceildiv, plane_suffixes
+from llmc.targets.cpu.layout import PANEL, ceildiv
 from llmc.targets.cpu.parameters import CodeTileParameters
 
 Expr = Any
@@ -258,7 +262,7 @@ class _Task:
                     now.append(stage(first + i64(step), turn))
                 elif 0 <= time - lag < units:
                     now.append(stage(i64(step), turn))
-            _interleave(now)
+            interleave(now)
 
         whole = max(0, (units + _UNPACK) // _TURNS - 1)
         for time in range(_UNPACK, _TURNS):
@@ -280,7 +284,7 @@ class _Task:
         weights, unit = self.product.weights, self.streams.unit(step, turn)
         over, next_unit = self.streams.next(step, turn)
         next_panel = T.Bind(T.Select(over, following, panel))
-        addresses = self._addresses(next_panel, next_unit)
+        addresses = unit_addresses(weights, next_panel, next_unit, self.rows.unit)
         words = self.rows.unit // 4
         for quarter in range(4):
             for address in addresses[quarter::4]:
@@ -290,16 +294,6 @@ class _Task:
                 at = [i64(turn % _SLOTS), i64(number), lanes(i64(0))]
                 T.buffer_store(self.unpacked, found, at)
             yield
-
-    def _addresses(self, panel: Expr, unit: Expr) -> list[Expr]:
-        """Where a unit of a panel lies."""
-        weights, fmt = self.product.weights, self.product.weights.fmt
-        found = weights.scale_lines(i64(0), panel, unit * i64(self.rows.parts))
-        for name, bits in zip(plane_suffixes("codes", fmt.planes), fmt.planes, strict=True):
-            words = self.rows.unit * bits // 32
-            for i in range(words):
-                found.append(weights.address(name, i64(0), panel, unit * i64(words) + i64(i)))
-        return found
 
     def _multiply(self, group: Expr, step: Expr, turn: int) -> Iterator[None]:
         """Starts a unit's sums."""
@@ -363,34 +357,16 @@ class _Task:
                 yield
 
 
-def _interleave(stages: list[Iterator[None]]) -> None:
-    """Goes on with each of the stages in turns until all have ended."""
-    while stages:
-        stages = [stage for stage in stages if next(stage, stage) is None]
-
-
 def _signed_bytes(weights: WeightPanels, panel: Expr, unit: Expr, words: int, number: int) -> Expr:
     """Word `number` of a unit's: four features' codes of each of 16 rows less the offset, int32x16,
     times 2^shift.
     """
     fmt = weights.fmt
-    signs = _in_each_byte(0x80)
+    signs = in_each_byte(0x80)
     if fmt.codebook is not None:
         word = weights.word(i64(0), panel, unit * i64(words) + i64(number))
         return T.bitwise_xor(word, signs)
-    parts: list[Expr] = []
-    low = _shift(fmt)  # where in its byte the plane belongs
-    for name, bits in zip(plane_suffixes("codes", fmt.planes), fmt.planes, strict=True):
-        fields = 8 // bits
-        at = unit * i64(words // fields) + i64(number // fields)
-        word = weights.buffers[name][panel, at, lanes(i64(0))]
-        shift = low - number % fields * bits
-        move = T.shift_left if shift > 0 else T.shift_right
-        if shift:
-            word = move(word, T.broadcast(T.int32(abs(shift)), PANEL))
-        parts.append(T.bitwise_and(word, _in_each_byte(((1 << bits) - 1) << low)))
-        low += bits
-    word = parts[0] if len(parts) == 1 else T.bitwise_or(*parts)
+    word = code_bytes(weights, panel, unit, words, number, _shift(fmt))
     return T.bitwise_xor(word, signs)
 
 
@@ -406,9 +382,3 @@ def _above_whole(value: Expr) -> Expr:
 def _fma(a: Expr, b: Expr, c: Expr) -> Expr:
     """a · b + c, rounded once."""
     return T.call_llvm_pure_intrin(F32X16, "llvm.fma.v16f32", a, b, c)
-
-
-def _in_each_byte(value: int) -> Expr:
-    """The byte in all bytes of an int32x16."""
-    word = int.from_bytes(bytes([value] * 4), "little", signed=True)
-    return T.broadcast(T.int32(word), PANEL)

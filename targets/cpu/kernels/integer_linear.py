@@ -26,11 +26,12 @@ from llmc.targets.cpu.kernels.byte_tiles import byte_tiles
 from llmc.targets.cpu.kernels.byte_tiles import takes as takes_bytes
 from llmc.targets.cpu.kernels.code_tiles import code_tiles, takes
 from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
+from llmc.targets.cpu.kernels.nested_tiles import nested_tiles, takes_nested
 from llmc.targets.cpu.kernels.outputs import Gated
 from llmc.targets.cpu.kernels.register_tiles import Multiply, Turn, multiply_tiles
 from llmc.targets.cpu.kernels.tiles import Product
 from llmc.targets.cpu.kernels.unpacked import UnpackedPanels, unpack
-from llmc.targets.cpu.parameters import IntegerParameters
+from llmc.targets.cpu.parameters import FewTokens, IntegerParameters
 
 Expr = Any
 
@@ -112,16 +113,22 @@ def integer_linear(
                     with T.Else():
                         vectors()
 
-            few = params.code_tiles
+            def few(tiles: FewTokens, emit: Callable[[], None]) -> None:
+                with T.If(tirx.And(count >= i64(tiles.first), count <= i64(tiles.last))):
+                    with T.Then():
+                        emit()
+                    with T.Else():
+                        many()
+
+            nested = params.nested_tiles if takes_nested(fmt, block) else None
+            codes_only = params.code_tiles if takes(fmt, block) else None
             with params.dot.scope():
                 if tokens == 1:
                     vectors()
-                elif few is None or not takes(fmt, block):
-                    many()
+                elif nested is not None:
+                    few(nested, partial(nested_tiles, product, coded, count, nested))
+                elif codes_only is not None:
+                    few(codes_only, partial(code_tiles, product, coded, count, codes_only))
                 else:
-                    with T.If(tirx.And(count >= i64(few.first), count <= i64(few.last))):
-                        with T.Then():
-                            code_tiles(product, coded, count, few)
-                        with T.Else():
-                            many()
+                    many()
     return builder.get()

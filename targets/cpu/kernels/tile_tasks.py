@@ -9,7 +9,7 @@ The functions here run while an IRBuilder frame is open, as those of panels.py d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from tvm.script.ir_builder import tirx as T
 
 from llmc.targets.building import i64
 from llmc.targets.cpu.kernels import amx
-from llmc.targets.cpu.kernels.panels import lanes
+from llmc.targets.cpu.kernels.panels import WeightPanels, lanes
 from llmc.targets.cpu.kernels.register_tiles import slot_panel, store_slots, store_tile
 from llmc.targets.cpu.kernels.tiles import Product
-from llmc.targets.cpu.layout import PANEL, ceildiv
+from llmc.targets.cpu.layout import PANEL, ceildiv, plane_suffixes
 from llmc.targets.cpu.parameters import TileParameters
 
 Expr = Any
@@ -246,3 +246,48 @@ def store_sums(tile: int, into: Expr, *index: Expr) -> None:
     amx.store(tile, first_bytes(into, *index), amx.TILE_BYTES)
     last = into[*index, i64(amx.TILE_ROWS - 1), i64(PANEL - 1)]
     T.evaluate(T.address_of(last))
+
+
+def interleave(stages: list[Iterator[None]]) -> None:
+    """Goes on with each of the stages in turns until all have ended."""
+    while stages:
+        stages = [stage for stage in stages if next(stage, stage) is None]
+
+
+def code_bytes(
+    weights: WeightPanels, panel: Expr, unit: Expr, words: int, number: int, low: int
+) -> Expr:
+    """Word `number` of a unit of so many words of four features: the unsigned codes of each of 16
+    rows, int32x16, a code from bit `low` of its byte on.
+    """
+    fmt = weights.fmt
+    parts: list[Expr] = []
+    for name, bits in zip(plane_suffixes("codes", fmt.planes), fmt.planes, strict=True):
+        fields = 8 // bits
+        at = unit * i64(words // fields) + i64(number // fields)
+        word = weights.buffers[name][panel, at, lanes(i64(0))]
+        shift = low - number % fields * bits
+        move = T.shift_left if shift > 0 else T.shift_right
+        if shift:
+            word = move(word, T.broadcast(T.int32(abs(shift)), PANEL))
+        parts.append(T.bitwise_and(word, in_each_byte(((1 << bits) - 1) << low)))
+        low += bits
+    return parts[0] if len(parts) == 1 else T.bitwise_or(*parts)
+
+
+def unit_addresses(weights: WeightPanels, panel: Expr, unit: Expr, features: int) -> list[Expr]:
+    """Where a unit of so many features of a panel lies."""
+    fmt = weights.fmt
+    groups = max(1, features // fmt.group) if fmt.group else 1
+    found = weights.scale_lines(i64(0), panel, unit * i64(groups))
+    for name, bits in zip(plane_suffixes("codes", fmt.planes), fmt.planes, strict=True):
+        words = features * bits // 32
+        for i in range(words):
+            found.append(weights.address(name, i64(0), panel, unit * i64(words) + i64(i)))
+    return found
+
+
+def in_each_byte(value: int) -> Expr:
+    """The byte in all bytes of an int32x16."""
+    word = int.from_bytes(bytes([value] * 4), "little", signed=True)
+    return T.broadcast(T.int32(word), PANEL)

@@ -175,14 +175,17 @@ static void tdpbf16ps(int sums, int a, int b) {
   }
 }
 
-/* Signed bytes. */
-static void tdpbssd(int sums, int a, int b) {
+/* Signed bytes of a, and signed or unsigned ones of b. */
+static void multiply_bytes(int sums, int a, int b, bool is_signed, const char *what) {
   Tile *s, *x, *y;
-  if (!fits(sums, a, b, "tdpbssd", &s, &x, &y)) return;
+  if (!fits(sums, a, b, what, &s, &x, &y)) return;
   for (int m = 0; m < s->rows; ++m) {
     for (int n = 0; n < s->bytes / 4; ++n) {
       int32_t total = 0;
-      for (int k = 0; k < x->bytes; ++k) total += x->i8[m][k] * y->i8[k / 4][4 * n + k % 4];
+      for (int k = 0; k < x->bytes; ++k) {
+        int row = k / 4, column = 4 * n + k % 4;
+        total += x->i8[m][k] * (is_signed ? y->i8[row][column] : y->u8[row][column]);
+      }
       s->i32[m][n] += total;
     }
   }
@@ -250,7 +253,9 @@ static int emulate(const uint8_t *code, const greg_t *values) {
   } else if (opcode == 0x5c && prefix == F3 && !o.memory) {
     tdpbf16ps(o.reg, o.rm, o.vvvv);
   } else if (opcode == 0x5e && prefix == F2 && !o.memory) {
-    tdpbssd(o.reg, o.rm, o.vvvv);
+    multiply_bytes(o.reg, o.rm, o.vvvv, true, "tdpbssd");
+  } else if (opcode == 0x5e && prefix == F3 && !o.memory) {
+    multiply_bytes(o.reg, o.rm, o.vvvv, false, "tdpbsud");
   } else {
     return 0;
   }

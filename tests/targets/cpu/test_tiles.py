@@ -27,11 +27,13 @@ from llmc.targets.cpu.kernels.bfloat16_linear import bfloat16_linear
 from llmc.targets.cpu.kernels.code_tiles import takes
 from llmc.targets.cpu.kernels.integer import activation_block
 from llmc.targets.cpu.kernels.integer_linear import integer_linear
+from llmc.targets.cpu.kernels.nested_tiles import takes_nested
 from llmc.targets.cpu.layout import pack
 from llmc.targets.cpu.parameters import (
     PARAMETERS,
     CodeTileParameters,
     FewTileParameters,
+    NestedTileParameters,
     TileParameters,
     Tiling,
 )
@@ -45,12 +47,17 @@ INTEGER = replace(
     tiles=TILES,
     byte_tiles=None,
     code_tiles=None,
+    nested_tiles=None,
     tiling=VECTORS,
     composed=None,
 )
 # Tasks of two panels and of one; every number of rows.
 CODE_TILES = CodeTileParameters(first=1, last=40, panels=2, min_columns=1)
 CODES = replace(INTEGER, code_tiles=CODE_TILES)
+# Tasks of four panels and of one; what is asked for ahead is in this super-block, or two later.
+NESTED = replace(
+    INTEGER, nested_tiles=NestedTileParameters(first=1, last=40, panels=4, min_columns=1, ahead=9)
+)
 ONE_STREAM = replace(CODES, code_tiles=replace(CODE_TILES, streams=1))
 # Up to sixteen rows in tasks of two rounds of four panels, more of them in blocks.
 BFLOAT16 = replace(
@@ -69,12 +76,18 @@ CODE_BLOCKS = {"two": ("q4_1", 64), "long": BLOCKS["long"], "short": BLOCKS["sho
 GATED = {
     "gated_scaled": ("q4_0", 192, replace(INTEGER, tiles=replace(TILES, panels=8))),
     "gated_codes": ("q4_1", 192, replace(CODES, code_tiles=replace(CODE_TILES, panels=8))),
+    "gated_nested": ("q6_k", 192, NESTED),
     "gated_wide": ("w4-g64-asym", 256, INTEGER),
 }
 BF16_TOLERANCE = 1e-6
 INTEGER_TOLERANCE = 4e-4
 """Of Σ|x·w|: both factors are rounded to 8 bits, by 2^-9 of each at most, in random directions; the
 most seen is 2e-4. One wrong code of 768 shows as 1e-3.
+"""
+
+NESTED_TOLERANCE = 3e-5
+"""Activations are rounded to 16 bits by the largest of 256, and 2^-16 of the largest products are
+left out but for their mean.
 """
 
 pytestmark = needs_vectors
@@ -110,6 +123,8 @@ def functions():
         f"codes_{n}": integer(FORMATS[f], 40, block, CODES) for n, (f, block) in CODE_BLOCKS.items()
     }
     made |= {f"codes_{k}": integer(FORMATS["q4_1"], 72, 32, CODES, k) for k in FEATURES}
+    made |= {f"nested_{k}": integer(FORMATS["q6_k"], 72, 32, NESTED, k) for k in (256, K)}
+    made |= {"nested_block": integer(FORMATS["q6_k"], 64, 128, NESTED)}
     made |= {"codes_one_stream": integer(FORMATS["q6_k"], 72, 32, ONE_STREAM)}
     made |= {n: gated(*GATED[n]) for n in GATED}
     made |= {f"rows_{n}": integer(FORMATS["q4_0"], m, 32) for n, m in SHAPES.items()}
@@ -168,6 +183,41 @@ def test_gated_products(library, name, tokens):
     fmt, m, _ = GATED[name]
     case = Case(FORMATS[fmt], m, K, tokens, activation_block(FORMATS[fmt], K, 32), residual=False)
     check_gated(case, lambda *a: library.run_all(name, *a), INTEGER_TOLERANCE)
+
+
+@pytest.mark.parametrize("k", [256, K])
+@settings(max_examples=5, deadline=None)
+@given(tokens=st.integers(1, 40))
+def test_codes_times_sub_scales(library, k, tokens):
+    case = Case(FORMATS["q6_k"], 72, k, tokens, 32)
+    case.check(lambda *arrays: library.run(f"nested_{k}", *arrays), NESTED_TOLERANCE)
+
+
+def test_codes_times_sub_scales_at_the_ends_of_their_ranges(library):
+    case = Case(FORMATS["q6_k"], 72, K, 16, 32, extreme=True)
+    case.check(lambda *arrays: library.run(f"nested_{K}", *arrays), NESTED_TOLERANCE)
+
+
+def test_codes_times_sub_scales_in_larger_blocks(library):
+    case = Case(FORMATS["q6_k"], 64, K, 16, 128)
+    case.check(lambda *arrays: library.run("nested_block", *arrays), NESTED_TOLERANCE)
+
+
+def test_blocks_without_activations_add_nothing_to_nested_products(library):
+    case = Case(FORMATS["q6_k"], 72, K, 5, 32)
+    arrays, _, _ = case.arguments()
+    arrays[0][:] = 0
+    arrays[1][:, :, :16] = 0  # scales of two super-blocks
+    bias, residual = arrays[-3:-1]
+    np.testing.assert_array_equal(library.run(f"nested_{K}", *arrays)[0], residual[0] + bias)
+
+
+def test_which_products_have_whole_weights_for_nested_tiles():
+    assert takes_nested(FORMATS["q6_k"], 32)
+    assert not takes_nested(FORMATS["q6_k"], 96)  # super-blocks share no scale of activations
+    assert not takes_nested(FORMATS["q3_k"], 32)
+    assert not takes_nested(FORMATS["q4_k"], 32)
+    assert not takes_nested(FORMATS["q8_0"], 32)
 
 
 def test_blocks_of_many_groups_have_no_tile_for_each():
