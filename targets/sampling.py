@@ -14,6 +14,7 @@ the work.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import tvm
@@ -23,6 +24,22 @@ from llmc.targets.base import Sampling
 from llmc.targets.token_search import SETTINGS
 
 Expr = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawInputs:
+    """What a draw starts from: the arguments of its function, and each row's likeliest token."""
+
+    logits: Expr
+    rows: Expr
+    token_ids: Expr
+    top_k: Expr
+    settings: Expr
+
+    @property
+    def arguments(self) -> list[Expr]:
+        """All of them, as kernels take them."""
+        return [self.logits, self.rows, self.token_ids, self.top_k, self.settings]
 
 
 class SamplingFunctions(ABC):
@@ -45,9 +62,14 @@ class SamplingFunctions(ABC):
             top_k = relax.Var("top_k", self.integers())
             settings = relax.Var("settings", self.floats(SETTINGS))
             with self.builder.function(name, [logits, rows, top_k, settings]):
-                token_ids = self.largest(logits, rows)
-                drawn = self.drawn(logits, rows, token_ids, top_k, settings, limited=limited)
-                self.builder.emit_func_output(drawn)
+                inputs = DrawInputs(
+                    logits=logits,
+                    rows=rows,
+                    token_ids=self.largest(logits, rows),
+                    top_k=top_k,
+                    settings=settings,
+                )
+                self.builder.emit_func_output(self.drawn(inputs, limited=limited))
         return Sampling(rule=self.rule, module=self.builder.get())
 
     @abstractmethod
@@ -55,17 +77,8 @@ class SamplingFunctions(ABC):
         """token_ids `[R]` i32: each row's likeliest token."""
 
     @abstractmethod
-    def drawn(
-        self,
-        logits: Expr,
-        rows: Expr,
-        token_ids: Expr,
-        top_k: Expr,
-        settings: Expr,
-        *,
-        limited: bool,
-    ) -> Expr:
-        """`[R]` i32: the likeliest tokens `token_ids`, or others in their place."""
+    def drawn(self, inputs: DrawInputs, *, limited: bool) -> Expr:
+        """`[R]` i32: the likeliest tokens, or others in their place."""
 
     def integers(self, *columns: int) -> relax.TensorType:
         """`[R, *columns]` int32."""

@@ -7,7 +7,7 @@ from typing import Any
 from llmc.targets.cpu.kernels.argmax import argmax
 from llmc.targets.cpu.kernels.draw import draw
 from llmc.targets.cpu.parameters import SamplingParameters
-from llmc.targets.sampling import SamplingFunctions
+from llmc.targets.sampling import DrawInputs, SamplingFunctions
 
 Expr = Any
 
@@ -25,17 +25,7 @@ class CpuSampling(SamplingFunctions):
         """See SamplingFunctions."""
         return self.call(argmax(self.vocab_size, self.params), [logits, rows], [self.integers()])[0]
 
-    def drawn(
-        self,
-        logits: Expr,
-        rows: Expr,
-        token_ids: Expr,
-        top_k: Expr,
-        settings: Expr,
-        *,
-        limited: bool,
-    ) -> Expr:
+    def drawn(self, inputs: DrawInputs, *, limited: bool) -> Expr:
         """See SamplingFunctions."""
         kernel = draw(self.vocab_size, self.params, limited=limited)
-        arguments = [logits, rows, token_ids, top_k, settings]
-        return self.call(kernel, arguments, [self.integers()])[0]
+        return self.call(kernel, inputs.arguments, [self.integers()])[0]

@@ -15,7 +15,7 @@ from llmc.targets.gpu.kernels.token_limits import (
 )
 from llmc.targets.gpu.layout import ceildiv
 from llmc.targets.gpu.parameters import GpuParameters
-from llmc.targets.sampling import SamplingFunctions
+from llmc.targets.sampling import DrawInputs, SamplingFunctions
 from llmc.targets.token_search import FLOATS, INTEGERS
 
 Expr = Any
@@ -38,35 +38,17 @@ class GpuSampling(SamplingFunctions):
         found = self.call(argmax_parts(self.vocab_size, params), [logits, rows], sums)
         return self.call(argmax_merge(self.vocab_size, params), found, [self.integers()])[0]
 
-    def drawn(
-        self,
-        logits: Expr,
-        rows: Expr,
-        token_ids: Expr,
-        top_k: Expr,
-        settings: Expr,
-        *,
-        limited: bool,
-    ) -> Expr:
+    def drawn(self, inputs: DrawInputs, *, limited: bool) -> Expr:
         """See SamplingFunctions."""
-        num_passes = NUM_PASSES if limited else 0
-        state = self._limits(logits, rows, token_ids, top_k, settings, num_passes)
-        known = [logits, rows, token_ids, top_k, settings, state]
+        state = self._limits(inputs, NUM_PASSES if limited else 0)
+        known = [*inputs.arguments, state]
         sums = [self.floats(self.parts), self.floats(self.parts)]
         kernels = self.params.sampling
         parts = draw_parts(self.vocab_size, kernels, self.params.features)
         found = self.call(parts, known, sums)
         return self.call(draw(self.vocab_size, kernels), [*known, *found], [self.integers()])[0]
 
-    def _limits(
-        self,
-        logits: Expr,
-        rows: Expr,
-        token_ids: Expr,
-        top_k: Expr,
-        settings: Expr,
-        num_passes: int,
-    ) -> Expr:
+    def _limits(self, inputs: DrawInputs, num_passes: int) -> Expr:
         """The state of the search when it is done, its integers."""
         state = [self.integers(INTEGERS), self.floats(FLOATS)]
         bins = [self.integers(self.parts, BINS), self.floats(self.parts, BINS)]
@@ -74,9 +56,10 @@ class GpuSampling(SamplingFunctions):
             make(self.vocab_size, self.params.sampling)
             for make in (limits_begin, limits_histogram, limits_narrow)
         )
-        integers, floats = self.call(begin, [token_ids, top_k, settings], state)
+        top_k, settings = inputs.top_k, inputs.settings
+        integers, floats = self.call(begin, [inputs.token_ids, top_k, settings], state)
         for _ in range(num_passes):
-            seen = [logits, rows, token_ids, settings, integers]
+            seen = [inputs.logits, inputs.rows, inputs.token_ids, settings, integers]
             counts, weights = self.call(histogram, seen, bins)
             known = [counts, weights, top_k, settings, integers, floats]
             integers, floats = self.call(narrow, known, state)
