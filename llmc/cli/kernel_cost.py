@@ -185,10 +185,11 @@ def _matrix_cost(
 
 def _moved_bytes(arguments: list[Argument]) -> int:
     """Bytes of all; with row numbers among them it is a look-up, which reads no more than it
-    writes.
+    writes, unless the result is numbers like these: those of the largest.
     """
     sizes = [a.num_bytes for a in arguments]
-    if any(a.dtype in _INDEX_DTYPES for a in arguments[:-1]):
+    indices = [a.dtype in _INDEX_DTYPES for a in arguments]
+    if any(indices[:-1]) and not indices[-1]:
         sizes = [min(size, arguments[-1].num_bytes) for size in sizes]
     return sum(sizes)
 

@@ -114,6 +114,11 @@ def test_rows_taken_from_activations_count_as_they_are_taken() -> None:
     assert cost([], arguments, step([100], [100])).activation_bytes == 2 * (2 * 32 * 4) + 2 * 4
 
 
+def test_the_rows_whose_largest_is_found_are_read_whole() -> None:
+    arguments = [tensor(1, (2, 100)), tensor(2, (2,), "int32"), tensor(3, (2,), "int32")]
+    assert cost([], arguments, step([1, 1], [9, 9])).activation_bytes == 4 * (2 * 100 + 2 + 2)
+
+
 def test_experts_that_no_row_can_choose_are_not_read() -> None:
     stack = [dataclasses.replace(w, shape=[8, *w.shape], num_bytes=8 * w.num_bytes) for w in Q4_0]
     arguments = [
