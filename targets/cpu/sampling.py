@@ -26,6 +26,6 @@ class CpuSampling(SamplingFunctions):
         return self.call(argmax(self.vocab_size, self.params), [logits, rows], [self.integers()])[0]
 
     def drawn(self, inputs: DrawInputs, *, limited: bool) -> Expr:
-        """See SamplingFunctions."""
-        kernel = draw(self.vocab_size, self.params, limited=limited)
+        """See SamplingFunctions: a kernel that finds no limits has nothing to search for."""
+        kernel = draw(self.vocab_size, self.params)
         return self.call(kernel, inputs.arguments, [self.integers()])[0]

@@ -74,13 +74,11 @@ _LN_2 = 0.6931472
 _ONE = 127  # the exponent that float32 gives to 1
 
 
-def draw(vocab_size: int, params: SamplingParameters, *, limited: bool) -> PrimFunc:
+def draw(vocab_size: int, params: SamplingParameters) -> PrimFunc:
     """Buffers logits `[L, V]` f32, rows, token_ids and top_k `[R]` i32, settings `[R, 5]` f32, then
     drawn `[R]` i32: what is chosen already, or drawn now.
-
-    Where it is not `limited`, top_k (but for 1) and top_p are not heeded.
     """
-    with kernel("draw_limited" if limited else "draw") as built:
+    with kernel("draw") as built:
         rows = size_var("num_rows")
         logits = argument("logits", (size_var("num_logits"), vocab_size))
         wanted = argument("rows", (rows,), "int32")
@@ -100,12 +98,8 @@ def draw(vocab_size: int, params: SamplingParameters, *, limited: bool) -> PrimF
                     token_id,
                     [T.Bind(settings[row, i64(column)]) for column in range(SETTINGS)],
                 )
-                if limited:
-                    limit, ties = _Limits(tokens, token_id, T.Bind(top_k[row])).find()
-                    draw_ = _Draw(tokens, limit, ties)
-                else:
-                    draw_ = _Draw(tokens)
-                put(drawn, draw_.token(), row)
+                limit, ties = _Limits(tokens, token_id, T.Bind(top_k[row])).find()
+                put(drawn, _Draw(tokens, limit, ties).token(), row)
 
         for_each_row(rows, vocab_size, one_row)
     return built.func
@@ -291,13 +285,10 @@ class _Limits:
 
 
 class _Draw:
-    """One of the tokens with keys below `limit`, or of the first `num_ties` at it; or of all."""
+    """One of the tokens with keys below `limit`, or of the first `num_ties` at it."""
 
-    def __init__(self, tokens: _Tokens, limit: Expr | None = None, num_ties: Expr = 0) -> None:
-        self.tokens, self.is_limited = tokens, limit is not None
-        self.limit = T.int32(ALL) if limit is None else limit
-        self.num_ties = num_ties if self.is_limited else T.int32(0)
-        limit = self.limit
+    def __init__(self, tokens: _Tokens, limit: Expr, num_ties: Expr) -> None:
+        self.tokens, self.limit, self.num_ties = tokens, limit, num_ties
         self.farthest = tokens.settings[MAX_DISTANCE]
         at_limit = T.Bind(distance_of(limit))
         weight = _weight(at_limit)
@@ -340,13 +331,12 @@ class _Draw:
 
     def _has_tokens(self, block: Expr) -> Expr:
         """Whether some of a block may be drawn, as far as keys tell."""
-        if not self.is_limited:
-            return T.bool(True)
-        width = self.tokens.width
-        nearest = Carried.of(integers(ALL, width))
-        with self.tokens.vectors(block) as vector:
-            keys = key_of(self.tokens.distance(vector.value))
-            nearest.set(T.min(nearest.get(), keys))
+        width, nearest = self.tokens.width, Carried.of(integers(0, self.tokens.width))
+        with when(self.limit < T.int32(ALL)):
+            nearest.set(integers(ALL, width))
+            with self.tokens.vectors(block) as vector:
+                keys = key_of(self.tokens.distance(vector.value))
+                nearest.set(T.min(nearest.get(), keys))
         return fold_integers("smin", nearest.get()) <= self.limit
 
     def _of_vector(self, vector: LogitsVector) -> tuple[Expr, Expr]:
