@@ -217,11 +217,8 @@ class _Limits:
                 nothing = splat_like(vector.value, 0.0)
                 value = _weight(tokens.distance(vector.value))
                 weight.set(weight.get() + T.Select(tokens.is_new(vector), value, nothing))
-            put(
-                total,
-                total[i64(0)] + T.Cast("float64", Carried.of(lane_sum(weight.get())).get()),
-                0,
-            )
+            of_block = Carried.of(lane_sum(weight.get())).get()
+            put(total, total[i64(0)] + T.Cast("float64", of_block), 0)
         all_ = T.Bind(to_f32(total[i64(0)]))
         put(self.floats, all_, KEPT)
         left_out = T.max(all_ * (f32(1) - self.top_p), f32(1e-30))
@@ -250,9 +247,7 @@ class _Limits:
             with tokens.vectors(block) as vector:
                 far = tokens.distance(vector.value)
                 offset = T.Bind(key_of(far) - spread(low, width))
-                digit = T.Bind(
-                    T.shift_right(offset, spread(shift, width))
-                )  # of an offset below 0, too
+                digit = T.Bind(T.shift_right(offset, spread(shift, width)))  # negative as offset is
                 inside = T.And(digit >= integers(0, width), digit <= spread(last, width))
                 inside = T.And(inside, tokens.is_new(vector))
                 digit = T.Bind(T.Select(inside, digit, integers(_BINS, width)))
