@@ -6,9 +6,9 @@
     choose_limited, of the same signature
 
 `rows` are the rows of the logits to choose from. A token id of -1 stands for a row whose largest
-logit is no finite number. docs/artifact.md has the meaning of top_k and settings. Only
-choose_limited heeds top_k (but for 1, the largest) and top_p: the search that they take is most of
-the work.
+logit is no finite number. docs/artifact.md has the meaning of top_k and settings. choose_drawn
+is for rows without top_k (but for 1, the largest) and top_p, and need not heed them: the search
+that they take is most of the work.
 """
 
 from __future__ import annotations

@@ -13,11 +13,10 @@ from llmc.targets.cpu.kernels.logits import (
     Carried,
     LogitsRow,
     bits_of,
-    fold_integers,
     integers,
-    width_of,
+    lowest,
 )
-from llmc.targets.cpu.kernels.math import lane_max
+from llmc.targets.cpu.kernels.math import fold_integers, lane_max
 from llmc.targets.cpu.kernels.panels import for_each_row, scratch
 from llmc.targets.cpu.kernels.vector import spread
 from llmc.targets.cpu.layout import ceildiv
@@ -33,7 +32,7 @@ def argmax(vocab_size: int, params: SamplingParameters) -> PrimFunc:
 
     Of equal logits the first; -1 where a row has a NaN or its largest logit is infinite.
     """
-    parts, width = ceildiv(vocab_size, params.part), width_of(vocab_size)
+    parts = ceildiv(vocab_size, params.part)
     with kernel("argmax") as built:
         rows = size_var("num_rows")
         logits = argument("logits", (size_var("num_logits"), vocab_size))
@@ -48,9 +47,11 @@ def argmax(vocab_size: int, params: SamplingParameters) -> PrimFunc:
         def one_part(number: Expr) -> None:
             row = T.Bind(T.floordiv(number, i64(parts)))
             part = T.Bind(T.floormod(number, i64(parts)))
-            best = Carried.of(spread(T.reinterpret("float32", T.int32(-1 << 23)), width))  # -inf
+            of_row = row_of(row)
+            width = of_row.width
+            best = Carried.of(lowest(width))
             magnitude = Carried.of(integers(0, width))
-            with row_of(row).vectors(part * i64(params.part), params.part) as vector:
+            with of_row.vectors(part * i64(params.part), params.part) as vector:
                 bits = T.bitwise_and(bits_of(vector.value), integers(_MAGNITUDE, width))
                 best.set(T.max(best.get(), vector.value))
                 magnitude.set(T.max(magnitude.get(), bits))
@@ -72,10 +73,11 @@ def argmax(vocab_size: int, params: SamplingParameters) -> PrimFunc:
             finite = T.bitwise_and(bits_of(value), T.int32(_MAGNITUDE)) < T.int32(_INFINITY)
             put(token_ids, T.int32(-1), row)
             with when(T.And(finite, magnitude[i64(0)] <= T.int32(_INFINITY))):
+                of_row = row_of(row)
+                width = of_row.width
                 first = Carried.of(integers(vocab_size, width))
-                with row_of(row).vectors(
-                    best_part[i64(0)] * i64(params.part), params.part
-                ) as vector:
+                begin = best_part[i64(0)] * i64(params.part)
+                with of_row.vectors(begin, params.part) as vector:
                     column = T.min(first.get(), vector.columns)
                     here = tirx.EQ(vector.value, spread(value, width))
                     first.set(T.Select(here, column, first.get()))

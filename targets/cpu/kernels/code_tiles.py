@@ -27,6 +27,8 @@ from llmc.targets.cpu.kernels import amx
 from llmc.targets.cpu.kernels.integer import CodedRows
 from llmc.targets.cpu.kernels.panels import (
     F32X16,
+    WHOLE,
+    WHOLE_BITS,
     WeightPanels,
     for_each_row,
     get,
@@ -58,8 +60,6 @@ Expr = Any
 _TURNS = 4  # units of a step of the loop over them, and tiles for their sums
 _SLOTS = 4  # places in memory for what one stage leaves to the next
 _UNPACK, _STORE, _SUM = -2, 2, 3  # when a unit is, counted from when it is multiplied
-_WHOLE = 1.5 * 2**23  # a float32's last bit counts ones there, above and below
-_WHOLE_BITS = 0x4B400000  # of _WHOLE
 _LINE = 32  # features whose bits fill whole words in every plane
 _STORE_PARTS = 1  # and where a unit has two sums, which takes all tiles in two turns
 
@@ -330,7 +330,7 @@ class _Task:
         scales, minimums = [], []
         if fmt.group:
             scales = [T.Bind(weights.scale(i64(0), panel, part)) for part in parts]
-            back = T.Bind(scales[0] * splat(-_WHOLE))
+            back = T.Bind(scales[0] * splat(-WHOLE))
         if fmt.has_min:
             offset = splat(float(_offset(fmt)))
             for part, scale in zip(parts, scales, strict=True):
@@ -371,12 +371,12 @@ def _signed_bytes(weights: WeightPanels, panel: Expr, unit: Expr, words: int, nu
 
 
 def _above_whole(value: Expr) -> Expr:
-    """_WHOLE + an int32x16 of less than 2^22, float32x16, by whole-number arithmetic alone.
+    """WHOLE + an int32x16 of less than 2^22, float32x16, by whole-number arithmetic alone.
 
     Beside tiles a processor has one unit for float arithmetic, and two for this. What is too much
     goes with the multiplication by a group's scale, exactly: 1.5 times one has few enough bits.
     """
-    return T.reinterpret(F32X16, value + T.broadcast(T.int32(_WHOLE_BITS), PANEL))
+    return T.reinterpret(F32X16, value + T.broadcast(T.int32(WHOLE_BITS), PANEL))
 
 
 def _fma(a: Expr, b: Expr, c: Expr) -> Expr:

@@ -17,6 +17,7 @@ from llmc.targets.building import (
     f32,
     i64,
     kernel,
+    lanes_of,
     put,
     registers,
     size_var,
@@ -29,11 +30,10 @@ from llmc.targets.cpu.kernels.logits import (
     LogitsRow,
     LogitsVector,
     bits_of,
-    fold_integers,
     integers,
-    width_of,
+    lowest,
 )
-from llmc.targets.cpu.kernels.math import exp, lane_max, lane_sum
+from llmc.targets.cpu.kernels.math import exp, fold_integers, lane_max, lane_sum
 from llmc.targets.cpu.kernels.panels import for_each_row, scratch
 from llmc.targets.cpu.kernels.vector import at, spread
 from llmc.targets.cpu.layout import ceildiv
@@ -93,7 +93,6 @@ def draw(vocab_size: int, params: SamplingParameters) -> PrimFunc:
             with when(T.And(token_id >= T.int32(0), top_k[row] != T.int32(1))):
                 tokens = _Tokens(
                     LogitsRow(logits, T.Bind(T.Cast("int64", wanted[row]))),
-                    vocab_size,
                     params.block,
                     token_id,
                     [T.Bind(settings[row, i64(column)]) for column in range(SETTINGS)],
@@ -111,14 +110,13 @@ class _Tokens:
     def __init__(
         self,
         logits: LogitsRow,
-        vocab_size: int,
         block: int,
         best: Expr,
         settings: list[Expr],
     ) -> None:
-        self.logits, self.vocab_size, self.block = logits, vocab_size, block
-        self.settings = settings
-        self.width, self.blocks = width_of(vocab_size), ceildiv(vocab_size, block)
+        self.logits, self.block, self.settings = logits, block, settings
+        self.vocab_size, self.width = logits.vocab_size, logits.width
+        self.blocks = ceildiv(self.vocab_size, block)
         self.largest = T.Bind(logits.buffer[logits.source, T.Cast("int64", best)])
 
     def vectors(self, block: Expr) -> Any:  # noqa: ANN401 - a context manager
@@ -127,7 +125,7 @@ class _Tokens:
 
     def distance(self, value: Expr) -> Expr:
         """From the largest, of logits; a number or a vector."""
-        lanes = int(value.ty.dtype.lanes)
+        lanes = lanes_of(value)
         scale = spread(self.settings[SCALE], lanes)
         return T.Bind(distance(value, spread(self.largest, lanes), scale))
 
@@ -190,7 +188,7 @@ class _Limits:
         with T.serial(i64(_BINS)) as bin_:
             put(self.counts, T.int32(0), bin_)
         with T.serial(i64(tokens.blocks)) as block:
-            largest = Carried.of(spread(T.reinterpret("float32", T.int32(-1 << 23)), tokens.width))
+            largest = Carried.of(lowest(tokens.width))
             with tokens.vectors(block) as vector:
                 largest.set(T.max(largest.get(), vector.value))
             best = Carried.of(lane_max(largest.get())).get()

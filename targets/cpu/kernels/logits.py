@@ -12,7 +12,8 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.building import i64, vector_type
+from llmc.targets.building import i64, lanes_of, vector_type
+from llmc.targets.cpu.kernels.panels import local
 from llmc.targets.cpu.kernels.vector import LANES, at, spread
 
 Expr = Any
@@ -36,9 +37,14 @@ class LogitsRow:
     source: Expr
 
     @property
+    def vocab_size(self) -> int:
+        """Logits of the row."""
+        return int(self.buffer.ty.shape[1])
+
+    @property
     def width(self) -> int:
-        """Logits of a vector."""
-        return width_of(int(self.buffer.ty.shape[1]))
+        """Logits of a vector: a power of two that the row has."""
+        return int(min(LANES, 1 << (self.vocab_size.bit_length() - 1)))
 
     @contextmanager
     def vectors(self, first: Expr, count: int) -> Iterator[LogitsVector]:
@@ -46,7 +52,7 @@ class LogitsRow:
 
         `count` is a multiple of the width.
         """
-        vocab_size, width = int(self.buffer.ty.shape[1]), self.width
+        vocab_size, width = self.vocab_size, self.width
         rest = T.floordiv(i64(vocab_size + width - 1) - first, i64(width))
         with T.serial(T.Bind(T.min(i64(count // width), rest))) as number:
             column = T.Bind(first + number * i64(width))
@@ -54,19 +60,6 @@ class LogitsRow:
             value = T.Bind(self.buffer[self.source, at(start, width)])
             columns = at(T.Cast("int32", start), width)
             yield LogitsVector(number=number, value=value, columns=columns, begin=column)
-
-
-def width_of(vocab_size: int) -> int:
-    """Logits of a vector: a power of two that the row has."""
-    return int(min(LANES, 1 << (vocab_size.bit_length() - 1)))
-
-
-def fold_integers(kind: str, value: Expr) -> Expr:
-    """The lanes of a vector of int32 brought together, by LLVM's name ("smax", "smin", "add")."""
-    lanes = int(value.ty.dtype.lanes)
-    if lanes == 1:
-        return value
-    return T.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.{kind}.v{lanes}i32", value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +72,8 @@ class Carried:
     @classmethod
     def of(cls, value: Expr) -> Carried:
         """One that begins with `value`."""
-        width, dtype = int(value.ty.dtype.lanes), str(value.ty.dtype).split("x")[0]
-        buffer = T.alloc_buffer(
-            [i64(width)], dtype, scope="local", annotations={"disable_lower_builtin": True}
-        )
-        carried = cls(buffer, width)
+        width = lanes_of(value)
+        carried = cls(local(width, str(value.ty.dtype).split("x")[0]), width)
         carried.set(value)
         return carried
 
@@ -96,6 +86,11 @@ class Carried:
         T.buffer_store(self.buffer, value, [at(i64(0), self.width)])
 
 
+def lowest(width: int) -> Expr:
+    """Minus infinity in every lane."""
+    return spread(T.reinterpret("float32", T.int32(-1 << 23)), width)
+
+
 def integers(value: int, width: int) -> Expr:
     """`value` as int32 in every lane."""
     return spread(T.int32(value), width)
@@ -103,4 +98,4 @@ def integers(value: int, width: int) -> Expr:
 
 def bits_of(value: Expr) -> Expr:
     """Float32 numbers as the integers that have their bits."""
-    return T.reinterpret(vector_type("int32", int(value.ty.dtype.lanes)), value)
+    return T.reinterpret(vector_type("int32", lanes_of(value)), value)

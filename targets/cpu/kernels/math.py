@@ -169,6 +169,15 @@ def lane_max(x: tirx.Expr) -> tirx.Expr:
     return _fold_lanes(x, tirx.max)
 
 
+def fold_integers(kind: str, x: tirx.Expr) -> tirx.Expr:
+    """The lanes of an int32 vector brought together, by LLVM's name ("smax", "smin", "add")."""
+    lanes = x.ty.dtype.lanes
+    if lanes == 1:
+        return x
+    name = f"llvm.vector.reduce.{kind}.v{lanes}i32"
+    return tirx.call_llvm_pure_intrin("int32", name, x)
+
+
 def _fold_lanes(x: tirx.Expr, combine: Callable[[tirx.Expr, tirx.Expr], tirx.Expr]) -> tirx.Expr:
     lanes = x.ty.dtype.lanes
     if lanes == 1:

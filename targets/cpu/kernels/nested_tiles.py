@@ -32,6 +32,8 @@ from llmc.formats import WeightFormat
 from llmc.targets.building import i64
 from llmc.targets.cpu.kernels import amx, avx512
 from llmc.targets.cpu.kernels.integer import CodedRows
+from llmc.targets.cpu.kernels.math import fold_integers
+from llmc.targets.cpu.kernels.outputs import rounded
 from llmc.targets.cpu.kernels.panels import (
     F32X16,
     WeightPanels,
@@ -68,7 +70,6 @@ _WORDS = _STEP // 4  # of four features' bytes
 _SLOTS = 2  # places for unpacked steps: one is unpacked while the other is multiplied
 _FIRST_OF_SUMS = (0, 0, 6, 11, 16)  # rows whose sums are added up beside each step of the next
 _PARITIES = 2  # even features' words are a tile, and odd ones'
-_ROUNDING, _ROUNDING_BITS = 1.5 * 2**23, 0x4B400000  # a float32's last bit counts ones there
 
 
 def takes_nested(fmt: WeightFormat, block: int) -> bool:
@@ -147,8 +148,7 @@ class _Rows:
             for start in range(0, _SUPER, PANEL):
                 factor = T.broadcast(scales[start // x.block] * inverse, PANEL)
                 value = x.values(source, block * i64(_SUPER) + i64(start)) * factor
-                bits = T.reinterpret("int32x16", T.Bind(value + splat(_ROUNDING)))
-                whole = T.Bind(bits - T.broadcast(T.int32(_ROUNDING_BITS), PANEL))
+                whole = T.Bind(rounded(value))
                 eight = T.broadcast(T.int32(8), PANEL)
                 high = whole + T.broadcast(T.int32(128), PANEL)
                 high = T.Bind(T.shift_right(high, eight))
@@ -165,7 +165,7 @@ class _Rows:
                         place = T.ramp(i64(at), i64(1), PANEL // _PARITIES)
                         index = [group, i64(kind), step, i64(parity), row, place]
                         T.buffer_store(self.words, T.Cast("int16x8", found), index)
-            total, low = (_lane_sum(values) for values in (wholes, lows))
+            total, low = (T.Bind(fold_integers("add", values)) for values in (wholes, lows))
             # In units of 256, as the sums are.
             mean = T.shift_right(low * T.int32(255), T.int32(9))
             T.buffer_store(self.taken, total * T.int32(OFFSET // 256) - mean, [group, block, row])
@@ -332,8 +332,3 @@ class _Task:
                 at = [place + i64(p), i64(row), lanes(i64(0))]
                 T.buffer_store(self.totals, self.totals[tuple(at)] + value * of_row, at)
                 yield
-
-
-def _lane_sum(value: Expr) -> Expr:
-    """The sum of the lanes of an int32x16."""
-    return T.Bind(T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add.v16i32", value))

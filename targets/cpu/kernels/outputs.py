@@ -17,16 +17,22 @@ from llmc.targets.building import argument, i64
 from llmc.targets.cpu.kernels import avx512, vector
 from llmc.targets.cpu.kernels.bfloat16 import from_float32
 from llmc.targets.cpu.kernels.math import gelu, gelu_tanh, relu, silu
-from llmc.targets.cpu.kernels.panels import get, lanes, local, put, registers, splat
+from llmc.targets.cpu.kernels.panels import (
+    WHOLE,
+    WHOLE_BITS,
+    get,
+    lanes,
+    local,
+    put,
+    registers,
+    splat,
+)
 from llmc.targets.cpu.layout import PANEL
 
 Expr = Any
 ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
 AVX512_ACTIVATIONS = {"silu": avx512.silu}
 _LIMIT = 127.0
-# Added to a float32 of small magnitude, it leaves the nearest integer in the low mantissa bits.
-_ROUNDING = 12582912.0
-_ROUNDING_BITS = 0x4B400000
 
 
 _VECTORS = 8  # that are stored together at most: what registers hold
@@ -198,8 +204,8 @@ def check_activation(kind: str) -> None:
 
 def rounded(value: Expr) -> Expr:
     """The nearest integers of float32x16 below 2^22, int32x16."""
-    bits = T.reinterpret("int32x16", value + splat(_ROUNDING))
-    return bits - T.broadcast(T.int32(_ROUNDING_BITS), PANEL)
+    bits = T.reinterpret("int32x16", value + splat(WHOLE))
+    return bits - T.broadcast(T.int32(WHOLE_BITS), PANEL)
 
 
 def fold(vectors: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:

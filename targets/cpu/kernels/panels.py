@@ -33,6 +33,9 @@ from llmc.targets.cpu.layout import (
 
 Expr = Any
 F32X16 = "float32x16"
+WHOLE = 1.5 * 2**23
+"""A float32's last bit counts ones there, above and below: numbers added to it are rounded."""
+WHOLE_BITS = 0x4B400000
 
 
 def splat(value: float) -> Expr:

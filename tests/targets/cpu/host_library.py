@@ -11,12 +11,17 @@ from llmc.cpu_features import host_features
 from llmc.targets.cpu.target import ISA_LEVELS, CpuTarget
 
 
+def require_level(level: str) -> None:
+    """Skips the test where this machine cannot run the level's code: other machines do."""
+    if not host_features().issuperset(ISA_LEVELS[level].features):
+        pytest.skip(f"this CPU is not of level {level}")
+
+
 class HostLibrary:
     """The kernels of a level; the test is skipped on machines of another."""
 
     def __init__(self, functions: dict[str, tvm.tirx.PrimFunc], level: str) -> None:
-        if not host_features().issuperset(ISA_LEVELS[level].features):
-            pytest.skip(f"this CPU is not of level {level}")
+        require_level(level)
         named = {n: f.with_attr("global_symbol", n) for n, f in functions.items()}
         target = CpuTarget(level)
         with tvm.transform.PassContext(config=target.pass_config):

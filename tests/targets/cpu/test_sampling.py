@@ -2,6 +2,7 @@
 
 import pytest
 import tvm
+from host_library import require_level
 from token_choices import (  # noqa: F401 - collected here
     VOCAB,
     Kernels,
@@ -12,10 +13,9 @@ from token_choices import (  # noqa: F401 - collected here
     test_the_largest_is_numpys_ties_included,
 )
 
-from llmc.cpu_features import host_features
 from llmc.targets.cpu.parameters import SamplingParameters
 from llmc.targets.cpu.sampling import CpuSampling
-from llmc.targets.cpu.target import ISA_LEVELS, CpuTarget
+from llmc.targets.cpu.target import CpuTarget
 
 # Parts and blocks that end within the row, the last one of eleven logits.
 SMALL = SamplingParameters(part=64, block=32)
@@ -24,8 +24,7 @@ SMALL = SamplingParameters(part=64, block=32)
 @pytest.fixture(scope="module", params=["avx2", "avx512", "avx512-whole"])
 def kernels(request):
     level, _, whole = request.param.partition("-")
-    if not host_features().issuperset(ISA_LEVELS[level].features):
-        pytest.skip(f"this CPU is not of level {level}")
+    require_level(level)
     target = CpuTarget(level)
     sampling = CpuSampling(VOCAB, SamplingParameters() if whole else SMALL).build()
     with tvm.transform.PassContext(config=target.pass_config):
