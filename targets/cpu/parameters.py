@@ -36,10 +36,12 @@ class LinearParameters:
     prefetch_words: int  # word vectors (64 bytes each) a fused product asks for ahead
     serial_weights: int  # fused products of at most so many weights stay on the calling thread
     table: ByteTable  # decides no numbers: each instruction set has one
+    interleaved: bool = False  # rows of a token tile are first put beside each other
 
     def __post_init__(self) -> None:
         tiles = self.token_tiles
         assert tiles[-1] == 1, tiles
+        assert not self.interleaved or self.row_block % tiles[0] == 0, self
         assert list(tiles) == sorted(set(tiles), reverse=True), tiles
         assert min(self.tile_panels, self.k_block, self.row_block, self.gemv_words) > 0
 
@@ -56,6 +58,7 @@ class Tiling:
     one_token_panels: int = 1  # in place of `panels` where there is one token
     ahead_words: int = 128  # word vectors (64 bytes each) then asked for ahead; 0: none
     words: int = 1  # stored words of one step of several tokens' integers
+    sums_in_memory: bool = False  # several tokens' float sums, which leaves integers the registers
     row_block_bytes: int = 393216  # activations that a task meets again in the L2 cache
     serial_weights: int = 65536  # products of one token with fewer weights start no threads
 
@@ -225,24 +228,36 @@ _AVX2 = replace(
             tile_panels=1,
             token_tiles=(6, 2, 1),
             fused=False,
-            k_block=256,
+            k_block=512,
             row_block=192,
             gemv_words=2,
             prefetch_words=128,
             serial_weights=65536,
             table=PSHUFB_256,
+            interleaved=True,
         ),
         few_tiles=(2, 1),
     ),
     attention=AttentionTuning(accumulators=6, few_accumulators=6, strip_rows=3),
 )
 # 32 registers of 4 floats, of which a panel takes four: 6 x 4 accumulators.
-_NEON = replace(_AVX2, linear=replace(_AVX2.linear, table=TBL), few=replace(_AVX2.few, table=TBL))
+_NEON = replace(
+    _AVX2,
+    linear=replace(_AVX2.linear, k_block=256, interleaved=False, table=TBL),
+    few=replace(_AVX2.few, table=TBL),
+)
 
 
-def _narrow(dot: ByteDot, table: ByteTable, token_tiles: tuple[int, ...]) -> IntegerParameters:
+def _narrow(
+    dot: ByteDot,
+    table: ByteTable,
+    token_tiles: tuple[int, ...],
+    *,
+    words: int = 1,
+    sums_in_memory: bool = False,
+) -> IntegerParameters:
     """Products of one panel at a time, where sums and codes take most of the registers."""
-    tiling = Tiling(panels=1, token_tiles=token_tiles)
+    tiling = Tiling(panels=1, token_tiles=token_tiles, words=words, sums_in_memory=sums_in_memory)
     return IntegerParameters(dot=dot, table=table, tiling=tiling)
 
 
@@ -271,7 +286,10 @@ PARAMETERS: dict[str, CpuParameters] = {
     "avx512vnni": _VNNI,
     "avx512": replace(_AVX512, integer=_narrow(PMADDUBSW_512, PSHUFB_512, (8, 4, 3, 2, 1))),
     "avxvnni": replace(_AVX2, integer=_narrow(VPDPBUSD_256, PSHUFB_256, (4, 3, 2, 1))),
-    "avx2": replace(_AVX2, integer=_narrow(PMADDUBSW_256, PSHUFB_256, (4, 3, 2, 1))),
+    "avx2": replace(
+        _AVX2,
+        integer=_narrow(PMADDUBSW_256, PSHUFB_256, (4, 3, 2, 1), words=8, sums_in_memory=True),
+    ),
     "neon-dotprod": replace(_NEON, integer=_narrow(SDOT, TBL, (4, 3, 2, 1))),
     "neon": _NEON,
 }

@@ -16,7 +16,7 @@ from tvm.script.ir_builder import tirx as T
 from llmc.formats import WeightFormat
 from llmc.targets.building import i64
 from llmc.targets.cpu.kernels.bfloat16 import from_float32
-from llmc.targets.cpu.kernels.byte_dot import CENTRE
+from llmc.targets.cpu.kernels.byte_dot import CENTRE, ByteSum
 from llmc.targets.cpu.kernels.panels import (
     F32X16,
     WeightPanels,
@@ -146,11 +146,14 @@ class _Tile:
         # signed as they are.
         whole = weights.fmt.code_bits == 8 or weights.fmt.codebook is not None
         self.centred = params.dot.signed and whole
+        self.code_bits = 8 if whole else weights.fmt.code_bits
         self.size = len(rows) * len(panels)
         # Chains of dependent dot products hide their latency; short units do so among themselves.
         dots = self.unit // 4
         self.chains = max(1, min(2, params.min_chains // self.size)) if dots > 4 else 1
         self.totals = registers(self.size)
+        if params.tiling.sums_in_memory and len(rows) > 1:
+            params.dot.keep_in_memory(self.totals)
         for i in range(self.size):
             put(self.totals, i, splat(0.0))
 
@@ -269,17 +272,17 @@ class _Tile:
 
     def _words(self, sums: list[list[Expr]], first: Expr, count: int) -> list[list[Expr]]:
         """Adds `count` stored words from word `first` of every panel."""
-        weights, width = self.weights, self.weights.width
-        sums = [list(chain) for chain in sums]
+        weights, width, params = self.weights, self.weights.width, self.params
+        found = [[ByteSum(params.dot, self.code_bits, s) for s in chain] for chain in sums]
         step = 0
         for j in range(count):
             word = T.Bind(first + i64(j))
             begins_line = j % weights.words_per_line == 0  # the first word does
-            if self.params.tiling.ahead_words and len(self.rows) == 1 and begins_line:
+            if params.tiling.ahead_words and len(self.rows) == 1 and begins_line:
                 for panel in self.panels:
-                    ahead = word + i64(self.params.tiling.ahead_words)
+                    ahead = word + i64(params.tiling.ahead_words)
                     address = weights.ahead_address(self.expert, panel, ahead, self.following)
-                    prefetch(address, self.params.ahead_cache)
+                    prefetch(address, params.ahead_cache)
             if self.lead is not None and begins_line:
                 ahead = T.Bind(word + self.lead)
                 self._fetch_next(lambda p, at=ahead: weights.word_lines(self.expert, p, at))
@@ -290,19 +293,15 @@ class _Tile:
                 for r, row in enumerate(self.rows):
                     x = T.Bind(self.x.word(row, word * i64(width // 4) + i64(part)))
                     for p, code in enumerate(codes):
-                        i = r * len(self.panels) + p
-                        sums[i][chain] = T.Bind(self._dot(sums[i][chain], code, x))
+                        found[r * len(self.panels) + p][chain].add(code, x)
                 step += 1
-        return sums
+        return [[s.value() for s in chain] for chain in found]
 
     def _fetch_next(self, addresses: Callable[[Expr], Iterable[Expr]]) -> None:
         """Asks for addresses(panel) of the next panels: several rows leave memory the time."""
         for panel in self.panels:
             for address in addresses(T.Bind(panel + i64(len(self.panels)))):
                 prefetch(address, self.params.next_cache)
-
-    def _dot(self, total: Expr, codes: Expr, x: Expr) -> Expr:
-        return self.params.dot.apply(self.weights.fmt.bits, total, codes, x)
 
     def _bytes(self, word: Expr, part: int) -> Expr:
         """Four consecutive features' codes of each of 16 rows, as uint8x64."""

@@ -17,6 +17,7 @@ from tvm.script.ir_builder import tirx as T
 from llmc.formats import WeightFormat
 from llmc.targets.building import argument, i64, size_var
 from llmc.targets.cpu.kernels.dot import prepare_activations
+from llmc.targets.cpu.kernels.interleaved_rows import InterleavedRows
 from llmc.targets.cpu.kernels.panels import Rows, WeightPanels
 from llmc.targets.cpu.kernels.tiles import (
     Product,
@@ -85,8 +86,12 @@ def _blocked(product: Product, num_tokens: Expr, params: LinearParameters) -> No
     row_blocks = T.Bind(T.floordiv(num_tokens + size - i64(1), size))
     # An empty batch must not divide by zero.
     divisor = T.Bind(T.max(row_blocks, i64(1)))
+    interleaved = None
+    if params.interleaved:
+        largest = params.token_tiles[0]
+        interleaved = InterleavedRows.of(product.x, num_tokens, product.weights.k, largest)
     with T.parallel(i64(num_column_blocks(product.weights, params)) * row_blocks) as task:
         first = T.Bind(T.floormod(task, divisor) * size)
         count = T.Bind(T.min(size, num_tokens - first))
         column_block = T.floordiv(task, divisor)
-        multiply_columns(product, i64(0), column_block, first, count, params)
+        multiply_columns(product, i64(0), column_block, first, count, params, interleaved)

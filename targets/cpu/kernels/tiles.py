@@ -13,6 +13,7 @@ from llmc.formats import WeightFormat
 from llmc.targets.building import argument, i64
 from llmc.targets.cpu.kernels.byte_table import ByteTable
 from llmc.targets.cpu.kernels.dot import Activations, dot_panel
+from llmc.targets.cpu.kernels.interleaved_rows import InterleavedRows
 from llmc.targets.cpu.kernels.outputs import Gated
 from llmc.targets.cpu.kernels.panels import (
     Rows,
@@ -138,12 +139,14 @@ def multiply_columns(
     first: Expr,
     count: Expr,
     params: LinearParameters,
+    interleaved: InterleavedRows | None = None,
 ) -> None:
     """Multiplies positions first … first + count - 1 with one column block of (an expert's)
     weights.
 
     A block of features at a time is unpacked into scratch that stays in cache and multiplied with
-    all rows; y holds the sums between blocks.
+    all rows; y holds the sums between blocks. `interleaved` are the product's rows by position, in
+    tiles of as many as the largest takes.
     """
     weights = product.weights
     tile_panels = min(params.tile_panels, weights.panels)
@@ -152,6 +155,7 @@ def multiply_columns(
     first_panel = T.Bind(column_block * i64(tile_panels))
     tile = _Tile(
         product=product,
+        interleaved=interleaved,
         expert=expert,
         first_panel=first_panel,
         num_panels=tile_panels,
@@ -175,6 +179,7 @@ class _Tile:
     """A few positions × `num_panels` panels; `unpacked` `[features, 16 · num_panels]`."""
 
     product: Product
+    interleaved: InterleavedRows | None
     expert: Expr
     first_panel: Expr
     num_panels: int
@@ -198,7 +203,7 @@ class _Tile:
 
     def multiply(self, position: Expr, size: int, start: Expr, features: Expr) -> None:
         """Adds features start … start + features - 1 to y at `size` positions."""
-        x_rows = [T.Bind(self.product.x_row(position + i64(r))) for r in range(size)]
+        factor = self._factors(position, size)
         y_rows = [T.Bind(self.product.y_row(position + i64(r))) for r in range(size)]
         assert self.product.y is not None
         with T.If(start == i64(0)):
@@ -209,12 +214,19 @@ class _Tile:
         with T.serial(features) as k:
             columns = range(self.num_panels)
             weights = [T.Bind(self.unpacked[k, lanes(i64(p * PANEL))]) for p in columns]
-            for r, row in enumerate(x_rows):
-                value = T.Bind(T.broadcast(self.product.x.at(row, start + k), PANEL))
+            for r in range(size):
+                value = T.Bind(T.broadcast(factor(r, start + k), PANEL))
                 for p in columns:
                     index = r * self.num_panels + p
                     put(self.acc, index, get(self.acc, index) + value * weights[p])
         self._store(y_rows)
+
+    def _factors(self, position: Expr, size: int) -> Callable[[int, Expr], Expr]:
+        """factor(r, feature) at `position` + r."""
+        if self.interleaved is not None:
+            return self.interleaved.reader(position)
+        rows = [T.Bind(self.product.x_row(position + i64(r))) for r in range(size)]
+        return lambda r, feature: self.product.x.at(rows[r], feature)
 
     def _begin(self, row: Expr, at: Expr) -> Expr:
         if self.product.start is not None:
