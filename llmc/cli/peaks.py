@@ -61,7 +61,7 @@ def build_loop(instruction: PeakInstruction, *, turns: int, tasks: int) -> Calla
 
     triple = _triple(instruction.machine)
     # LLVM would split 512-bit vectors for the sake of CPUs that lower their clock.
-    mattr = [f"+{instruction.mattr}", *(["-prefer-256-bit"] if instruction.lanes == 16 else [])]
+    mattr = [f"+{instruction.mattr}", *(["-prefer-256-bit"] if instruction.words == 16 else [])]
     target = tvm.target.Target({"kind": "llvm", "mtriple": triple, "mattr": mattr})
     return _built(peak(instruction, turns, tasks, triple), target)
 
@@ -90,14 +90,13 @@ def _built(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> Callable[..., 
 def _measure(instruction: PeakInstruction) -> float:
     import tvm
 
-    from llmc.targets.cpu.kernels.peak import CHAINS
-
     tasks = num_cores()
     run = build_loop(instruction, turns=_TURNS, tasks=tasks)
     # Zeros are no special case for these instructions, and no sum overflows or becomes denormal.
-    factors = tvm.runtime.tensor(np.zeros((2, instruction.lanes), np.int32))
-    sums = tvm.runtime.tensor(np.zeros((tasks, CHAINS, instruction.lanes), instruction.sum_dtype))
-    return tasks * _TURNS * CHAINS * instruction.operations / _best(run, factors, sums)
+    factors = tvm.runtime.tensor(np.zeros((2, instruction.words), np.int32))
+    shape = tasks, instruction.chains, instruction.lanes
+    sums = tvm.runtime.tensor(np.zeros(shape, instruction.sum_dtype))
+    return tasks * _TURNS * instruction.chains * instruction.operations / _best(run, factors, sums)
 
 
 def _measure_tiles(instruction: TileInstruction) -> float:

@@ -193,11 +193,19 @@ class _Tile:
         partial = registers(self.size)
         for i in range(self.size):
             put(partial, i, splat(0.0))
-        with T.serial(i64(count)) as g:
-            unit = T.Bind(block * i64(count) + g)
+
+        def add(group: Expr) -> None:
+            unit = T.Bind(block * i64(count) + group)
             before = [get(partial, i) for i in range(self.size)]
             for i, value in enumerate(self._scaled(self._unit(unit), unit, before)):
                 put(partial, i, value)
+
+        if self.x.block // self.weights.width <= self._step_words:
+            for g in range(count):
+                add(i64(g))
+        else:
+            with T.serial(i64(count)) as number:
+                add(number)
         for r, row in enumerate(self.rows):
             scale = T.Bind(self.x.scale(row, block))
             for p in range(len(self.panels)):
@@ -234,7 +242,7 @@ class _Tile:
                 nothing = T.broadcast(T.int32(0), PANEL)
                 sums.append([T.broadcast(start, PANEL)] + [nothing] * (self.chains - 1))
         first = T.Bind(unit * i64(words))
-        step_words = params.unit_words if len(self.rows) == 1 else params.tiling.words
+        step_words = self._step_words
         steps, tail = divmod(words, step_words)
         if steps == 1 or (steps == 2 and not tail):
             sums = self._words(sums, first, words)
@@ -255,6 +263,11 @@ class _Tile:
             sums = self._words(sums, first + i64(words - tail), tail)
         totals = [chain[0] if len(chain) == 1 else chain[0] + chain[1] for chain in sums]
         return [T.Bind(T.Cast(F32X16, total)) for total in totals]
+
+    @property
+    def _step_words(self) -> int:
+        """Stored words that are multiplied without a loop."""
+        return self.params.unit_words if len(self.rows) == 1 else self.params.tiling.words
 
     def _start(self, row: Expr, unit: Expr) -> Expr:
         """What is added to the products of a unit's codes as they are multiplied."""

@@ -1,6 +1,6 @@
 """Kernels that do nothing but multiply and add: what one instruction can do here, for rooflines.
 
-Sixteen independent sums hide the instruction's latency; operands stay in registers. The instruction
+Independent sums hide the instruction's latency; operands stay in registers. The instruction
 comes as a line of LLVM's language, because TVM turns bfloat16 vectors into integers on its way, and
 LLVM's intrinsic then has the wrong types.
 """
@@ -16,26 +16,39 @@ from tvm.script.ir_builder import tirx as T
 from llmc.targets.building import argument, i64
 from llmc.targets.cpu.kernels import amx
 
-CHAINS = 16
 TILE_CHAINS = amx.PANELS * amx.PANELS
 _FUNCTION = "llmc_multiply_add"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeakInstruction:
-    """One multiply-accumulate instruction: `sum[lanes] += a · b`."""
+    """One multiply-accumulate instruction: `sum[lanes] += a · b`.
+
+    Or, where sums are of 16 bits, a multiplication and an addition.
+    """
 
     precision: str  # of the factors: "int8", "bf16" or "f32"
     machine: str  # platform.machine()
     feature: str  # as in /proc/cpuinfo
     mattr: str  # LLVM's name for it
     intrinsic: str
-    lanes: int  # 32-bit sums in a vector
+    lanes: int  # sums in a vector
+    sum_bits: int = 32
+
+    @property
+    def words(self) -> int:
+        """Of 32 bits in a vector."""
+        return self.lanes * self.sum_bits // 32
+
+    @property
+    def chains(self) -> int:
+        """Independent sums: with what is added to them they stay in registers."""
+        return 10 if self.machine == "x86_64" and self.words < 16 else 16
 
     @property
     def factors(self) -> int:
         """Products added to one sum at once."""
-        return {"int8": 4, "bf16": 2, "f32": 1}[self.precision]
+        return {"int8": 4, "bf16": 2, "f32": 1}[self.precision] * self.sum_bits // 32
 
     @property
     def operations(self) -> int:
@@ -45,34 +58,44 @@ class PeakInstruction:
     @property
     def sum_dtype(self) -> str:
         """Of the sums."""
-        return "int32" if self.precision == "int8" else "float32"
+        return f"int{self.sum_bits}" if self.precision == "int8" else "float32"
 
     def llvm(self, triple: str) -> str:
         """A module with a function `(sums, a, b) -> sums`, a and b as vectors of 32-bit words."""
-        word, total = f"<{self.lanes} x i32>", f"<{self.lanes} x {self._llvm_type('sum')}>"
+        word, total = f"<{self.words} x i32>", f"<{self.lanes} x {self._llvm_type('sum')}>"
         factor = f"<{self.lanes * self.factors} x {self._llvm_type(self.precision)}>"
         types, values = [total, factor, factor], ["%s", "%x", "%y"]
         if self.precision == "f32":  # llvm.fma has the sum last
             types, values = [factor, factor, total], ["%x", "%y", "%s"]
+        if self.sum_bits == 16:
+            types, values = types[1:], values[1:]
         operands = ", ".join(f"{t} {v}" for t, v in zip(types, values, strict=True))
+        call = f"call {total} @{self.intrinsic}({operands})"
+        # A product that LLVM knew to be the same in every turn would leave the loop.
+        pairs = f"""
+  %c = call {word} asm sideeffect "", "=v,0"({word} %b)
+  %y = bitcast {word} %c to {factor}
+  %p = {call}
+  %r = add {total} %s, %p"""
+        direct = f"""
+  %y = bitcast {word} %b to {factor}
+  %r = {call}"""
         return f"""
 target triple = "{triple}"
 declare {total} @{self.intrinsic}({", ".join(types)})
 define linkonce_odr {total} @{_FUNCTION}({total} %s, {word} %a, {word} %b) alwaysinline {{
-  %x = bitcast {word} %a to {factor}
-  %y = bitcast {word} %b to {factor}
-  %r = call {total} @{self.intrinsic}({operands})
+  %x = bitcast {word} %a to {factor}{pairs if self.sum_bits == 16 else direct}
   ret {total} %r
 }}
 """
 
     def _llvm_type(self, role: str) -> str:
         if role == "sum":
-            role = "i32" if self.precision == "int8" else "f32"
-        return {"int8": "i8", "bf16": "bfloat", "f32": "float", "i32": "i32"}[role]
+            role = f"i{self.sum_bits}" if self.precision == "int8" else "f32"
+        return {"int8": "i8", "bf16": "bfloat", "f32": "float"}.get(role, role)
 
 
-def _entry(*fields: str, lanes: int) -> PeakInstruction:
+def _entry(*fields: str, lanes: int, sum_bits: int = 32) -> PeakInstruction:
     precision, machine, feature, mattr, intrinsic = fields
     return PeakInstruction(
         precision=precision,
@@ -81,13 +104,20 @@ def _entry(*fields: str, lanes: int) -> PeakInstruction:
         mattr=mattr,
         intrinsic=intrinsic,
         lanes=lanes,
+        sum_bits=sum_bits,
     )
 
 
 # The first that a machine has is its fastest for that precision.
 INSTRUCTIONS = (
     _entry("int8", "x86_64", "avx512_vnni", "avx512vnni", "llvm.x86.avx512.vpdpbusd.512", lanes=16),
+    _entry(
+        *("int8", "x86_64", "avx512bw", "avx512bw", "llvm.x86.avx512.pmaddubs.w.512"),
+        lanes=32,
+        sum_bits=16,
+    ),
     _entry("int8", "x86_64", "avx_vnni", "avxvnni", "llvm.x86.avx512.vpdpbusd.256", lanes=8),
+    _entry("int8", "x86_64", "avx2", "avx2", "llvm.x86.avx2.pmadd.ub.sw", lanes=16, sum_bits=16),
     _entry(
         *("bf16", "x86_64", "avx512_bf16", "avx512bf16", "llvm.x86.avx512bf16.dpbf16ps.512"),
         lanes=16,
@@ -167,17 +197,17 @@ def tile_peak(instruction: TileInstruction, turns: int, tasks: int) -> tvm.tirx.
 
 
 def peak(instruction: PeakInstruction, turns: int, tasks: int, triple: str) -> tvm.tirx.PrimFunc:
-    """`tasks` parallel loops of `turns` · CHAINS instructions.
+    """`tasks` parallel loops of `turns` · chains instructions.
 
-    Buffers: factors `[2, lanes]` int32 (any bits), sums `[tasks, CHAINS, lanes]`, which grow.
+    Buffers: factors `[2, words]` int32 (any bits), sums `[tasks, chains, lanes]`, which grow.
     """
-    lanes = instruction.lanes
+    lanes, chains = instruction.lanes, instruction.chains
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("peak")
             T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-            factors = argument("factors", (2, lanes), "int32")
-            sums = argument("sums", (tasks, CHAINS, lanes), instruction.sum_dtype)
+            factors = argument("factors", (2, instruction.words), "int32")
+            sums = argument("sums", (tasks, chains, lanes), instruction.sum_dtype)
             module = tvm.ir.StringImm(instruction.llvm(triple))
             with T.attr(i64(0), "pragma_import_llvm", module), T.parallel(i64(tasks)) as task:
                 _loop(instruction, turns, factors, sums, task)
@@ -193,18 +223,19 @@ def _loop(
 ) -> None:
     lanes, vector = instruction.lanes, f"{instruction.sum_dtype}x{instruction.lanes}"
     column = T.ramp(i64(0), i64(1), lanes)
-    a, b = T.Bind(factors[i64(0), column]), T.Bind(factors[i64(1), column])
+    word = T.ramp(i64(0), i64(1), instruction.words)
+    a, b = T.Bind(factors[i64(0), word]), T.Bind(factors[i64(1), word])
     local = T.alloc_buffer(
-        [i64(CHAINS), i64(lanes)],
+        [i64(instruction.chains), i64(lanes)],
         instruction.sum_dtype,
         scope="local",
         annotations={"disable_lower_builtin": True},
     )
-    for chain in range(CHAINS):
+    for chain in range(instruction.chains):
         T.buffer_store(local, sums[task, i64(chain), column], [i64(chain), column])
     with T.serial(i64(turns)):
-        for chain in range(CHAINS):
+        for chain in range(instruction.chains):
             total = T.call_extern(vector, _FUNCTION, local[i64(chain), column], a, b)
             T.buffer_store(local, total, [i64(chain), column])
-    for chain in range(CHAINS):
+    for chain in range(instruction.chains):
         T.buffer_store(sums, local[i64(chain), column], [task, i64(chain), column])

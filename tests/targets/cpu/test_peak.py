@@ -13,7 +13,7 @@ from llmc.cli.peaks import (
     known_instructions,
     known_tile_instructions,
 )
-from llmc.targets.cpu.kernels.peak import CHAINS, INSTRUCTIONS, TILE_CHAINS
+from llmc.targets.cpu.kernels.peak import INSTRUCTIONS, TILE_CHAINS
 
 DTYPES = {"int8": np.int8, "bf16": ml_dtypes.bfloat16, "f32": np.float32}
 
@@ -25,7 +25,7 @@ def test_every_turn_adds_every_product(instruction) -> None:
     # Small whole numbers, exact in every type; not negative, because some factors are unsigned.
     a, b = (np.random.default_rng(i).integers(0, 8, count) for i in range(2))
     factors = np.stack([x.astype(dtype).view(np.int32) for x in (a, b)])
-    sums = np.ones((tasks, CHAINS, instruction.lanes), instruction.sum_dtype)
+    sums = np.ones((tasks, instruction.chains, instruction.lanes), instruction.sum_dtype)
     argument = tvm.runtime.tensor(sums)
     build_loop(instruction, turns=turns, tasks=tasks)(tvm.runtime.tensor(factors), argument)
     products = (a * b).reshape(instruction.lanes, instruction.factors).sum(axis=1)
