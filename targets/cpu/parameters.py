@@ -284,7 +284,9 @@ PARAMETERS: dict[str, CpuParameters] = {
     ),
     "avx512bf16": _BF16,
     "avx512vnni": _VNNI,
-    "avx512": replace(_AVX512, integer=_narrow(PMADDUBSW_512, PSHUFB_512, (8, 4, 3, 2, 1))),
+    "avx512": replace(
+        _AVX512, integer=_narrow(PMADDUBSW_512, PSHUFB_512, (8, 4, 3, 2, 1), words=8)
+    ),
     "avxvnni": replace(_AVX2, integer=_narrow(VPDPBUSD_256, PSHUFB_256, (4, 3, 2, 1))),
     "avx2": replace(
         _AVX2,
