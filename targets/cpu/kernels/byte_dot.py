@@ -168,12 +168,16 @@ def _pairs(lanes: int, multiply: str, add: str, signs: str, declarations: str) -
     Of codes of four bits eight such sums fit, 2 · 15 · 127 each, of six bits two. 2 · 255 · 127 is
     too much: codes of eight bits are therefore signed, |code| ≤ 128, and their signs move to the
     activations: `signs` makes %y of %c and %x.
+
+    An empty line of assembly that is said to change a sum keeps LLVM to the order of the words. It
+    would multiply row by row otherwise, and have no registers for all the codes of a unit.
     """
+    kept = 'asm sideeffect "", "=v,0"'
     sums, halves, bytes_ = f"<{lanes} x i32>", f"<{2 * lanes} x i16>", f"<{4 * lanes} x i8>"
     total = f"""
   %q = call {sums} @{add}({halves} %p, {halves} splat (i16 1))
   %t = add {sums} %s, %q
-  %r = call {sums} asm sideeffect "", "=v,0"({sums} %t)
+  %r = call {sums} {kept}({sums} %t)
   ret {sums} %r
 """
     return ByteDot(
@@ -189,7 +193,7 @@ declare {bytes_} @llvm.abs.v{4 * lanes}i8({bytes_}, i1)
   %m = call {halves} @{multiply}({bytes_} %c, {bytes_} %x)
   %a = add {halves} %p, %m
   %b = bitcast {halves} %a to {sums}
-  %r = call {sums} asm sideeffect "", "=v,0"({sums} %b)
+  %r = call {sums} {kept}({sums} %b)
   ret {sums} %r
 """,
         total=total,
