@@ -87,7 +87,7 @@ most seen is 2e-4. One wrong code of 768 shows as 1e-3.
 
 NESTED_TOLERANCE = 5e-5
 """Activations are rounded to 16 bits by the largest of 256, and 2^-16 of the largest products are
-left out but for their mean: over 1 to 40 tokens, that adds up to 3.2e-5 where a row is one
+left out but for their mean: over 1 to 40 tokens, that adds up to 3.4e-5 where a row is one
 super-block and to 1.6e-5 where it is three. One wrong code of 256 shows as 2e-4.
 """
 
