@@ -71,6 +71,7 @@ class ByteDot:
 
     def keep_in_memory(self, buffer: Expr) -> None:
         """Has LLVM leave vectors on the stack there, where it would rather move them about."""
+        assert self.intrinsic is None, "its scope has no functions"
         T.evaluate(tirx.call_extern("void", _KEEP, T.address_of(buffer[i64(0), i64(0)])))
 
     def _symbol(self, kind: str) -> str:
