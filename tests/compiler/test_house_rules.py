@@ -106,7 +106,7 @@ def test_words_and_citations_are_not_model_names(line):
 CALLBACKS = re.compile(
     r"\b(?:call_packed|call_cpacked|tvm_call_packed\w*|call_extern|call_pure_extern)\b"
 )
-OWN_LLVM = re.compile(r'call_pure_extern\("\w+", "llmc_\w+"')
+OWN_LLVM = re.compile(r'call_(?:pure_)?extern\("\w+", "llmc_\w+"')
 # The C library's memory, math and threads, which every process has.
 C_LIBRARY = """
     memcpy memmove memset snprintf
