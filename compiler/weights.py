@@ -30,6 +30,7 @@ ALIGNMENT = 64
 FILE_BYTES = 128 * 2**20
 """That a file's arrays begin within: files are read and hashed side by side."""
 _MOST_FILES = 64
+_LARGE_PAGE = 2 * 2**20
 
 Grids = dict[str, list[Grid]]
 """What the matrices of a source (one, or one an expert) were rounded to, by the source's name."""
@@ -106,17 +107,13 @@ def write_weights(
     """
     grids: Grids = {}
     with ExitStack() as stack:
-        places: dict[str, tuple[BinaryIO, int]] = {}
+        files: dict[str, _File] = {}
         for name, inside in _files(wanted).items():
-            file = stack.enter_context((folder / name).open("wb"))
-            places |= {n: (file, begin) for n, begin in _write_header(file, inside).items()}
-        lock = Lock()
+            file = _File(stack.enter_context((folder / name).open("wb")), inside)
+            files |= dict.fromkeys((a.name for a in inside), file)
 
         def write(argument: Argument, array: Array, bytes_before: int = 0) -> None:
-            file, begin = places[argument.name]
-            with lock:
-                file.seek(begin + bytes_before)
-                file.write(np.ascontiguousarray(array).data)
+            files[argument.name].write(argument, array, bytes_before)
 
         done, end = 0, sum(a.num_bytes for a in wanted)
         # Backwards: what the system still holds of the files are the layers that a reference,
@@ -134,24 +131,50 @@ def write_weights(
     return grids
 
 
-def _write_header(file: BinaryIO, inside: list[Argument]) -> dict[str, int]:
-    """Writes what a safetensors file of these arrays begins with; where each of them goes."""
-    header: dict[str, object] = {}
-    begins: dict[str, int] = {}
-    end = 0
-    # Odd sizes last, so that they move nothing behind them off its alignment.
-    for argument in sorted(inside, key=lambda a: a.num_bytes % ALIGNMENT != 0):
-        begins[argument.name] = end
-        end += argument.num_bytes
-        header[argument.name] = {
-            "dtype": _SAFETENSORS_DTYPES[argument.dtype],
-            "shape": list(argument.shape),
-            "data_offsets": [begins[argument.name], end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    file.write(len(text).to_bytes(8, "little") + text)
-    return {name: file.tell() + begin for name, begin in begins.items()}
+class _File:
+    """A safetensors file of some arguments, whose parts are written in any order."""
+
+    def __init__(self, file: BinaryIO, inside: list[Argument]) -> None:
+        self._file = file
+        self._begins: dict[str, int] = {}
+        self._lock = Lock()
+        self._filled = False
+        header: dict[str, object] = {}
+        end = 0
+        # Odd sizes last, so that they move nothing behind them off its alignment.
+        for argument in sorted(inside, key=lambda a: a.num_bytes % ALIGNMENT != 0):
+            self._begins[argument.name] = end
+            end += argument.num_bytes
+            header[argument.name] = {
+                "dtype": _SAFETENSORS_DTYPES[argument.dtype],
+                "shape": list(argument.shape),
+                "data_offsets": [self._begins[argument.name], end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % ALIGNMENT)
+        self._header = len(text).to_bytes(8, "little") + text
+        self._size = len(self._header) + end
+
+    def write(self, argument: Argument, array: Array, bytes_before: int) -> None:
+        """Writes an array, or a part of it that `bytes_before` others precede."""
+        with self._lock:
+            if not self._filled:
+                self._fill()
+            self._file.seek(len(self._header) + self._begins[argument.name] + bytes_before)
+            self._file.write(np.ascontiguousarray(array).data)
+
+    def _fill(self) -> None:
+        """Writes header and zeros, in order and in parts of a large page.
+
+        Linux then keeps the file in such pages, into which parts are written ten times as fast as
+        into small ones, and as which whoever maps the file reads it.
+        """
+        zeros = bytes(_LARGE_PAGE)
+        for begin in range(0, self._size, _LARGE_PAGE):
+            self._file.write(memoryview(zeros)[: self._size - begin])
+        self._file.seek(0)
+        self._file.write(self._header)
+        self._filled = True
 
 
 _SAFETENSORS_DTYPES = {

@@ -1,12 +1,14 @@
-"""Reads an artifact's weights and hands them to the device, to a host's without a copy."""
+"""Maps or reads an artifact's weights and hands them to the device, to a host's without a copy."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import mmap
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -18,9 +20,9 @@ from llmc.cpu_features import num_cores
 from llmc.errors import ArtifactError
 
 _ALIGNMENT = 4096  # of a file in memory: its tensors are then aligned as they are in it
-# That are read, then hashed, at a time: between them a thread waits for Python's lock, which
-# parsing a tokenizer holds for a tenth of a second.
-_PART_BYTES = 256 * 2**20
+_LARGE_PAGE = 2 * 2**20
+_ENOUGH = 0.9  # of a file in large pages: it is read at their speed
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, which the module mmap has no name for
 
 MakeTensor: TypeAlias = Callable[[npt.NDArray[Any]], Any]
 
@@ -32,26 +34,23 @@ class WeightFiles:
     """
 
     def __init__(self, directory: Path, manifest: Manifest, *, resident: bool) -> None:
-        """Begins. With `resident` tensors lie in memory of the process: files are read rather than
-        mapped, into pages of 2 MiB where the system has them, from which a processor reads a
-        quarter faster. ArtifactError where a file is missing.
+        """Begins. With `resident` tensors are computed with where they lie: a file that the system
+        keeps in small pages is then read into large ones, from which a processor reads a quarter
+        faster. ArtifactError where a file is missing.
         """
         self._manifest = manifest
         self._resident = resident
         names = dict.fromkeys(w.file for w in manifest.weights)
         paths = {name: manifest.path_of(directory, name) for name in names}
-        workers = num_cores()
-        self._readers = ThreadPoolExecutor(workers)
-        self._hashers = ThreadPoolExecutor(workers)
+        self._readers = ThreadPoolExecutor(num_cores())
         self._files = {
-            name: self._hashers.submit(self._open, name, path) for name, path in paths.items()
+            name: self._readers.submit(self._open, name, path) for name, path in paths.items()
         }
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hashers.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
 
     def tensors(self, tensor: MakeTensor) -> list[Any]:
@@ -66,27 +65,16 @@ class WeightFiles:
 
     def _open(self, name: str, path: Path) -> _File:
         try:
-            if self._resident:
-                data = _aligned(path.stat().st_size)
-            else:
-                data = np.memmap(path, np.uint8, "r")
-            ranges = [data[i : i + _PART_BYTES] for i in range(0, data.nbytes, _PART_BYTES)]
-            reads = [
-                self._readers.submit(_read, path, i * _PART_BYTES, part)
-                for i, part in enumerate(ranges)
-                if self._resident
-            ]
-            digest = hashlib.sha256()
-            for part, read in zip_longest(ranges, reads):
-                if read is not None:
-                    read.result()
-                digest.update(part.data)
+            data = _mapped(path)
+            if self._resident and not _is_in_large_pages(data):
+                del data  # pages that are mapped count as memory of the process
+                data = _read(path)
         except (OSError, ValueError) as exc:
             raise ArtifactError(
                 f"{path}: not readable as weights: {exc}",
                 hint="the file is damaged: copy or compile the artifact again",
             ) from exc
-        self._manifest.check_digest(path, name, digest.hexdigest())
+        self._manifest.check_digest(path, name, hashlib.sha256(data.data).hexdigest())
         return _File(path, data)
 
 
@@ -140,20 +128,55 @@ class _File:
         return raw.view(weight.dtype).reshape(weight.shape)
 
 
-def _aligned(size: int) -> npt.NDArray[np.uint8]:
-    """Memory for a file; NumPy asks for large pages for arrays of their size."""
+def _mapped(path: Path) -> npt.NDArray[np.uint8]:
+    """The file's bytes as the system keeps them, read by now; OSError where they cannot be.
+
+    Others who map the file share its memory. What is not in memory yet comes in large pages, where
+    the system has them for files.
+    """
+    with path.open("rb") as file:
+        # Written pages would be copies of the process's own; DLPack takes no read-only arrays.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), _POPULATE_READ):
+        if sys.platform == "linux" and advice is not None:
+            try:
+                mapped.madvise(advice)
+            except OSError as exc:
+                if exc.errno != errno.EINVAL:  # unknown to this system
+                    raise
+    return np.frombuffer(mapped, np.uint8)
+
+
+def _read(path: Path) -> npt.NDArray[np.uint8]:
+    """The file's bytes in memory of this process, for which NumPy asks for large pages."""
+    size = path.stat().st_size
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % _ALIGNMENT
-    return memory[begin : begin + size]
-
-
-def _read(path: Path, start: int, data: npt.NDArray[np.uint8]) -> None:
-    """Fills `data` with the file's bytes from `start` on."""
+    data = memory[begin : begin + size]
     with path.open("rb", buffering=0) as file:
-        file.seek(start)
         done = 0
-        while done < data.nbytes:
+        while done < size:
             count = file.readinto(data[done:].data)
             if not count:
-                raise OSError(f"ends after {start + done} bytes")
+                raise OSError(f"ends after {done} bytes")
             done += count
+    return data
+
+
+def _is_in_large_pages(data: npt.NDArray[np.uint8]) -> bool:
+    possible = data.nbytes // _LARGE_PAGE * _LARGE_PAGE
+    return large_page_bytes(data.ctypes.data) >= _ENOUGH * possible
+
+
+def large_page_bytes(address: int, smaps: Path = Path("/proc/self/smaps")) -> int:
+    """Bytes of the file mapped at `address` that are in large pages, as far as the system tells."""
+    begin, found = f"{address:x}-", False
+    try:
+        with smaps.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                found = found or line.startswith(begin)
+                if found and line.startswith("FilePmdMapped:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:  # not Linux
+        pass
+    return 0

@@ -19,6 +19,7 @@ from llmc.compiler.weights import (
 from llmc.errors import ImportModelError
 from llmc.formats import FORMATS, QuantizedMatrix
 from llmc.models.source import SourceTensor
+from llmc.runtime.weights import _mapped, large_page_bytes
 from llmc.targets.registry import open_target
 
 FILE = "weights-00001.safetensors"
@@ -291,6 +292,28 @@ def test_arrays_are_shared_out_to_files_in_their_order(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     for name, values in given.items():
         np.testing.assert_array_equal(load_file(tmp_path / files[name])[name], values)
+
+
+def test_files_are_kept_in_large_pages_where_the_system_has_them(tmp_path):
+    size, part = 16 * 2**20, bytes(2**21)
+    with (tmp_path / "in_order").open("wb", buffering=0) as file:
+        for _ in range(0, size, len(part)):
+            file.write(part)
+    if _share_in_large_pages(tmp_path / "in_order") < 1:
+        pytest.skip("this system keeps written files in small pages")
+    rng = np.random.default_rng(5)
+    given = {n: rng.standard_normal(size // 32, np.float32) for n in "abcdefgh"}
+    wanted = [
+        Argument(name=n, spec=WeightSpec(sources=[n]), shape=v.shape, dtype="float32")
+        for n, v in given.items()
+    ]
+    write_weights(tmp_path, wanted, tensors(**given), open_target("cpu"), lambda f: None)
+    assert _share_in_large_pages(tmp_path / FILE) > 0.9
+
+
+def _share_in_large_pages(path):
+    data = _mapped(path)
+    return large_page_bytes(data.ctypes.data) / (data.nbytes // 2**21 * 2**21)
 
 
 def test_a_large_model_has_no_more_than_64_files(monkeypatch):
