@@ -12,11 +12,13 @@ from benchmarks.engine import (
     BATCHES,
     PREFILL_TOKENS,
     START_TOKENS,
+    Figures,
     Measured,
     Plan,
 )
 from benchmarks.models import REPOSITORY, Files, llmc_command
 from benchmarks.process import Finished, run
+from benchmarks.record import METRICS
 from llmc.cli.kernel_cost import Limits
 
 _PROFILE_GEN_TOKENS = 16
@@ -45,7 +47,7 @@ class Own:
         # A sequence's first token counts as prefill's.
         finished = _bench(files, plan, max(1, depth), plan.gen_tokens + 1, "1", "--repeat", "1")
         [result] = json.loads(finished.stdout)["results"]
-        return finished, {f"decode-{depth}": result["decode_tokens_per_s"]["median"]}
+        return finished, _decoding(f"decode-{depth}", result)
 
     def batches(self, files: Files, plan: Plan) -> Measured:
         """See Engine."""
@@ -53,10 +55,10 @@ class Own:
         finished = _bench(
             files, plan, BATCH_PROMPT_TOKENS, plan.gen_tokens + 1, sizes, "--repeat", "1"
         )
-        results = json.loads(finished.stdout)["results"]
-        return finished, {
-            f"batch-{r['batch']}": r["decode_tokens_per_s"]["median"] for r in results
-        }
+        figures: Figures = {}
+        for result in json.loads(finished.stdout)["results"]:
+            figures |= _decoding(f"batch-{result['batch']}", result)
+        return finished, figures
 
     def start(self, files: Files, plan: Plan) -> Measured:
         """See Engine."""
@@ -81,6 +83,13 @@ def profile(files: Files, plan: Plan) -> tuple[list[dict[str, Any]], list[Limits
         limits.append(Limits(**report["limits"]))
     # The second run's prefill is of no interest.
     return [s for s in steps if s["num_tokens"] in (PREFILL_TOKENS, s["num_sequences"])], limits
+
+
+def _decoding(metric: str, result: dict[str, Any]) -> Figures:
+    return {
+        metric: result["decode_tokens_per_s"]["median"],
+        METRICS[metric].beside: result["memory_bandwidth_share"]["median"],
+    }
 
 
 def _bench(

@@ -25,6 +25,13 @@ class Metric:
     unit: str
     more_is_better: bool = True
 
+    @property
+    def beside(self) -> str:
+        """The metric that is this one's share of the bandwidth which its process measured after
+        it: a shared machine's memory is not as fast all the time.
+        """
+        return f"{self.name}-beside"
+
 
 METRICS = {
     m.name: m
@@ -40,12 +47,19 @@ METRICS = {
 }
 
 
+BESIDE = {
+    m.beside: Metric(name=m.beside, title=f"{m.title}, of the bandwidth beside", unit="")
+    for m in METRICS.values()
+    if m.title.startswith("decode")
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One figure of one run."""
 
     case: str
-    metric: str  # a key of METRICS
+    metric: str  # a key of METRICS or BESIDE
     engine: str
     value: float
     round: int

@@ -11,7 +11,10 @@ from llmc.cli.console import console, table
 OWN = "llmc"
 TIE = 0.15  # figures that differ by less are equal: what such machines vary from run to run
 
-_COLUMNS = ("figure", f">{OWN}", ">best peer", "which", ">ratio", ">floor", f">{OWN} of floor")
+_COLUMNS = (
+    *("figure", f">{OWN}", ">best peer", "which", ">ratio", ">floor", f">{OWN} of floor"),
+    ">of bandwidth beside",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +28,13 @@ class Row:
     ratio: float | None  # above 1: ours is better
     floor: str
     share: str
+    beside: str
 
     def cells(self) -> list[str]:
         """In the order of the columns."""
         ratio = "" if self.ratio is None else f"{self.ratio:.2f}"
-        return [self.metric, self.own, self.peer, self.peer_name, ratio, self.floor, self.share]
+        floor = (self.floor, self.share, self.beside)
+        return [self.metric, self.own, self.peer, self.peer_name, ratio, *floor]
 
 
 def rows(record: Record, case: str) -> list[Row]:
@@ -57,6 +62,7 @@ def _row(record: Record, case: str, metric: Metric) -> Row:
         ratio=ratio,
         floor="" if floor is None else _number(floor),
         share="" if share is None else f"{share:.0%}",
+        beside=_percentages(record.values(case, metric.beside, OWN)),
     )
 
 
@@ -69,6 +75,13 @@ def _figure(values: list[float]) -> str:
         return ""
     median, least, most = map(_number, spread(values))
     return median if len(values) == 1 else f"{median} ({least} … {most})"
+
+
+def _percentages(shares: list[float]) -> str:
+    if not shares:
+        return ""
+    median, least, most = (f"{share:.0%}" for share in spread(shares))
+    return median if len(shares) == 1 else f"{median} ({least} … {most})"
 
 
 def _number(value: float) -> str:
@@ -126,7 +139,9 @@ def _preface(record: Record) -> list[str]:
         f"A ratio above 1 means that llmc is better; within {TIE:.0%} it is a tie. Of all "
         "peers, and of llama.cpp with and without flash attention, the best is shown. The floor is "
         "what reading every weight once a step, or doing every product at the processor's peak, "
-        "takes at least.",
+        "takes at least: at the best rates of the whole run. Beside it stands at what share of the "
+        "memory's bandwidth weights, keys and values were read, as each process measured it after "
+        "its own figures.",
     ]
 
 

@@ -16,7 +16,7 @@ from benchmarks.models import CASES, Files, demo_gguf, llmc_command
 from benchmarks.own import profile
 from benchmarks.plots import plot_roofline
 from benchmarks.process import Finished
-from benchmarks.record import METRICS, Record, Sample, load_average
+from benchmarks.record import BESIDE, METRICS, Record, Sample, load_average
 from benchmarks.report import markdown, print_record
 from benchmarks.scenarios import Scenario, scenarios
 from llmc.artifact import Manifest
@@ -119,7 +119,7 @@ class Session:
         if samples:
             self.talk.print(f"  $ {samples[0].command}", markup=False, style="dim")
         for sample in samples:
-            metric = METRICS[sample.metric]
+            metric = {**METRICS, **BESIDE}[sample.metric]
             self.talk.print(
                 f"    {sample.engine}: {metric.title}: {sample.value:,.4g} {metric.unit}",
                 markup=False,

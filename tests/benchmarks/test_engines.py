@@ -22,6 +22,7 @@ from benchmarks.peers import choose_peers, open_peers
 from benchmarks.process import Finished
 from benchmarks.python_peers import LIBRARIES, PythonPeer, driver_results
 from benchmarks.random_gguf import write_random_gguf
+from benchmarks.record import BESIDE
 from benchmarks.scenarios import scenarios
 from llmc.errors import LlmcError, UsageError
 from llmc.models.source import open_source
@@ -90,6 +91,7 @@ def test_every_engine_answers_every_scenario(tmp_path: Path, monkeypatch) -> Non
             rates = {
                 "prefill_tokens_per_s": {"median": 7.0},
                 "decode_tokens_per_s": {"median": 8.0},
+                "memory_bandwidth_share": {"median": 0.9},
             }
             rates["peak_memory_mib"] = 200.0
         else:
@@ -118,6 +120,8 @@ def test_every_engine_answers_every_scenario(tmp_path: Path, monkeypatch) -> Non
         for scenario in scenarios(FILES.case):
             _finished, found = scenario.measure(engine, FILES, PLAN)
             figures |= found
+        shares = {name: figures.pop(name, None) for name in BESIDE}
+        assert set(shares.values()) == {0.9 if engine.name == "llmc" else None}
         assert figures == {
             "prefill": 7.0,
             "memory": 200.0 if engine.name == "llmc" else 300,

@@ -58,6 +58,7 @@ def sample(metric: str, engine: str, value: float, round: int = 0) -> Sample:
 def test_the_peer_to_beat_is_the_better_of_its_variants_by_each_metric() -> None:
     samples = [
         sample("decode-0", "llmc", 300),
+        *(sample("decode-0-beside", "llmc", v) for v in (0.9, 0.914, 0.8)),
         *(sample("decode-0", "llama.cpp -fa 0", v) for v in (240, 250, 260)),
         *(sample("decode-0", "llama.cpp -fa 1", v) for v in (100, 110, 900)),  # one lucky run
         sample("memory", "llmc", 180),
@@ -70,6 +71,7 @@ def test_the_peer_to_beat_is_the_better_of_its_variants_by_each_metric() -> None
     decode, memory = rows(measured, "smollm2")
     assert decode.cells()[1:] == [
         *("300", "250 (240 … 260)", "llama.cpp -fa 0", "1.20", "400", "75%"),
+        "90% (80% … 91%)",
     ]
     assert memory.ratio == pytest.approx(200 / 180)  # less memory is better
     assert memory.share == "50%"
@@ -78,8 +80,8 @@ def test_the_peer_to_beat_is_the_better_of_its_variants_by_each_metric() -> None
 def test_a_metric_without_a_peer_or_without_ours_is_shown_as_far_as_it_goes() -> None:
     samples = [sample("decode-0", "llmc", 200), sample("prefill", "llama.cpp -fa 0", 1500)]
     prefill, decode = rows(record(samples=samples), "smollm2")
-    assert decode.cells()[1:] == ["200", "", "", "", "400", "50%"]
-    assert prefill.cells()[1:] == ["", "1,500", "llama.cpp -fa 0", "", "", ""]
+    assert decode.cells()[1:] == ["200", "", "", "", "400", "50%", ""]
+    assert prefill.cells()[1:] == ["", "1,500", "llama.cpp -fa 0", "", "", "", ""]
 
 
 def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
