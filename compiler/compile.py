@@ -278,7 +278,7 @@ def _sampling_info(workspace: dict[str, int], bounds: StepBounds) -> artifact.De
 def _codegen(
     mod: tvm.IRModule, target: Target, *instruments: ScratchMeter
 ) -> tvm.runtime.Executable:
-    with tvm.transform.PassContext(config=target.pass_config, instruments=list(instruments)):
+    with tvm.transform.PassContext(**target.pass_options, instruments=list(instruments)):
         return relax.build(mod, target=target.tvm_target, relax_pipeline=None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -117,7 +117,7 @@ class Target(Protocol):
     lacking_formats: frozenset[str]  # names of weight formats that its kernels do not decode
     few_tokens: int  # largest T of the entry point for small batches
     lazy_memory: bool  # memory that nothing has written to takes none
-    pass_config: dict[str, object]
+    pass_options: dict[str, Any]  # of the PassContext in which its code is generated
     level: str  # names it among its alternatives; empty where it has none
     alternatives: Sequence[Target]  # for lesser devices: same weights and caches, own libraries
     kernel_rules: Sequence[tuple[str, KernelRule]]

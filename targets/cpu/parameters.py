@@ -127,9 +127,12 @@ class IntegerParameters:
     block: int = 32  # activation features that share a scale, or a weight group if that is larger
     tiling: Tiling = field(default_factory=lambda: Tiling(panels=2, token_tiles=(6, 4, 3, 2, 1)))
     composed: Tiling | None = None  # in its place for formats that are put together
+    chunked: Tiling | None = None  # of these, for more tokens than fit a tile
     whole: Tiling | None = None  # and for codes that lie in memory as bytes
     min_chains: int = 4  # independent sums below which a tile splits each in two
     unit_words: int = 4  # stored words of one step of a one-token product
+    chunk: int = 512  # features that are put together at a time where there are many rows
+    chunk_rows: int = 192  # for so many of them, at most
     ahead_cache: int = 1  # the level that words asked for ahead for one token are brought to
     next_cache: int = 2  # to which tiles of several tokens bring the panels that follow
     tiles: TileParameters | None = None  # None: there are no matrix registers
@@ -139,9 +142,11 @@ class IntegerParameters:
     avx512_gate: bool = False  # activations as precise as what they are rounded to
 
     def of(self, fmt: WeightFormat) -> IntegerParameters:
-        """Those for a format, with one tiling."""
+        """Those for a format: of tilings `tiling`, and `chunked` if the format is put together."""
         tiling = self.composed if fmt.is_composed else self.whole if fmt.bits == 8 else None
-        return replace(self, tiling=tiling or self.tiling, composed=None, whole=None)
+        tiling = tiling or self.tiling
+        chunked = (self.chunked or tiling) if fmt.is_composed else None
+        return replace(self, tiling=tiling, chunked=chunked, composed=None, whole=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +159,7 @@ class Bfloat16Parameters:
     tiling: Tiling = field(default_factory=lambda: Tiling(panels=4, token_tiles=(6, 4, 2, 1)))
     chains: int = 8  # independent sums that hide the latency of a dot product
     words: int = 4  # stored words of one step of a one-token product
+    chunk: int = 2048  # features of many rows that are multiplied at a time, about
     next_cache: int = 2
     tiles: TileParameters | None = None  # None: there are no matrix registers
     few_tiles: FewTileParameters | None = None  # where `tiles` are not used
@@ -209,6 +215,7 @@ _INTEGER = IntegerParameters(
     table=PSHUFB_512,
     # What a tile of one panel takes stays in registers.
     composed=Tiling(panels=1, token_tiles=(8, 6, 4, 3, 2, 1), words=4),
+    chunked=Tiling(panels=2, token_tiles=(4, 3, 2, 1), words=8),
 )
 _VNNI = replace(_AVX512, integer=_INTEGER)
 # For one token AMD's processors read four panels side by side, best by their own foresight.

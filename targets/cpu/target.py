@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tvm
 
@@ -125,8 +126,12 @@ class CpuTarget:
         if isa.mattr:
             description["mattr"] = list(isa.mattr)
         self.tvm_target = tvm.target.Target(description)
-        # TVM's storage rewriting would move the kernels' accumulators out of registers.
-        self.pass_config: dict[str, object] = {"tirx.disable_storage_rewrite": True}
+        self.pass_options: dict[str, Any] = {
+            # TVM's storage rewriting would move the kernels' accumulators out of registers.
+            "config": {"tirx.disable_storage_rewrite": True},
+            # There is nothing to make smaller, and finding out takes half of a kernel's time.
+            "disabled_pass": ["s_tir.CompactBufferAllocation"],
+        }
         self._parameters = parameters_for(self.isa)
         narrow = {"int8": self._parameters.integer, "bfloat16": self._parameters.bfloat16}
         self.narrow_products = frozenset(name for name, has in narrow.items() if has is not None)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tvm
 import tvm_ffi
@@ -66,7 +67,7 @@ class CudaTarget(GpuTarget):
                 "mtriple": TRIPLES[self.platform.machine, self.platform.system],
             },
         )
-        self.pass_config: dict[str, object] = {}
+        self.pass_options: dict[str, Any] = {}
         features = Features(subgroup=32, max_threads=1024, shared_bytes=49152)
         self.parameters = replace(_PARAMETERS, features=features)
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = cuda_rules(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tvm
 import tvm_ffi
@@ -63,7 +64,7 @@ class MetalTarget(GpuTarget):
                 "mcpu": "apple-m1",
             },
         )
-        self.pass_config: dict[str, object] = {}
+        self.pass_options: dict[str, Any] = {}
         self.parameters = PARAMETERS
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = metal_rules(
             self.parameters, TILE, self.few_tokens

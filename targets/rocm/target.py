@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tvm
 
@@ -56,7 +57,7 @@ class RocmTarget(GpuTarget):
                     "mtriple": TRIPLES[self.platform.machine, self.platform.system],
                 },
             )
-        self.pass_config: dict[str, object] = {}
+        self.pass_options: dict[str, Any] = {}
         self.parameters = replace(PARAMETERS, features=family.features)
         self.kernel_rules: Sequence[tuple[str, KernelRule]] = rocm_rules(
             self.parameters, family.matrix, self.few_tokens

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tvm
 
@@ -102,7 +103,7 @@ class VulkanTarget(GpuTarget):
             },
             host={"kind": "llvm", "mtriple": triple},
         )
-        self.pass_config: dict[str, object] = {}
+        self.pass_options: dict[str, Any] = {}
         features = Features(
             subgroup=self._presumed.subgroup,
             subgroup_extern=_EXTERNS if self._presumed.subgroup > 1 else None,

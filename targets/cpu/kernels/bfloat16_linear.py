@@ -31,9 +31,9 @@ from llmc.targets.cpu.kernels.panels import (
     registers,
     splat,
 )
-from llmc.targets.cpu.kernels.register_tiles import Turn, multiply_tiles
+from llmc.targets.cpu.kernels.register_tiles import Add, Chunks, Turn, multiply_tiles
 from llmc.targets.cpu.kernels.tiles import Product
-from llmc.targets.cpu.layout import PANEL
+from llmc.targets.cpu.layout import PANEL, ceildiv
 from llmc.targets.cpu.parameters import Bfloat16Parameters
 
 Expr = Any
@@ -77,7 +77,11 @@ def bfloat16_linear(
                 return x[i64(0), row, lanes(first)]
 
             def vectors() -> None:
-                multiply_tiles(product, tokens, count, 2 * k, params.tiling, multiply)
+                chunks = None if tokens == 1 else _chunks(weights, x, params)
+                features = k if chunks is None else k // chunks.count
+                multiply_tiles(
+                    product, tokens, count, 2 * features, params.tiling, multiply, chunks
+                )
 
             tiles, few = params.tiles, params.few_tiles
             if tokens == 1 or tile_depth(k) < _MIN_DEPTH:
@@ -105,6 +109,30 @@ def bfloat16_linear(
     return builder.get()
 
 
+def _chunks(weights: WeightPanels, x: Expr, params: Bfloat16Parameters) -> Chunks | None:
+    """How rows are multiplied that are too long for many of them to stay in the cache."""
+    count = ceildiv(weights.k, params.chunk)
+    while weights.words % count:
+        count += 1
+    if count == 1:
+        return None
+
+    def of(panels: list[Expr]) -> Callable[[Expr], Add]:
+        def unpack(chunk: Expr) -> Add:
+            def add(
+                rows: list[Expr], turn: Turn | None, before: list[list[Expr]]
+            ) -> list[list[Expr]]:
+                part = (chunk, count, before)
+                return _tile(weights, panels, x, rows, params, turn, None, part)
+
+            return add
+
+        return unpack
+
+    rows = params.tiling.row_block_bytes // (2 * weights.k // count)
+    return Chunks(params.tiling, rows, count, of)
+
+
 def _tile(
     weights: WeightPanels,
     panels: Sequence[Expr],
@@ -113,26 +141,38 @@ def _tile(
     params: Bfloat16Parameters,
     turn: Turn | None,
     following: Expr | None,
+    part: tuple[Expr, int, list[list[Expr]]] | None = None,
 ) -> list[list[Expr]]:
-    """The products of rows with panels: a float32x16 for each [row][panel]."""
+    """The products of rows with panels: a float32x16 for each [row][panel].
+
+    Of a `part` of the features, (chunk, how many of them, products before it), added to these.
+    """
+    chunk, num_chunks, before = part or (i64(0), 1, None)
     size = len(rows) * len(panels)
     chains = max(1, min(params.words, params.chains // size))
     sums = registers(size * chains)
     for i in range(size * chains):
-        put(sums, i, splat(0.0))
+        begin = splat(0.0)
+        if before is not None and i % chains == 0:
+            r, p = divmod(i // chains, len(panels))
+            begin = before[r][p]
+        put(sums, i, begin)
+    words = weights.words // num_chunks
+    first_word = chunk * i64(words)
 
     def add(first: Expr, count: int) -> None:
         values = [get(sums, i) for i in range(size * chains)]
         for j in range(count):
-            word = T.Bind(first + i64(j))
+            number = first + i64(j)
+            word = T.Bind(first_word + number)
             if params.tiling.ahead_words and len(rows) == 1:
                 for panel in panels:
                     ahead = word + i64(params.tiling.ahead_words)
                     prefetch(weights.ahead_address(i64(0), panel, ahead, following))
             if turn is not None:
-                ahead = turn.share(word, weights.words)
+                ahead = turn.share(number, words)
                 for panel in panels:
-                    after = panel + i64(len(panels))
+                    after = T.Bind(panel + turn.panels)
                     prefetch(weights.word_address(i64(0), after, ahead), params.next_cache)
             stored = [T.Bind(weights.word(i64(0), panel, word)) for panel in panels]
             for r, row in enumerate(rows):
@@ -145,10 +185,10 @@ def _tile(
             put(sums, i, value)
 
     step = params.words if chains > 1 else 1
-    with T.serial(i64(weights.words // step)) as number:
+    with T.serial(i64(words // step)) as number:
         add(T.Bind(number * i64(step)), step)
-    if weights.words % step:
-        add(i64(weights.words - weights.words % step), weights.words % step)
+    if words % step:
+        add(i64(words - words % step), words % step)
     totals = [sum_pairwise([get(sums, i * chains + c) for c in range(chains)]) for i in range(size)]
     return [totals[r * len(panels) : (r + 1) * len(panels)] for r in range(len(rows))]
 

@@ -8,7 +8,7 @@ int32, and leaves the integers once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -27,8 +27,8 @@ from llmc.targets.cpu.kernels.panels import (
     registers,
     splat,
 )
-from llmc.targets.cpu.kernels.register_tiles import Turn
-from llmc.targets.cpu.kernels.unpacked import UnpackedPanels
+from llmc.targets.cpu.kernels.register_tiles import Add, Chunks, Turn
+from llmc.targets.cpu.kernels.unpacked import UnpackedPanels, num_chunks
 from llmc.targets.cpu.layout import PANEL, stored_zero_point
 from llmc.targets.cpu.parameters import IntegerParameters
 
@@ -105,19 +105,56 @@ def integer_panels(
     rows: Sequence[Expr],
     params: IntegerParameters,
     turn: Turn | None = None,
-    unpacked: UnpackedPanels | None = None,
     following: Expr | None = None,
+    unpacked: UnpackedPanels | None = None,
+    before: list[list[Expr]] | None = None,
 ) -> list[list[Expr]]:
     """The products of a few activation rows with a few panels: a float32x16 for each [row][panel].
 
     y = Σ_blocks a · Σ_groups (s · Σ (code - zero)·x + min · Σ x), the sums over codes in int32.
-    A tile of several rows asks for its `turn`'s share of the panels that follow. `unpacked` are the
-    same panels, if they have been put together before; `following` is the panel that is read after
-    the last one, where that is not the next.
+    A tile of several rows asks for its `turn`'s share of the panels that follow. `following` is the
+    panel that is read after the last one, where that is not the next. Of a chunk of the panels,
+    `unpacked`, the products are added to what there is `before`.
     """
-    tile = _Tile(weights, expert, panels, x, rows, params, turn, unpacked, following)
+    tile = _Tile(weights, expert, panels, x, rows, params, turn, following, unpacked, before)
     tile.multiply()
     return tile.result()
+
+
+def unpacked_chunks(
+    weights: WeightPanels,
+    expert: Expr,
+    x: CodedRows,
+    params: IntegerParameters,
+    row_of: Callable[[Expr], Expr] = lambda row: row,
+) -> Chunks:
+    """How many rows are multiplied by a format that is put together; `row_of` is where in x a row
+    lies.
+    """
+    count = num_chunks(weights.fmt, weights.k, x.block, params.chunk)
+    params = replace(params, tiling=params.chunked)
+
+    def of(panels: list[Expr]) -> Callable[[Expr], Add]:
+        memory = UnpackedPanels.allocate(weights, panels, count)
+
+        def unpack(chunk: Expr) -> Add:
+            unpacked = memory.filled(expert, chunk)
+
+            def add(
+                rows: list[Expr], turn: Turn | None, before: list[list[Expr]]
+            ) -> list[list[Expr]]:
+                places = [T.Bind(row_of(row)) for row in rows]
+                return integer_panels(
+                    *(weights, expert, panels, x, places, params, turn),
+                    unpacked=unpacked,
+                    before=before,
+                )
+
+            return add
+
+        return unpack
+
+    return Chunks(params.tiling, params.chunk_rows, count, of)
 
 
 class _Tile:
@@ -132,14 +169,17 @@ class _Tile:
         rows: Sequence[Expr],
         params: IntegerParameters,
         turn: Turn | None,
-        unpacked: UnpackedPanels | None,
         following: Expr | None,
+        unpacked: UnpackedPanels | None,
+        before: list[list[Expr]] | None,
     ) -> None:
         self.turn, self.following = turn, following
         self.lead: Expr | None = None  # words from those multiplied to those asked for meanwhile
         self.weights, self.expert, self.panels = weights, expert, panels
         self.x, self.rows = x, rows
         self.source = weights if unpacked is None else unpacked
+        self.blocks = weights.k // x.block // (1 if unpacked is None else unpacked.count)
+        self.first_block = i64(0) if unpacked is None else unpacked.chunk * i64(self.blocks)
         self.params = params
         self.unit = unit_of(weights.fmt, x.block)
         # Whether codes are multiplied as signed bytes, CENTRE taken off: narrower ones are as well
@@ -155,23 +195,24 @@ class _Tile:
         if params.tiling.sums_in_memory and len(rows) > 1:
             params.dot.keep_in_memory(self.totals)
         for i in range(self.size):
-            put(self.totals, i, splat(0.0))
+            r, p = divmod(i, len(panels))
+            put(self.totals, i, splat(0.0) if before is None else before[r][p])
 
     def multiply(self) -> None:
-        """Adds all blocks to the totals."""
-        blocks = self.weights.k // self.x.block
+        """Adds all blocks, or the chunk's, to the totals."""
         # What lies in planes changes its place from block to block: known places are cheaper.
         is_fine = bool(self.weights.fmt.sub_scales) and len(self.rows) == 1
-        together = 2 if is_fine and blocks % 2 == 0 else 1
-        with T.serial(i64(blocks // together)) as step:
+        together = 2 if is_fine and self.blocks % 2 == 0 else 1
+        with T.serial(i64(self.blocks // together)) as step:
             for j in range(together):
                 self._block(T.Bind(step * i64(together) + i64(j)))
 
-    def _block(self, b: Expr) -> None:
+    def _block(self, number: Expr) -> None:
         """Adds a block to the totals."""
         weights, group, block = self.weights, self.weights.fmt.group, self.x.block
+        b = T.Bind(self.first_block + number)
         if self.turn is not None:
-            share = self.turn.share(b, weights.k // block)
+            share = self.turn.share(number, self.blocks)
             self.lead = T.Bind((share - b) * i64(block // weights.width))
             first = share * i64(block // group if group else 1)
             self._fetch_next(lambda panel: weights.scale_lines(self.expert, panel, first))
@@ -312,8 +353,9 @@ class _Tile:
 
     def _fetch_next(self, addresses: Callable[[Expr], Iterable[Expr]]) -> None:
         """Asks for addresses(panel) of the next panels: several rows leave memory the time."""
+        assert self.turn is not None
         for panel in self.panels:
-            for address in addresses(T.Bind(panel + i64(len(self.panels)))):
+            for address in addresses(T.Bind(panel + self.turn.panels)):
                 prefetch(address, self.params.next_cache)
 
     def _bytes(self, word: Expr, part: int) -> Expr:

@@ -17,11 +17,15 @@ from tvm.script.ir_builder import tirx as T
 from llmc.formats import WeightFormat
 from llmc.targets.building import argument, i64, size_var
 from llmc.targets.cpu.kernels.expert_choices import group_choices
-from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
+from llmc.targets.cpu.kernels.integer import (
+    CodedRows,
+    integer_panels,
+    unit_of,
+    unpacked_chunks,
+)
 from llmc.targets.cpu.kernels.panels import Rows, WeightPanels
-from llmc.targets.cpu.kernels.register_tiles import Tile, Turn, cover_column, store_tile
+from llmc.targets.cpu.kernels.register_tiles import Turn, cover_column, store_tile
 from llmc.targets.cpu.kernels.tiles import Product
-from llmc.targets.cpu.kernels.unpacked import UnpackedPanels, unpack
 from llmc.targets.cpu.layout import ceildiv
 from llmc.targets.cpu.parameters import IntegerParameters
 
@@ -80,27 +84,33 @@ def integer_grouped_linear(
                 start=(lambda expert, row, index: biases[0][expert, index]) if bias else None,
             )
 
-            def tile(
+            def multiply(
                 expert: Expr,
                 panels: list[Expr],
                 positions: list[Expr],
                 turn: Turn | None,
-                unpacked: UnpackedPanels | None = None,
-            ) -> None:
+                following: Expr | None,
+            ) -> list[list[Expr]]:
                 rows = [T.Bind(x_row(position)) for position in positions]
-                totals = integer_panels(
-                    weights, expert, panels, coded, rows, params, turn, unpacked
-                )
+                return integer_panels(weights, expert, panels, coded, rows, params, turn, following)
+
+            def store(
+                expert: Expr,
+                _place: int,
+                panels: list[Expr],
+                positions: list[Expr],
+                totals: list[list[Expr]],
+            ) -> None:
                 outputs = [T.Bind(choice(position)) for position in positions]
                 store_tile(product, panels, outputs, totals, expert)
 
-            def prepare(expert: Expr, panels: list[Expr]) -> Tile:
-                return partial(tile, expert, unpacked=unpack(weights, expert, panels))
-
-            width = min(params.tiling.panels, weights.panels)
+            width = min((params.chunked or params.tiling).panels, weights.panels)
             columns = i64(ceildiv(weights.panels, width))
             with params.dot.scope(), T.parallel(groups.num_active * columns) as task:
                 expert, first, count = groups.of(T.floordiv(task, columns))
+                chunks = None
+                if params.chunked is not None:
+                    chunks = unpacked_chunks(weights, expert, coded, params, x_row)
                 cover_column(
                     weights,
                     T.Bind(T.floormod(task, columns)),
@@ -108,7 +118,8 @@ def integer_grouped_linear(
                     first,
                     count,
                     params.tiling,
-                    partial(tile, expert),
-                    partial(prepare, expert) if fmt.is_composed else None,
+                    partial(multiply, expert),
+                    partial(store, expert),
+                    chunks,
                 )
     return builder.get()

@@ -25,12 +25,16 @@ from llmc.targets.cpu.kernels.bfloat16_tiles import bfloat16_tiles
 from llmc.targets.cpu.kernels.byte_tiles import byte_tiles
 from llmc.targets.cpu.kernels.byte_tiles import takes as takes_bytes
 from llmc.targets.cpu.kernels.code_tiles import code_tiles, takes
-from llmc.targets.cpu.kernels.integer import CodedRows, integer_panels, unit_of
+from llmc.targets.cpu.kernels.integer import (
+    CodedRows,
+    integer_panels,
+    unit_of,
+    unpacked_chunks,
+)
 from llmc.targets.cpu.kernels.nested_tiles import nested_tiles, takes_nested
 from llmc.targets.cpu.kernels.outputs import Gated
-from llmc.targets.cpu.kernels.register_tiles import Multiply, Turn, multiply_tiles
+from llmc.targets.cpu.kernels.register_tiles import Turn, multiply_tiles
 from llmc.targets.cpu.kernels.tiles import Product
-from llmc.targets.cpu.kernels.unpacked import UnpackedPanels, unpack
 from llmc.targets.cpu.parameters import FewTokens, IntegerParameters
 
 Expr = Any
@@ -79,22 +83,15 @@ def integer_linear(
             coded = CodedRows(codes, scales, sums, block)
 
             def multiply(
-                panels: list[Expr],
-                rows: list[Expr],
-                turn: Turn | None,
-                following: Expr | None,
-                unpacked: UnpackedPanels | None = None,
+                panels: list[Expr], rows: list[Expr], turn: Turn | None, following: Expr | None
             ) -> list[list[Expr]]:
-                return integer_panels(
-                    weights, i64(0), panels, coded, rows, params, turn, unpacked, following
-                )
-
-            def prepare(panels: list[Expr]) -> Multiply:
-                return partial(multiply, unpacked=unpack(weights, i64(0), panels))
+                return integer_panels(weights, i64(0), panels, coded, rows, params, turn, following)
 
             def vectors() -> None:
-                prepared = prepare if fmt.is_composed else None
-                multiply_tiles(product, tokens, count, k, params.tiling, multiply, prepared)
+                chunks = None
+                if tokens is None and params.chunked is not None:
+                    chunks = unpacked_chunks(weights, i64(0), coded, params)
+                multiply_tiles(product, tokens, count, k, params.tiling, multiply, chunks)
 
             def many() -> None:
                 tiles = params.byte_tiles

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
 from llmc.targets.building import i64
 from llmc.targets.cpu.kernels.outputs import Gated, blocks_together
-from llmc.targets.cpu.kernels.panels import WeightPanels, get, lanes, prefetch, registers, scratch
+from llmc.targets.cpu.kernels.panels import (
+    WeightPanels,
+    get,
+    lanes,
+    prefetch,
+    registers,
+    scratch,
+    splat,
+)
 from llmc.targets.cpu.kernels.tiles import Product, load_panel, store_panel
 from llmc.targets.cpu.layout import PANEL, ceildiv
 from llmc.targets.cpu.parameters import Tiling
@@ -26,33 +35,66 @@ _FRACTION = 16  # bits
 class Turn:
     """Which rows a tile takes of those that meet the same panels.
 
-    While they do, the panels that follow come from memory: each tile asks for its share of them.
+    While they do, what is read next comes from memory: each tile asks for its share of that.
     """
 
     first: Expr  # as a fraction of all rows, times 2^_FRACTION
     rows: Expr  # likewise
+    panels: Expr  # from each of the tile's to the one that is read next
+    chunk: Expr  # of features that is read next
 
     @classmethod
-    def of(cls, first: Expr, size: int, count: Expr) -> Turn:
+    def of(cls, first: Expr, size: int, count: Expr, then: Next) -> Turn:
         """That of rows first … first + size - 1 of `count`."""
 
         def fraction(rows: Expr) -> Expr:
             # There are as many rows where there is the tile; TVM has to see that it is not by zero.
             return T.Bind(T.floordiv(rows * i64(1 << _FRACTION), T.max(count, i64(size))))
 
-        return cls(fraction(first), fraction(i64(size)))
+        return cls(fraction(first), fraction(i64(size)), then.panels, then.chunk)
 
     def share(self, step: Expr, steps: int) -> Expr:
-        """The step of the next panels to ask for in a step of this tile, of so many each."""
+        """The step to ask for in a step of this tile; a chunk has so many."""
         done = self.first * i64(steps) + step * self.rows
-        return T.Bind(T.shift_right(done, i64(_FRACTION)))
+        return T.Bind(self.chunk * i64(steps) + T.shift_right(done, i64(_FRACTION)))
 
 
-# (panels, rows, whose turn it is) -> None: multiplies and stores one tile
-Tile = Callable[[list[Expr], list[Expr], Turn | None], None]
+@dataclass(frozen=True, slots=True)
+class Next:
+    """What is read after some panels, or after a chunk of them."""
+
+    panels: Expr  # from each of them
+    chunk: Expr
+
+    @classmethod
+    def after(cls, chunk: Expr, count: int, panels: int) -> Next:
+        """After a chunk of `count`: the next one, or the first of those that follow."""
+        is_last = T.Bind(chunk == i64(count - 1))
+        return cls(
+            T.Bind(T.Select(is_last, i64(panels), i64(0))),
+            T.Bind(T.Select(is_last, i64(0), chunk + i64(1))),
+        )
+
+
 # (panels, rows, turn, the panel that is read afterwards where that is not the next) ->
 # [row][panel]
 Multiply = Callable[[list[Expr], list[Expr], Turn | None, Expr | None], list[list[Expr]]]
+# (the first panel's place among those of the column, panels, rows, what was multiplied)
+Store = Callable[[int, list[Expr], list[Expr], list[list[Expr]]], None]
+# (rows, turn, [row][panel] so far) -> with a chunk's products
+Add = Callable[[list[Expr], Turn | None, list[list[Expr]]], list[list[Expr]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """How more rows than the largest tile's are multiplied: by one chunk of features after the
+    other, which is put together once for all of them.
+    """
+
+    tiling: Tiling
+    rows: int  # that a chunk is put together for, at most
+    count: int  # chunks of a row
+    of: Callable[[list[Expr]], Callable[[Expr], Add]]  # panels -> what unpacks a chunk of them
 
 
 def multiply_tiles(
@@ -62,29 +104,26 @@ def multiply_tiles(
     row_bytes: int,
     tiling: Tiling,
     multiply: Multiply,
-    prepare: Callable[[list[Expr]], Multiply] | None = None,
+    chunks: Chunks | None = None,
 ) -> None:
-    """A product of `count` rows (exactly one where tokens is 1) in tiles of `multiply`.
-
-    In a task of more rows than the largest tile, `prepare` may do what all tiles with its panels
-    need, and returns how they are multiplied then.
-    """
+    """A product of `count` rows (exactly one where tokens is 1) in tiles of `multiply`."""
     if product.gated is not None:
         _for_each_gated_tile(
-            product, product.gated, tokens, count, row_bytes, tiling, multiply, prepare
+            product, product.gated, tokens, count, row_bytes, tiling, multiply, chunks
         )
         return
 
-    def storing(multiply: Multiply) -> Tile:
-        def tile(panels: list[Expr], rows: list[Expr], turn: Turn | None) -> None:
-            if len(rows) > 1:
-                fetch_residual(product.residual, panels, rows)
-            store_tile(product, panels, rows, multiply(panels, rows, turn, None))
+    def asking(
+        panels: list[Expr], rows: list[Expr], turn: Turn | None, following: Expr | None
+    ) -> list[list[Expr]]:
+        if len(rows) > 1:
+            fetch_residual(product.residual, panels, rows)
+        return multiply(panels, rows, turn, following)
 
-        return tile
+    def store(_place: int, panels: list[Expr], rows: list[Expr], totals: list[list[Expr]]) -> None:
+        store_tile(product, panels, rows, totals)
 
-    made = None if prepare is None else lambda panels: storing(prepare(panels))
-    _for_each_tile(product.weights, tokens, count, row_bytes, tiling, storing(multiply), made)
+    _for_each_tile(product.weights, tokens, count, row_bytes, tiling, asking, store, chunks)
 
 
 def _for_each_tile(
@@ -93,29 +132,30 @@ def _for_each_tile(
     count: Expr,
     row_bytes: int,
     tiling: Tiling,
-    tile: Tile,
-    prepare: Callable[[list[Expr]], Tile] | None = None,
+    multiply: Multiply,
+    store: Store,
+    chunks: Chunks | None,
 ) -> None:
     """Covers `count` rows (exactly one where tokens is 1) × all panels by tiles.
 
     Tasks are row blocks × columns of a few panels, rows outermost: a block's rows, of `row_bytes`
-    each, stay in the cache while weights stream by. In a task of more rows than the largest tile,
-    `prepare` may do what all its tiles need; they are then those that it returns.
+    each, stay in the cache while weights stream by.
     """
-    width = min(tiling.one_token_panels if tokens == 1 else tiling.panels, weights.panels)
+    many = tiling if chunks is None else chunks.tiling
+    width = min(tiling.one_token_panels if tokens == 1 else many.panels, weights.panels)
     columns = ceildiv(weights.panels, width)
     if tokens == 1:
         loop = T.serial if weights.m * weights.k <= tiling.serial_weights else T.parallel
         with loop(i64(columns)) as column:
-            cover_column(weights, column, width, i64(0), None, tiling, tile, None)
+            cover_column(weights, column, width, i64(0), None, tiling, multiply, store, None)
         return
-    size = _rows_of_a_task(row_bytes, tiling)
+    size = _rows_of_a_task(row_bytes, many)
     row_blocks = T.Bind(T.floordiv(count + i64(size - 1), i64(size)))
     with T.parallel(i64(columns) * row_blocks) as task:
         first = T.Bind(T.floordiv(task, i64(columns)) * i64(size))
         rows = T.Bind(T.min(i64(size), count - first))
         column = T.floormod(task, i64(columns))
-        cover_column(weights, column, width, first, rows, tiling, tile, prepare)
+        cover_column(weights, column, width, first, rows, tiling, multiply, store, chunks)
 
 
 def _for_each_gated_tile(
@@ -126,7 +166,7 @@ def _for_each_gated_tile(
     row_bytes: int,
     tiling: Tiling,
     multiply: Multiply,
-    prepare: Callable[[list[Expr]], Multiply] | None = None,
+    chunks: Chunks | None,
 ) -> None:
     """`for_each_tile` of a gated product: a task has a block of outputs, its gate's panels and
     up's.
@@ -134,12 +174,17 @@ def _for_each_gated_tile(
     weights = product.weights
     count_of = gated.panels
     columns = weights.panels // 2 // count_of
-    width = min(tiling.one_token_panels if tokens == 1 else tiling.panels, count_of)
+    many = tiling if chunks is None else chunks.tiling
+    width = tiling.one_token_panels if tokens == 1 else many.panels
+    both = width >= 2 * count_of  # a tile has all panels of a task
+    width = min(width, count_of)
 
     def pieces(column: Expr) -> list[tuple[int, list[Expr], Expr | None]]:
         """(first place, panels, the panel that follows elsewhere) in the order of reading."""
         gate = T.Bind(column * i64(count_of))
         up = T.Bind(gate + i64(weights.panels // 2))
+        if both:
+            return [(0, [base + i64(p) for base in (gate, up) for p in range(count_of)], None)]
         found: list[tuple[int, list[Expr], Expr | None]] = []
         for half, (base, after) in enumerate(((gate, up), (up, gate + i64(count_of)))):
             for start in range(0, count_of, width):
@@ -158,7 +203,7 @@ def _for_each_gated_tile(
                 values += [T.Bind(v) for v in _started(product, panels, i64(0), found)]
             gated.store(i64(0), column, values[:count_of], values[count_of:])
         return
-    size = _rows_of_a_task(row_bytes, tiling)
+    size = _rows_of_a_task(row_bytes, many)
     row_blocks = T.Bind(T.floordiv(count + i64(size - 1), i64(size)))
     with T.parallel(i64(columns) * row_blocks) as task:
         first = T.Bind(T.floordiv(task, i64(columns)) * i64(size))
@@ -166,27 +211,15 @@ def _for_each_gated_tile(
         column = T.Bind(T.floormod(task, i64(columns)))
         sums = scratch((T.min(i64(size), count), 2 * count_of, PANEL))
 
-        def piece(place: int, panels: list[Expr]) -> None:
-            def keeping(multiply: Multiply) -> Tile:
-                def tile(panels: list[Expr], rows: list[Expr], turn: Turn | None) -> None:
-                    found = multiply(panels, rows, turn, None)
-                    for row, totals in zip(rows, found, strict=True):
-                        for p, value in enumerate(_started(product, panels, row, totals)):
-                            at = [row - first, i64(place + p), lanes(i64(0))]
-                            T.buffer_store(sums, value, at)
-
-                return tile
-
-            made = None
-            if prepare is not None:
-
-                def made(panels: list[Expr]) -> Tile:
-                    return keeping(prepare(panels))
-
-            _cover(panels, first, rows, tiling, keeping(multiply), made)
+        def keep(
+            begin: int, place: int, panels: list[Expr], rows: list[Expr], totals: list[list[Expr]]
+        ) -> None:
+            for row, found in zip(rows, totals, strict=True):
+                for p, value in enumerate(_started(product, panels, row, found), begin + place):
+                    T.buffer_store(sums, value, [row - first, i64(p), lanes(i64(0))])
 
         for place, panels, _ in pieces(column):
-            piece(place, panels)
+            _cover(panels, width, first, rows, tiling, multiply, partial(keep, place), chunks)
         with T.serial(rows) as row:
             values = [sums[row, i64(p), lanes(i64(0))] for p in range(2 * count_of)]
             gated.store(first + row, column, values[:count_of], values[count_of:])
@@ -200,32 +233,85 @@ def _rows_of_a_task(row_bytes: int, tiling: Tiling) -> int:
 
 def _cover(
     panels: list[Expr],
+    step: int,
     first: Expr,
     rows: Expr,
     tiling: Tiling,
-    tile: Tile,
-    prepare: Callable[[list[Expr]], Tile] | None,
+    multiply: Multiply,
+    store: Store,
+    chunks: Chunks | None,
 ) -> None:
-    """Rows first … first + rows - 1 times a few panels."""
+    """Rows first … first + rows - 1 times a few panels; `step` panels after each is one of those
+    that follow.
+    """
 
-    def cover(tile: Tile) -> None:
-        done: Expr = i64(0)
-        for size in tiling.token_tiles:
-            tiles = T.Bind(T.floordiv(rows - done, i64(size)))
-            with T.serial(tiles) as number:
-                start = T.Bind(done + number * i64(size))
-                turn = Turn.of(start, size, rows) if size > 1 else None
-                tile(panels, [first + start + i64(r) for r in range(size)], turn)
-            done = T.Bind(done + tiles * i64(size))
+    def at_once(place: int, panels: list[Expr], step: int) -> None:
+        def tile(rows: list[Expr], turn: Turn | None) -> None:
+            store(place, panels, rows, multiply(panels, rows, turn, None))
 
-    if prepare is None:
-        cover(tile)
+        _in_tiles(first, rows, tiling, Next(i64(step), i64(0)), tile)
+
+    if chunks is None:
+        at_once(0, panels, step)
         return
     with T.If(rows > i64(tiling.token_tiles[0])):
         with T.Then():
-            cover(prepare(panels))
+            _by_chunks(panels, step, first, rows, store, chunks)
         with T.Else():
-            cover(tile)
+            for place in range(0, len(panels), tiling.panels):
+                few = panels[place : place + tiling.panels]
+                at_once(place, few, step if len(few) == len(panels) else len(few))
+
+
+def _in_tiles(
+    first: Expr,
+    rows: Expr,
+    tiling: Tiling,
+    then: Next,
+    tile: Callable[[list[Expr], Turn | None], None],
+) -> None:
+    done: Expr = i64(0)
+    for size in tiling.token_tiles:
+        tiles = T.Bind(T.floordiv(rows - done, i64(size)))
+        with T.serial(tiles) as number:
+            start = T.Bind(done + number * i64(size))
+            turn = Turn.of(start, size, rows, then) if size > 1 else None
+            tile([first + start + i64(r) for r in range(size)], turn)
+        done = T.Bind(done + tiles * i64(size))
+
+
+def _by_chunks(
+    panels: list[Expr], step: int, first: Expr, rows: Expr, store: Store, chunks: Chunks
+) -> None:
+    """As `_cover`, a chunk of features after the other; sums are in memory meanwhile."""
+    size = chunks.rows
+    sums = scratch((size, len(panels), PANEL))
+    unpack = chunks.of(panels)
+    with T.serial(T.floordiv(rows + i64(size - 1), i64(size))) as number:
+        begin = T.Bind(first + number * i64(size))
+        count = T.Bind(T.min(i64(size), first + rows - begin))
+        with T.serial(i64(chunks.count)) as chunk:
+            add = unpack(chunk)
+            is_first, is_last = chunk == i64(0), chunk == i64(chunks.count - 1)
+
+            def tile(rows: list[Expr], turn: Turn | None) -> None:
+                places = [
+                    [[row - begin, i64(p), lanes(i64(0))] for p in range(len(panels))]
+                    for row in rows
+                ]
+                before = [
+                    [T.Select(is_first, splat(0.0), sums[tuple(at)]) for at in of] for of in places
+                ]
+                totals = add(rows, turn, before)
+                with T.If(is_last):
+                    with T.Then():
+                        store(0, panels, rows, totals)
+                    with T.Else():
+                        for of, values in zip(places, totals, strict=True):
+                            for at, value in zip(of, values, strict=True):
+                                T.buffer_store(sums, value, at)
+
+            _in_tiles(begin, count, chunks.tiling, Next.after(chunk, chunks.count, step), tile)
 
 
 def cover_column(
@@ -235,8 +321,9 @@ def cover_column(
     first: Expr,
     rows: Expr | None,
     tiling: Tiling,
-    tile: Tile,
-    prepare: Callable[[list[Expr]], Tile] | None,
+    multiply: Multiply,
+    store: Store,
+    chunks: Chunks | None,
 ) -> None:
     """Rows first … first + rows - 1 (None: the one row) times `width` panels, or what is left."""
     panel = T.Bind(column * i64(width))
@@ -245,9 +332,9 @@ def cover_column(
     def emit(num_panels: int) -> None:
         panels = [panel + i64(p) for p in range(num_panels)]
         if rows is None:
-            tile(panels, [first], None)
+            store(0, panels, [first], multiply(panels, [first], None, None))
         else:
-            _cover(panels, first, rows, tiling, tile, prepare)
+            _cover(panels, num_panels, first, rows, tiling, multiply, store, chunks)
 
     if not rest:
         emit(width)

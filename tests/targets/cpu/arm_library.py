@@ -26,7 +26,7 @@ class ArmLibrary:
     def __init__(self, functions: dict[str, tvm.tirx.PrimFunc], folder: Path, level: str) -> None:
         named = {n: f.with_attr("global_symbol", n) for n, f in functions.items()}
         target = CpuTarget(level)
-        with tvm.transform.PassContext(config=target.pass_config):
+        with tvm.transform.PassContext(**target.pass_options):
             built = tvm.compile(tvm.IRModule(named), target=target.tvm_target)
         self.assembly = built.mod.inspect_source("asm")
         self._folder, self._program = folder, folder / "kernels"

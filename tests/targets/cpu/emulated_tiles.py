@@ -99,7 +99,7 @@ class Library:
         has_tiles = host_features().issuperset(LEVEL.features)
         self.emulator = None if has_tiles else Emulator()
         target = CpuTarget("amx")
-        with tvm.transform.PassContext(config=target.pass_config):
+        with tvm.transform.PassContext(**target.pass_options):
             self.module = tvm.compile(tvm.IRModule(named), target=target.tvm_target)
 
     def run(self, name: str, *arrays: np.ndarray) -> np.ndarray:

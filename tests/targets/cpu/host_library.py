@@ -24,7 +24,7 @@ class HostLibrary:
         require_level(level)
         named = {n: f.with_attr("global_symbol", n) for n, f in functions.items()}
         target = CpuTarget(level)
-        with tvm.transform.PassContext(config=target.pass_config):
+        with tvm.transform.PassContext(**target.pass_options):
             self._module = tvm.compile(tvm.IRModule(named), target=target.tvm_target)
         self.assembly = self._module.mod.inspect_source("asm")
 

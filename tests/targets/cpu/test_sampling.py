@@ -27,5 +27,5 @@ def kernels(request):
     require_level(level)
     target = CpuTarget(level)
     sampling = CpuSampling(VOCAB, SamplingParameters() if whole else SMALL).build()
-    with tvm.transform.PassContext(config=target.pass_config):
+    with tvm.transform.PassContext(**target.pass_options):
         return Kernels(sampling, target.tvm_target, tvm.cpu())

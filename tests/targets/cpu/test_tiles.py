@@ -319,7 +319,7 @@ def test_the_level_compiles_to_instructions_on_tiles():
     }
     for func in functions.values():
         module = tvm.IRModule({"f": func.with_attr("global_symbol", "f")})
-        with tvm.transform.PassContext(config=target.pass_config):
+        with tvm.transform.PassContext(**target.pass_options):
             assembly = tvm.compile(module, target=target.tvm_target).mod.inspect_source("asm")
         loads, stores = ("tileloadd", "tileloaddt1"), ("tilestored", "tilerelease")
         for name in ("ldtilecfg", *loads, "tdpbf16ps", *stores):
@@ -343,7 +343,7 @@ def test_what_tiles_fill_is_as_large_as_tiles():
     few = replace(BFLOAT16, tiles=None)
     module = tvm.IRModule({"f": bfloat16(64, K, few).with_attr("global_symbol", "f")})
     target = CpuTarget("amx")
-    with tvm.transform.PassContext(config=target.pass_config):
+    with tvm.transform.PassContext(**target.pass_options):
         code = tvm.compile(module, target=target.tvm_target).mod.inspect_source("ll")
     sizes = re.findall(r"call ptr %\w+\(i32 1, i32 %dev_id, i64 ([^,]+)", code)
     assert sorted(map(int, sizes)) == sorted([4 * 16 * 64, K // 32 * 16 * 64])
