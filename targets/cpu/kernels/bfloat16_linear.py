@@ -77,7 +77,8 @@ def bfloat16_linear(
                 return x[i64(0), row, lanes(first)]
 
             def vectors() -> None:
-                chunks = None if tokens == 1 else _chunks(weights, x, params)
+                # Where there are matrix registers a few rows are left.
+                chunks = None if tokens == 1 or few is not None else _chunks(weights, x, params)
                 features = k if chunks is None else k // chunks.count
                 multiply_tiles(
                     product, tokens, count, 2 * features, params.tiling, multiply, chunks
@@ -111,9 +112,8 @@ def bfloat16_linear(
 
 def _chunks(weights: WeightPanels, x: Expr, params: Bfloat16Parameters) -> Chunks | None:
     """How rows are multiplied that are too long for many of them to stay in the cache."""
-    count = ceildiv(weights.k, params.chunk)
-    while weights.words % count:
-        count += 1
+    least = ceildiv(weights.k, params.chunk)
+    count = next((c for c in range(least, 2 * least + 1) if weights.words % c == 0), 1)
     if count == 1:
         return None
 

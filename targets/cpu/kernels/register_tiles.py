@@ -270,6 +270,7 @@ def _in_tiles(
     then: Next,
     tile: Callable[[list[Expr], Turn | None], None],
 ) -> None:
+    """Calls `tile` for rows first … first + rows - 1, as many at a time as there are left."""
     done: Expr = i64(0)
     for size in tiling.token_tiles:
         tiles = T.Bind(T.floordiv(rows - done, i64(size)))

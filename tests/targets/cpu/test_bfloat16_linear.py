@@ -4,6 +4,8 @@ Tolerance: products are exact, 300 pairs are summed in float32 in up to eight ch
 2^-24 = 1e-6 of Σ|x·w| at worst.
 """
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -35,6 +37,8 @@ def library():
         "one": bfloat16_linear(M, K, 1, bias=True, residual=False, params=PARAMS),
         "many": bfloat16_linear(M, K, None, bias=False, residual=True, params=PARAMS),
     }
+    short = replace(PARAMS, chunk=100)  # seven chunks of 43 pairs
+    functions["chunks"] = bfloat16_linear(M, K, None, bias=False, residual=True, params=short)
     for name, tokens in (("gated_one", 1), ("gated_many", None)):
         functions[name] = bfloat16_linear(
             2 * INNER, K, tokens, bias=False, residual=False, params=PARAMS, gate=rounded_gate
@@ -64,6 +68,11 @@ def test_one_token(library):
 @given(tokens=st.integers(0, 40))
 def test_any_number_of_tokens(library, tokens):
     check(library, "many", tokens, bias=False, residual=True)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 6, 7, 40])
+def test_long_rows_are_multiplied_by_chunks(library, tokens):
+    check(library, "chunks", tokens, bias=False, residual=True)
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("gated_one", 1), ("gated_many", 19)])

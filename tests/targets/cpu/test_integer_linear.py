@@ -1,5 +1,6 @@
 """Integer products on every instruction set that runs here, and quantized activations."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -40,7 +41,7 @@ def key(fmt, kind):
 
 
 def product(fmt, tokens, level, **options):
-    params = PARAMETERS[level].integer
+    params = replace(PARAMETERS[level].integer, **options.pop("params", {}))
     block = activation_block(fmt, K, options.pop("block", params.block))
     options = {"bias": True, "residual": tokens is None, **options}
     m = options.pop("m", M)
@@ -58,6 +59,9 @@ def products(level, formats):
 @cache
 def library_of(level):
     functions = products(level, FORMATS_OF[level])
+    functions["chunks"] = product(
+        FORMATS["q5_1"], None, level, params={"chunk": 128, "chunk_rows": 16}
+    )
     functions["wide"] = product(FORMATS["q4_1"], None, level, block=128)
     for name in GATED:
         for kind, tokens in (("one", 1), ("many", None)):
@@ -81,7 +85,7 @@ every_level = pytest.mark.parametrize("level", FORMATS_OF)
 def check(library, fmt, kind, tokens, **options):
     block = activation_block(fmt, K, options.pop("block", 32))
     case = Case(fmt, M, K, tokens, block, residual=kind != "one", **options)
-    name = kind if kind == "wide" else key(fmt, kind)
+    name = kind if kind in ("wide", "chunks") else key(fmt, kind)
     case.check(lambda *arrays: library.run(name, *arrays))
 
 
@@ -107,6 +111,12 @@ def test_the_largest_codes_of_both_signs_do_not_overflow(level, fmt):
 @every_level
 def test_several_groups_of_weights_share_a_scale_of_activations(level):
     check(library_of(level), FORMATS["q4_1"], "wide", 7, block=128)
+
+
+@every_level
+@pytest.mark.parametrize("tokens", [8, 9, 16, 17, 40])
+def test_many_rows_are_multiplied_by_chunks_some_at_a_time(level, tokens):
+    check(library_of(level), FORMATS["q5_1"], "chunks", tokens)
 
 
 @every_level
