@@ -219,12 +219,14 @@ _INTEGER = IntegerParameters(
 )
 _VNNI = replace(_AVX512, integer=_INTEGER)
 # For one token AMD's processors read four panels side by side, best by their own foresight.
+_AMD_INTEGER = replace(_INTEGER, whole=replace(_INTEGER.tiling, one_token_panels=4, ahead_words=0))
+_AMD_BFLOAT16 = Bfloat16Parameters(
+    tiling=Tiling(panels=4, token_tiles=(6, 4, 2, 1), one_token_panels=4, ahead_words=0)
+)
 _BF16 = replace(
     _VNNI,
-    integer=replace(_INTEGER, whole=replace(_INTEGER.tiling, one_token_panels=4, ahead_words=0)),
-    bfloat16=Bfloat16Parameters(
-        tiling=Tiling(panels=4, token_tiles=(6, 4, 2, 1), one_token_panels=4, ahead_words=0)
-    ),
+    integer=_AMD_INTEGER,
+    bfloat16=_AMD_BFLOAT16,
     attention=AttentionTuning(bf16_dot=True),
 )
 
@@ -288,6 +290,12 @@ PARAMETERS: dict[str, CpuParameters] = {
         ),
         # Dot products of bfloat16 pairs take such processors longer than those of floats.
         attention=AttentionTuning(matrix=MatrixTuning()),
+    ),
+    # A first-level cache of 48 KiB has room for what is read next.
+    "avx512vp2intersect": replace(
+        _BF16,
+        integer=replace(_AMD_INTEGER, next_cache=1),
+        bfloat16=replace(_AMD_BFLOAT16, next_cache=1),
     ),
     "avx512bf16": _BF16,
     "avx512vnni": _VNNI,

@@ -60,6 +60,13 @@ ISA_LEVELS: dict[str, IsaLevel] = {
         mattr=(_WIDE, "+avx512vnni", "+avx512bf16", "+amx-tile", "+amx-int8", "+amx-bf16"),
         features=(*_AVX512BF16, *_AMX),
     ),
+    # The same code but for parameters: of processors with AVX-512 this one tells Zen 5 apart.
+    "avx512vp2intersect": IsaLevel(
+        machine="x86_64",
+        mcpu="x86-64-v4",
+        mattr=(_WIDE, "+avx512vnni", "+avx512bf16"),
+        features=(*_AVX512BF16, "avx512_vp2intersect"),
+    ),
     "avx512bf16": IsaLevel(
         machine="x86_64",
         mcpu="x86-64-v4",

@@ -12,8 +12,10 @@ from llmc.targets.cpu.target import ISA_LEVELS, CpuTarget
 AVX2 = {"avx2", "bmi1", "bmi2", "f16c", "fma"}
 AVX512 = AVX2 | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
 SAPPHIRE_RAPIDS = {"avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
+ZEN_5 = {"avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_vp2intersect"}
 MACHINES = {
     "amx": ("x86_64", AVX512 | SAPPHIRE_RAPIDS),
+    "avx512vp2intersect": ("x86_64", AVX512 | ZEN_5),
     "avx512bf16": ("x86_64", AVX512 | {"avx512_vnni", "avx_vnni", "avx512_bf16"}),
     "avx512vnni": ("x86_64", AVX512 | {"avx512_vnni"}),
     "avx512": ("x86_64", AVX512),
@@ -59,4 +61,4 @@ def test_all_levels_but_plain_neon_multiply_bytes() -> None:
     with_bfloat16 = {
         level for level in ISA_LEVELS if "bfloat16" in CpuTarget(level).narrow_products
     }
-    assert with_bfloat16 == {"amx", "avx512bf16"}
+    assert with_bfloat16 == {"amx", "avx512vp2intersect", "avx512bf16"}
