@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def _row(record: Record, case: str, metric: Metric) -> Row:
         ratio=ratio,
         floor="" if floor is None else _number(floor),
         share="" if share is None else f"{share:.0%}",
-        beside=_percentages(record.values(case, metric.beside, OWN)),
+        beside=_figure(record.values(case, metric.beside, OWN), "{:.0%}".format),
     )
 
 
@@ -70,22 +71,15 @@ def _better(metric: Metric, own: float, other: float) -> float:
     return own / other if metric.more_is_better else other / own
 
 
-def _figure(values: list[float]) -> str:
-    if not values:
-        return ""
-    median, least, most = map(_number, spread(values))
-    return median if len(values) == 1 else f"{median} ({least} … {most})"
-
-
-def _percentages(shares: list[float]) -> str:
-    if not shares:
-        return ""
-    median, least, most = (f"{share:.0%}" for share in spread(shares))
-    return median if len(shares) == 1 else f"{median} ({least} … {most})"
-
-
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _figure(values: list[float], show: Callable[[float], str] = _number) -> str:
+    if not values:
+        return ""
+    median, least, most = map(show, spread(values))
+    return median if len(values) == 1 else f"{median} ({least} … {most})"
 
 
 def print_record(record: Record) -> None:

@@ -48,6 +48,7 @@ _AVX2 = ("avx2", "bmi1", "bmi2", "f16c", "fma")
 _AVX512 = (*_AVX2, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
 # LLVM would split 512-bit vectors for the sake of CPUs that lower their clock.
 _WIDE = "-prefer-256-bit"
+_BF16_CODE = (_WIDE, "+avx512vnni", "+avx512bf16")
 
 _AVX512BF16 = (*_AVX512, "avx512_bf16", "avx512_vnni")
 _AMX = ("amx_bf16", "amx_int8", "amx_tile")
@@ -57,20 +58,20 @@ ISA_LEVELS: dict[str, IsaLevel] = {
     "amx": IsaLevel(
         machine="x86_64",
         mcpu="x86-64-v4",
-        mattr=(_WIDE, "+avx512vnni", "+avx512bf16", "+amx-tile", "+amx-int8", "+amx-bf16"),
+        mattr=(*_BF16_CODE, "+amx-tile", "+amx-int8", "+amx-bf16"),
         features=(*_AVX512BF16, *_AMX),
     ),
     # The same code but for parameters: of processors with AVX-512 this one tells Zen 5 apart.
     "avx512vp2intersect": IsaLevel(
         machine="x86_64",
         mcpu="x86-64-v4",
-        mattr=(_WIDE, "+avx512vnni", "+avx512bf16"),
+        mattr=_BF16_CODE,
         features=(*_AVX512BF16, "avx512_vp2intersect"),
     ),
     "avx512bf16": IsaLevel(
         machine="x86_64",
         mcpu="x86-64-v4",
-        mattr=(_WIDE, "+avx512vnni", "+avx512bf16"),
+        mattr=_BF16_CODE,
         features=_AVX512BF16,
     ),
     "avx512vnni": IsaLevel(

@@ -299,6 +299,8 @@ def test_files_are_kept_in_large_pages_where_the_system_has_them(tmp_path):
     with (tmp_path / "in_order").open("wb", buffering=0) as file:
         for _ in range(0, size, len(part)):
             file.write(part)
+    # Whether there are such pages for files is up to the kernel (ext4: since 6.16) and the file
+    # system; without them the zeros that files begin with are of no use, and of no harm.
     if _share_in_large_pages(tmp_path / "in_order") < 1:
         pytest.skip("this system keeps written files in small pages")
     rng = np.random.default_rng(5)

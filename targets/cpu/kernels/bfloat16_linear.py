@@ -8,6 +8,7 @@ or the output of `gate`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import tvm
@@ -117,17 +118,17 @@ def _chunks(weights: WeightPanels, x: Expr, params: Bfloat16Parameters) -> Chunk
     if count == 1:
         return None
 
+    def add(
+        panels: list[Expr],
+        chunk: Expr,
+        rows: list[Expr],
+        turn: Turn | None,
+        before: list[list[Expr]],
+    ) -> list[list[Expr]]:
+        return _tile(weights, panels, x, rows, params, turn, None, (chunk, count, before))
+
     def of(panels: list[Expr]) -> Callable[[Expr], Add]:
-        def unpack(chunk: Expr) -> Add:
-            def add(
-                rows: list[Expr], turn: Turn | None, before: list[list[Expr]]
-            ) -> list[list[Expr]]:
-                part = (chunk, count, before)
-                return _tile(weights, panels, x, rows, params, turn, None, part)
-
-            return add
-
-        return unpack
+        return lambda chunk: partial(add, panels, chunk)
 
     rows = params.tiling.row_block_bytes // (2 * weights.k // count)
     return Chunks(params.tiling, rows, count, of)
@@ -172,7 +173,7 @@ def _tile(
             if turn is not None:
                 ahead = turn.share(number, words)
                 for panel in panels:
-                    after = T.Bind(panel + turn.panels)
+                    after = T.Bind(panel + turn.then.panels)
                     prefetch(weights.word_address(i64(0), after, ahead), params.next_cache)
             stored = [T.Bind(weights.word(i64(0), panel, word)) for panel in panels]
             for r, row in enumerate(rows):

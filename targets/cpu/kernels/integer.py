@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -134,25 +135,19 @@ def unpacked_chunks(
     count = num_chunks(weights.fmt, weights.k, x.block, params.chunk)
     params = replace(params, tiling=params.chunked)
 
+    def add(
+        unpacked: UnpackedPanels, rows: list[Expr], turn: Turn | None, before: list[list[Expr]]
+    ) -> list[list[Expr]]:
+        places = [T.Bind(row_of(row)) for row in rows]
+        return integer_panels(
+            *(weights, expert, unpacked.panels, x, places, params, turn),
+            unpacked=unpacked,
+            before=before,
+        )
+
     def of(panels: list[Expr]) -> Callable[[Expr], Add]:
         memory = UnpackedPanels.allocate(weights, panels, count)
-
-        def unpack(chunk: Expr) -> Add:
-            unpacked = memory.filled(expert, chunk)
-
-            def add(
-                rows: list[Expr], turn: Turn | None, before: list[list[Expr]]
-            ) -> list[list[Expr]]:
-                places = [T.Bind(row_of(row)) for row in rows]
-                return integer_panels(
-                    *(weights, expert, panels, x, places, params, turn),
-                    unpacked=unpacked,
-                    before=before,
-                )
-
-            return add
-
-        return unpack
+        return lambda chunk: partial(add, memory.filled(expert, chunk))
 
     return Chunks(params.tiling, params.chunk_rows, count, of)
 
@@ -355,7 +350,7 @@ class _Tile:
         """Asks for addresses(panel) of the next panels: several rows leave memory the time."""
         assert self.turn is not None
         for panel in self.panels:
-            for address in addresses(T.Bind(panel + self.turn.panels)):
+            for address in addresses(T.Bind(panel + self.turn.then.panels)):
                 prefetch(address, self.params.next_cache)
 
     def _bytes(self, word: Expr, part: int) -> Expr:

@@ -40,8 +40,7 @@ class Turn:
 
     first: Expr  # as a fraction of all rows, times 2^_FRACTION
     rows: Expr  # likewise
-    panels: Expr  # from each of the tile's to the one that is read next
-    chunk: Expr  # of features that is read next
+    then: Next
 
     @classmethod
     def of(cls, first: Expr, size: int, count: Expr, then: Next) -> Turn:
@@ -51,12 +50,12 @@ class Turn:
             # There are as many rows where there is the tile; TVM has to see that it is not by zero.
             return T.Bind(T.floordiv(rows * i64(1 << _FRACTION), T.max(count, i64(size))))
 
-        return cls(fraction(first), fraction(i64(size)), then.panels, then.chunk)
+        return cls(fraction(first), fraction(i64(size)), then)
 
     def share(self, step: Expr, steps: int) -> Expr:
         """The step to ask for in a step of this tile; a chunk has so many."""
         done = self.first * i64(steps) + step * self.rows
-        return T.Bind(self.chunk * i64(steps) + T.shift_right(done, i64(_FRACTION)))
+        return T.Bind(self.then.chunk * i64(steps) + T.shift_right(done, i64(_FRACTION)))
 
 
 @dataclass(frozen=True, slots=True)
