@@ -237,10 +237,11 @@ class Engine:
             logger.exception("the executor failed; %d sequences end", len(running))
             self._begun = None
             return deltas + [self._fail(self._generations[s]) for s in running]
+        token_ids = output.token_ids.tolist()
         row = rest = 0
         for chunk in step.chunks:
             count = chunk.num_logits_rows
-            token_id = int(output.token_ids[row]) if count else -1
+            token_id = token_ids[row] if count else -1
             row += count
             count = 0 if token_id >= 0 else count
             rows = output.logits[rest : rest + count]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,7 @@ class Executor:
         self._last: _Begun | None = None
         self._instrumented = False
         self._vm = vm
+        self._function = cache(vm.__getitem__)
         self._shape = ffi.Shape
         self.caches = caches
         self.weights = weights(self._tensor)
@@ -155,19 +156,22 @@ class Executor:
 
     def _begin(self, inputs: StepInputs, draws: Draws, sources: Int32 | None) -> _Begun:
         logits, chosen = self._launch(inputs, draws, sources)
-        read = (
-            partial(tvm_runtime.copy_from, chosen)
-            if self._graphs is None
-            else self._graphs.transfers.to_host(chosen)
-        )
+        if self._place.device.is_host:
+            read = partial(np.from_dlpack, chosen)  # a view
+        elif self._graphs is None:
+            read = partial(tvm_runtime.copy_from, chosen)
+        else:
+            read = self._graphs.transfers.to_host(chosen)
         return _Begun(
             num_rows=len(inputs.logits_rows), draws=draws, logits=logits, chosen=chosen, read=read
         )
 
     def _finish(self, step: _Begun) -> StepOutput:
         with _explained(self._place.device):
-            token_ids = np.full(step.num_rows, -1, np.int32)
-            token_ids[step.draws.rows] = step.read()
+            token_ids = step.read()
+            if len(token_ids) < step.num_rows:
+                chosen, token_ids = token_ids, np.full(step.num_rows, -1, np.int32)
+                token_ids[step.draws.rows] = chosen
             rest = np.flatnonzero(token_ids < 0)
             if step.followed:  # the next step has overwritten them
                 logits = np.full((len(rest), int(step.logits.shape[1])), np.nan, np.float32)
@@ -211,7 +215,7 @@ class Executor:
 
         def call() -> tuple[Any, Any]:
             logits = run(*arguments)
-            return logits, function and self._vm[function](logits, *tensors[_NUM_INPUTS:])
+            return logits, function and self._function(function)(logits, *tensors[_NUM_INPUTS:])
 
         if graphs is None:
             return call()
