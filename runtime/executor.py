@@ -156,6 +156,7 @@ class Executor:
 
     def _begin(self, inputs: StepInputs, draws: Draws, sources: Int32 | None) -> _Begun:
         logits, chosen = self._launch(inputs, draws, sources)
+        read: Callable[[], npt.NDArray[Any]]
         if self._place.device.is_host:
             read = partial(np.from_dlpack, chosen)  # a view
         elif self._graphs is None:

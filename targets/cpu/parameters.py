@@ -227,7 +227,7 @@ _BF16 = replace(
     _VNNI,
     integer=_AMD_INTEGER,
     bfloat16=_AMD_BFLOAT16,
-    attention=AttentionTuning(bf16_dot=True),
+    attention=AttentionTuning(bf16_dot=True, rounds=True),
 )
 
 # 16 registers of 8 floats, of which a panel takes two: 6 x 2 accumulators.

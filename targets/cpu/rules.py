@@ -251,7 +251,7 @@ def _attention(site: Site, tuning: AttentionTuning) -> Kernel | None:
     if not isinstance(op, dialect.PagedAttention):
         return None
     if op.factors != "bfloat16":
-        tuning = replace(tuning, matrix=None)
+        tuning = replace(tuning, matrix=None, rounds=False)
     _, _, heads, head_dim = site.extents("query")
     func = paged_attention(
         num_heads=heads,

@@ -125,10 +125,10 @@ def _body(plan: Plan, num_groups: int, tokens: int | None, sinks: bool) -> None:
         many=plan.many(tokens),
     )
     with ExitStack() as scopes:
-        tiles = (kernel.one, kernel.many)
-        if any(isinstance(tile, Tile) and tile.bf16 for tile in tiles):
+        dot = any(isinstance(t, Tile) and t.bf16 for t in (kernel.one, kernel.many))
+        if dot:
             scopes.enter_context(bfloat16.with_dot())
-        if isinstance(kernel.many, MatrixTile):
+        if dot or isinstance(kernel.many, MatrixTile):
             scopes.enter_context(bfloat16.with_rounding())
         kernel.emit()
 

@@ -23,6 +23,7 @@ from llmc.targets.building import i64
 from llmc.targets.cpu.kernels import bfloat16
 from llmc.targets.cpu.kernels.attention_pages import ContextPages, Inputs, Work, masked
 from llmc.targets.cpu.kernels.attention_tile import LOG2E, LOWEST, Plan, Tile
+from llmc.targets.cpu.kernels.avx512 import power_of_two
 from llmc.targets.cpu.kernels.kv_pages import PageMatrix
 from llmc.targets.cpu.kernels.math import exp2, lane_max, tanh
 from llmc.targets.cpu.kernels.panels import prefetch, scratch
@@ -45,28 +46,30 @@ class TileAttention:
         self.highest = scratch((tile.rows,))
         self.totals = scratch((tile.rows, plan.page_lanes))
         self.sums = scratch((tile.rows, plan.v_head_dim))
+        self._block_pages = plan.block_pages(tile)
+        self._block_tokens = self._block_pages * plan.page_size
         dtype = "uint16" if tile.bf16 else "float32"
         self._q = scratch((tile.rows, plan.head_dim), dtype)
-        self._scores = scratch((tile.rows, plan.block_tokens))
+        self._scores = scratch((tile.rows, self._block_tokens))
         # Softened scores: in place, or rounded beside them.
         self._weights = (
-            scratch((tile.rows, plan.block_tokens), dtype) if tile.bf16 else self._scores
+            scratch((tile.rows, self._block_tokens), dtype) if tile.bf16 else self._scores
         )
         self._corrections = scratch((tile.rows,))
         word = "int32" if tile.bf16 else "float32"
         if tile.unpack:
-            self._k = scratch((plan.head_dim // tile.unit, plan.block_tokens), word)
-            self._v = scratch((plan.block_tokens // tile.unit, plan.v_head_dim), word)
+            self._k = scratch((plan.head_dim // tile.unit, self._block_tokens), word)
+            self._v = scratch((self._block_tokens // tile.unit, plan.v_head_dim), word)
         if plan.kv.scaled:
-            self._k_scales = scratch((plan.block_tokens,))
-            self._v_scales = scratch((plan.block_tokens,))
+            self._k_scales = scratch((self._block_tokens,))
+            self._v_scales = scratch((self._block_tokens,))
         self._num_rows = named(work.num_tokens * i64(plan.heads))
         self._num_strips = named(T.ceildiv(self._num_rows, i64(tile.strip)))
 
     def run(self) -> None:
         """Walks the pages from begin to end."""
         plan, work = self.plan, self.work
-        pages = i64(plan.block_pages)
+        pages = i64(self._block_pages)
         if not self.tile.unpack:
             self._prefetch_first()
         self._start()
@@ -104,17 +107,21 @@ class TileAttention:
                 column = at(c * i64(lanes), lanes)
                 query = self.inputs.q[i64(0), token, head, column]
                 query = query * spread(T.float32(plan.query_scale), lanes)
-                query = bfloat16.from_float32(query) if self.tile.bf16 else query
+                query = bfloat16.rounded_one(query) if self.tile.bf16 else query
                 T.buffer_store(self._q, query, [row, column])
 
     def _prefetch_first(self) -> None:
         """Asks for the first block's keys; all later pages are asked for while others are read."""
         plan, work = self.plan, self.work
         lines = -(-plan.keys.num_bytes // LINE_BYTES)
-        with T.serial(T.min(i64(plan.block_pages), work.end - work.begin)) as j:
+        with T.serial(T.min(i64(self._block_pages), work.end - work.begin)) as j:
             keys = self.pages.keys(self.pages.page(work.begin + j))
             with T.serial(i64(lines)) as line:
-                prefetch(keys.address(line * i64(LINE_BYTES)))
+                self._prefetch(keys, line * i64(LINE_BYTES))
+
+    def _prefetch(self, matrix: PageMatrix, num_bytes: Expr) -> None:
+        """Asks for the line of a page's byte `num_bytes`."""
+        prefetch(matrix.address(num_bytes), self.plan.tuning.ahead_cache)
 
     # Products: rows × vectors of accumulators.
 
@@ -167,7 +174,7 @@ class TileAttention:
         """Masked q · K of the block's first `count` pages."""
         plan, tile = self.plan, self.tile
         lanes = plan.page_lanes
-        at_once = plan.vectors_at_once(tile, plan.block_tokens // lanes)
+        at_once = plan.vectors_at_once(tile, self._block_tokens // lanes)
         groups = T.ceildiv(count * i64(plan.page_size), i64(at_once * lanes))
         with T.serial(groups) as group, T.serial(self._num_strips) as strip:
             top = named(strip * i64(tile.strip))
@@ -201,7 +208,7 @@ class TileAttention:
         straight = straight if steps % straight == 0 else 1
         with T.serial(i64(steps // straight)) as turn:
             for matrix in values:
-                prefetch(matrix.address(turn * i64(straight * row_bytes)))
+                self._prefetch(matrix, turn * i64(straight * row_bytes))
             for s in range(straight):
                 step = turn * i64(straight) + i64(s)
                 vectors = self._loaded(keys, step, columns, lanes)
@@ -235,7 +242,7 @@ class TileAttention:
         with T.serial(num_vectors) as c:
             score = self._scores[row, at(c * i64(lanes), lanes)]
             T.buffer_store(acc, T.max(acc[all_lanes], score), [all_lanes])
-        maximum, power = registers(1), registers(lanes)
+        maximum, weights = registers(1), registers(lanes)
         zero = i64(0)
         T.buffer_store(maximum, T.max(self.highest[row], lane_max(acc[all_lanes])), [zero])
         T.buffer_store(self._corrections, exp2(self.highest[row] - maximum[zero]), [row])
@@ -246,13 +253,14 @@ class TileAttention:
             if not self.tile.unpack:
                 self._prefetch_keys(first, row, c)
             column = at(c * i64(lanes), lanes)
-            softened = exp2(self._scores[row, column] - spread(maximum[zero], lanes))
-            T.buffer_store(power, softened, [all_lanes])
-            weight = power[all_lanes]
+            power = power_of_two if self.tile.bf16 else exp2
+            softened = power(self._scores[row, column] - spread(maximum[zero], lanes))
+            T.buffer_store(weights, softened, [all_lanes])
+            weight = weights[all_lanes]
             T.buffer_store(acc, acc[all_lanes] + weight, [all_lanes])
             if plan.kv.scaled:
                 weight = weight * self._v_scales[column]
-            stored = bfloat16.from_float32(weight) if self.tile.bf16 else weight
+            stored = bfloat16.rounded_one(weight) if self.tile.bf16 else weight
             T.buffer_store(self._weights, stored, [row, column])
         T.buffer_store(self.totals, acc[all_lanes], [row, all_lanes])
 
@@ -260,12 +268,12 @@ class TileAttention:
         """Asks for some of the next block's keys: memory should not idle while rows soften."""
         plan = self.plan
         number = T.floordiv(c * i64(plan.page_lanes), i64(plan.page_size))
-        keys = self.pages.keys(self.pages.page(first + number + i64(plan.block_pages)))
+        keys = self.pages.keys(self.pages.page(first + number + i64(self._block_pages)))
         page_lines = -(-plan.keys.num_bytes // LINE_BYTES)
         lines = -(-page_lines // (plan.tuning.soften_lines * self.tile.rows))
         for line in range(lines):
             offset = (row * i64(lines) + i64(line)) * i64(LINE_BYTES)
-            prefetch(keys.address(T.min(offset, i64(plan.keys.num_bytes - 1))))
+            self._prefetch(keys, T.min(offset, i64(plan.keys.num_bytes - 1)))
 
     def _weigh_values(self, first: Expr, count: Expr) -> None:
         """Sums = sums · correction + weights · V of the block's pages."""
@@ -312,11 +320,11 @@ class TileAttention:
         row_bytes = unit * plan.v_head_dim * plan.kv.num_bytes
         with T.serial(count) as j:
             values = self.pages.values(self.pages.page(first + j))
-            keys = self.pages.keys(self.pages.page(first + j + i64(plan.block_pages)))
+            keys = self.pages.keys(self.pages.page(first + j + i64(self._block_pages)))
             seen = named(T.min(n, self.pages.num_seen - (first + j) * n))
             with T.serial(T.ceildiv(seen, i64(unit))) as step:
                 for line in range(-(-row_bytes // LINE_BYTES)):
-                    prefetch(keys.address(step * i64(row_bytes) + i64(line * LINE_BYTES)))
+                    self._prefetch(keys, step * i64(row_bytes) + i64(line * LINE_BYTES))
                 vectors = self._loaded([values] * len(columns), step, columns, lanes, seen)
                 block_step = T.Bind(j * i64(plan.page_size // unit) + step)
                 self._multiply(acc, lanes, self._weights, block_step, top, vectors)
@@ -336,7 +344,7 @@ class TileAttention:
         # Scores are made of several vectors at once. What lies behind the last page is masked, but
         # multiplied: old bits that read as denormal numbers would take ten times as long.
         unpacked = count * i64(plan.page_size)
-        at_once = lanes * plan.vectors_at_once(self.tile, plan.block_tokens // lanes)
+        at_once = lanes * plan.vectors_at_once(self.tile, self._block_tokens // lanes)
         rest = T.ceildiv(unpacked, i64(at_once)) * i64(at_once) - unpacked
         with T.serial(T.floordiv(rest, i64(lanes))) as c:
             column = T.Bind(unpacked + c * i64(lanes))
@@ -364,10 +372,7 @@ class TileAttention:
         lanes: int,
         store: Callable[[Expr, Expr, Expr], None],
     ) -> None:
-        """`store(step, column, vector)` for the first rows of a matrix, in steps of the products.
-
-        An odd last row has whatever number the page holds as its pair's second.
-        """
+        """`store(step, column, vector)` for a matrix' first rows, in steps of the products."""
         unit = max(self.tile.unit, self.plan.kv.unit)
         with T.serial(T.ceildiv(num_rows, i64(unit))) as turn:
             with T.serial(i64(matrix.columns // lanes)) as c:
@@ -378,6 +383,10 @@ class TileAttention:
                     steps = [turn * i64(unit) + i64(u) for u in range(unit)]
                     rows = [v for step in steps for v in matrix.load(step, column, lanes)]
                 if self.tile.bf16:
-                    rows = [bfloat16.join(*rows)]
+                    low, high = rows
+                    # An odd last row has a pair, too, where the page may hold a NaN.
+                    has_pair = turn * i64(2) + i64(1) < num_rows
+                    high = T.Select(has_pair, high, spread(T.float32(0), lanes))
+                    rows = [bfloat16.rounded_pairs(low, high)]
                 for u, row in enumerate(rows):
                     store(turn * i64(len(rows)) + i64(u), column, row)

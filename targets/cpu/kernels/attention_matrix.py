@@ -349,12 +349,11 @@ def _pairs(matrix: PageMatrix, step: Expr, column: Expr, limit: Expr | None = No
     if matrix.kv.unit == 2:
         return matrix.load_pairs(step, column, LANES, limit)
     rows = [step * i64(2) + i64(r) for r in range(2)]
-    order = [tirx.const(i + LANES * r, "int32") for i in range(LANES) for r in range(2)]
     kept: Expr = T.int32(-1)
     if limit is not None:
         kept = T.Select(step * i64(2) + i64(1) < limit, T.int32(-1), T.int32(0xFFFF))
     if matrix.kv.dtype == "float16":
-        bits = tirx.Shuffle([matrix.bits(row, column, LANES) for row in rows], order)
+        bits = tirx.Shuffle([matrix.bits(row, column, LANES) for row in rows], bfloat16.PAIRS)
         half = T.broadcast(T.uint16(4), 2 * LANES)
         moved = T.shift_right(
             T.reinterpret("int16x32", bits + half), T.broadcast(T.int16(3), 2 * LANES)
@@ -363,8 +362,7 @@ def _pairs(matrix: PageMatrix, step: Expr, column: Expr, limit: Expr | None = No
         kept = T.bitwise_and(kept, T.int32(0x8FFF8FFF - (1 << 32)))
         pairs = T.reinterpret("int32x16", moved)
     else:
-        low, high = (matrix.load(row, column, LANES)[0] for row in rows)
-        pairs = T.reinterpret("int32x16", tirx.Shuffle([bfloat16.rounded(low, high)], order))
+        pairs = bfloat16.rounded_pairs(*(matrix.load(row, column, LANES)[0] for row in rows))
         if limit is None:
             return pairs
     return T.bitwise_and(pairs, T.broadcast(kept, LANES))

@@ -35,11 +35,14 @@ class AttentionTuning:
     strip_rows: int = 6  # most query rows of a register tile
     tile_rows: int = 48  # most query rows (tokens times heads of a group) of a tile
     block_tokens: int = 128  # K/V tokens between two rescalings
+    few_block_bytes: int = 16_384  # the same where all rows fit in one tile: K/V of one head
+    ahead_cache: int = 2  # pages are asked for into this level of the caches
     work_items: int = 64  # parts that a step's contexts are cut into, if they are long enough
     part_bytes: int = 131_072  # K/V of one head that are worth a part of their own
     soften_lines: int = 3  # one of so many lines of the next keys is asked for while rows soften
     serial_bytes: int = 262_144  # K/V of a layer that one thread reads sooner than others wake up
     bf16_dot: bool = False  # multiply bfloat16 and int8 K/V in bfloat16, summed in float32
+    rounds: bool = False  # and float16 where K/V are unpacked, which rounds it
     matrix: MatrixTuning | None = None  # None: no matrix registers, or not for this product
 
 
@@ -79,15 +82,12 @@ class Plan:
         """Lanes of outputs: they divide a value."""
         return lanes_of(self.v_head_dim)
 
-    @property
-    def block_pages(self) -> int:
-        """Pages between two rescalings."""
-        return max(1, self.tuning.block_tokens // self.page_size)
-
-    @property
-    def block_tokens(self) -> int:
-        """Tokens in them."""
-        return self.block_pages * self.page_size
+    def block_pages(self, tile: Tile) -> int:
+        """Pages between two rescalings: for few rows a power of two, whatever vectors at once."""
+        if tile.num_strips > 1:
+            return max(1, self.tuning.block_tokens // self.page_size)
+        fitting = max(2, self.tuning.few_block_bytes // self.page_bytes)
+        return 1 << fitting.bit_length() - 1
 
     @property
     def page_bytes(self) -> int:
@@ -123,7 +123,8 @@ class Plan:
         rows = tokens * self.heads
         num_strips = -(-rows // self.tuning.strip_rows)
         unpack = num_strips > 1 and (self.kv.dtype != "float32")
-        bf16 = self._can_dot() and (self.kv.unit == 2 or (self.kv.scaled and unpack))
+        unpacked = unpack and (self.kv.scaled or self.tuning.rounds)
+        bf16 = self._can_dot() and (self.kv.unit == 2 or unpacked)
         return Tile(
             tokens=tokens,
             strip=-(-rows // num_strips),

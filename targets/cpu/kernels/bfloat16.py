@@ -14,6 +14,8 @@ from llmc.targets.cpu.kernels.vector import spread
 
 Expr = Any
 DOT_LANES = 16
+# Of two vectors in a row, their lanes side by side.
+PAIRS = [tirx.const(i + DOT_LANES * r, "int32") for i in range(DOT_LANES) for r in range(2)]
 _DOT = "llmc_bfloat16_dot"
 # The instruction as a function: an intrinsic with bfloat16 arguments cannot be called directly.
 _DOT_LLVM = f"""
@@ -36,6 +38,12 @@ define linkonce_odr <32 x i16> @{_ROUND}(<16 x float> %low, <16 x float> %high) 
   %r = bitcast <32 x bfloat> %x to <32 x i16>
   ret <32 x i16> %r
 }}
+declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
+define linkonce_odr <16 x i16> @{_ROUND}_one(<16 x float> %x) alwaysinline {{
+  %y = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %x)
+  %r = bitcast <16 x bfloat> %y to <16 x i16>
+  ret <16 x i16> %r
+}}
 """
 
 
@@ -50,7 +58,7 @@ def with_dot() -> AbstractContextManager[Any]:
 
 
 def with_rounding() -> AbstractContextManager[Any]:
-    """A scope in which `rounded` may be called."""
+    """A scope in which `rounded`, `rounded_pairs` and `rounded_one` may be called."""
     return _importing(_ROUND_LLVM)
 
 
@@ -67,6 +75,17 @@ def dot(total: Expr, a: Expr, b: Expr) -> Expr:
 def rounded(low: Expr, high: Expr) -> Expr:
     """Two vectors of 16 float32 in a row, rounded to nearest, as uint16; denormals become zero."""
     return tirx.call_pure_extern(f"uint16x{2 * DOT_LANES}", _ROUND, low, high)
+
+
+def rounded_pairs(low: Expr, high: Expr) -> Expr:
+    """The same as 16 pairs, int32."""
+    shuffled = tirx.Shuffle([rounded(low, high)], PAIRS)
+    return T.reinterpret(f"int32x{DOT_LANES}", shuffled)
+
+
+def rounded_one(x: Expr) -> Expr:
+    """One vector likewise."""
+    return tirx.call_pure_extern(f"uint16x{DOT_LANES}", f"{_ROUND}_one", x)
 
 
 def from_float32(x: Expr) -> Expr:
@@ -87,12 +106,3 @@ def halves(pairs: Expr) -> list[Expr]:
     low = T.shift_left(pairs, spread(T.int32(16), lanes))
     high = T.bitwise_and(pairs, spread(T.int32(-65536), lanes))
     return [T.reinterpret(typed("float32", lanes), half) for half in (low, high)]
-
-
-def join(low: Expr, high: Expr) -> Expr:
-    """Pairs of float32 numbers that bfloat16 holds exactly, as int32."""
-    lanes = low.ty.dtype.lanes
-    unsigned, signed = typed("uint32", lanes), typed("int32", lanes)
-    shifted = T.shift_right(T.reinterpret(unsigned, low), spread(T.uint32(16), lanes))
-    upper = T.bitwise_and(T.reinterpret(signed, high), spread(T.int32(-65536), lanes))
-    return T.bitwise_or(T.reinterpret(signed, shifted), upper)
