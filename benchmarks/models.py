@@ -40,7 +40,7 @@ CASES: dict[str, Case] = {
             base=None,
             kind="Q4_1",
             quant="keep",
-            depths=(0, 1024),
+            depths=(0, 1024, 4096),
         ),
         *(
             Case(

@@ -39,6 +39,7 @@ METRICS = {
         Metric(name="prefill", title="prefill, 512 tokens", unit="tokens/s"),
         Metric(name="decode-0", title="decode, batch 1, depth 0", unit="tokens/s"),
         Metric(name="decode-1024", title="decode, batch 1, depth 1024", unit="tokens/s"),
+        Metric(name="decode-4096", title="decode, batch 1, depth 4096", unit="tokens/s"),
         Metric(name="batch-4", title="decode, batch 4, total", unit="tokens/s"),
         Metric(name="batch-16", title="decode, batch 16, total", unit="tokens/s"),
         Metric(name="memory", title="peak memory", unit="MiB", more_is_better=False),

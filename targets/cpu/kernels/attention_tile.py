@@ -31,7 +31,7 @@ class AttentionTuning:
     """
 
     accumulators: int = 24  # vectors of 16 float32 kept in registers by one inner loop
-    few_accumulators: int = 12  # the same where all rows fit in one tile: enough to hide latency
+    few_accumulators: int = 16  # the same where all rows fit in one tile: enough to hide latency
     strip_rows: int = 6  # most query rows of a register tile
     tile_rows: int = 48  # most query rows (tokens times heads of a group) of a tile
     block_tokens: int = 128  # K/V tokens between two rescalings
