@@ -20,6 +20,8 @@ class StopFinder:
 
         Of several stop strings the one that begins first counts. After True feed no more.
         """
+        if not self._stops:
+            return text, False
         text = self._held + text
         begins = [at for at in map(text.find, self._stops) if at >= 0]
         if begins:

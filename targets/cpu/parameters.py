@@ -247,7 +247,7 @@ _AVX2 = replace(
         ),
         few_tiles=(2, 1),
     ),
-    attention=AttentionTuning(accumulators=6, few_accumulators=6, strip_rows=3),
+    attention=AttentionTuning(accumulators=6, strip_rows=3, few_accumulators=6, few_strip_rows=6),
 )
 # 32 registers of 4 floats, of which a panel takes four: 6 x 4 accumulators.
 _NEON = replace(

@@ -127,6 +127,7 @@ def test_every_engine_answers_every_scenario(tmp_path: Path, monkeypatch) -> Non
             "memory": 200.0 if engine.name == "llmc" else 300,
             "decode-0": 8.0,
             "decode-1024": 8.0,
+            "decode-4096": 8.0,
             "batch-4": 8.0,
             "batch-16": 8.0,
             "start": 1.5,
@@ -134,8 +135,8 @@ def test_every_engine_answers_every_scenario(tmp_path: Path, monkeypatch) -> Non
     openvino = [words for words in commands if words[0] == "/env/bin/python"]
     assert all("openvino /m.gguf --threads 2" in " ".join(words) for words in openvino)
     prompts = [words[words.index("--prompt-tokens") + 1] for words in openvino]
-    assert prompts == ["512", "1", "1024", "16", "8"]
-    assert ["--no-warm-up" in words for words in openvino] == [False] * 4 + [True]
+    assert prompts == ["512", "1", "1024", "4096", "16", "8"]
+    assert ["--no-warm-up" in words for words in openvino] == [False] * 5 + [True]
 
 
 def test_a_folder_for_peers_holds_the_files_weights_in_bfloat16(

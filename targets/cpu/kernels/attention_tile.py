@@ -31,11 +31,13 @@ class AttentionTuning:
     """
 
     accumulators: int = 24  # vectors of 16 float32 kept in registers by one inner loop
-    few_accumulators: int = 16  # the same where all rows fit in one tile: enough to hide latency
     strip_rows: int = 6  # most query rows of a register tile
+    few_rows: int = 16  # most query rows of a tile that reads K and V as they lie in pages
+    few_accumulators: int = 16  # such a tile's: enough to hide latency
+    few_strip_rows: int = 16
     tile_rows: int = 48  # most query rows (tokens times heads of a group) of a tile
     block_tokens: int = 128  # K/V tokens between two rescalings
-    few_block_bytes: int = 16_384  # the same where all rows fit in one tile: K/V of one head
+    few_block_bytes: int = 16_384  # the same of a tile of few rows: K/V of one head
     ahead_cache: int = 2  # pages are asked for into this level of the caches
     work_items: int = 64  # parts that a step's contexts are cut into, if they are long enough
     part_bytes: int = 131_072  # K/V of one head that are worth a part of their own
@@ -84,7 +86,7 @@ class Plan:
 
     def block_pages(self, tile: Tile) -> int:
         """Pages between two rescalings: for few rows a power of two, whatever vectors at once."""
-        if tile.num_strips > 1:
+        if not tile.few:
             return max(1, self.tuning.block_tokens // self.page_size)
         fitting = max(2, self.tuning.few_block_bytes // self.page_bytes)
         return 1 << fitting.bit_length() - 1
@@ -121,14 +123,16 @@ class Plan:
     def tile(self, tokens: int) -> Tile:
         """A tile of `tokens` tokens in strips of equal height."""
         rows = tokens * self.heads
-        num_strips = -(-rows // self.tuning.strip_rows)
-        unpack = num_strips > 1 and (self.kv.dtype != "float32")
+        few = rows <= self.tuning.few_rows
+        num_strips = -(-rows // (self.tuning.few_strip_rows if few else self.tuning.strip_rows))
+        unpack = not few and self.kv.dtype != "float32"
         unpacked = unpack and (self.kv.scaled or self.tuning.rounds)
         bf16 = self._can_dot() and (self.kv.unit == 2 or unpacked)
         return Tile(
             tokens=tokens,
             strip=-(-rows // num_strips),
             num_strips=num_strips,
+            few=few,
             bf16=bf16,
             unpack=unpack and not (bf16 and self.kv.unit == 2),
         )
@@ -168,7 +172,7 @@ class Plan:
     def vectors_at_once(self, tile: Tile, num_vectors: int) -> int:
         """The largest divisor of num_vectors whose accumulators fit in registers."""
         tuning = self.tuning
-        most = tuning.few_accumulators if tile.num_strips == 1 else tuning.accumulators
+        most = tuning.few_accumulators if tile.few else tuning.accumulators
         fitting = max(1, most // tile.strip)
         return max(n for n in range(1, min(fitting, num_vectors) + 1) if num_vectors % n == 0)
 
@@ -180,6 +184,7 @@ class Tile:
     tokens: int
     strip: int
     num_strips: int
+    few: bool  # as AttentionTuning.few_rows has it
     bf16: bool  # products of bfloat16 pairs
     unpack: bool  # K and V are converted once for all strips
 

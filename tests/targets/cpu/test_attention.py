@@ -28,6 +28,7 @@ class Case(AttentionCase):
 NARROW = AttentionTuning(
     accumulators=6,
     strip_rows=3,
+    few_rows=4,
     tile_rows=10,
     block_tokens=32,
     work_items=8,
@@ -55,6 +56,20 @@ CASES = {
         tokens=1, lengths=((1, 333),), kv_dtype="int8", tuning=NARROW, page_size=32
     ),
     "pages_of_24_tokens": Case(num_heads=2, num_kv_heads=2, page_size=24, lengths=((30, 77),)),
+    "one_token_of_many_heads": Case(
+        tokens=1, num_heads=32, num_kv_heads=4, lengths=((1, 333),), kv_dtype="float16"
+    ),
+    "one_token_in_strips": Case(
+        tokens=1,
+        num_heads=14,
+        num_kv_heads=2,
+        lengths=((1, 333),),
+        kv_dtype="float16",
+        tuning=AttentionTuning(few_accumulators=6, few_strip_rows=3, part_bytes=1, serial_bytes=0),
+    ),
+    "one_token_of_twenty_heads": Case(
+        tokens=1, num_heads=20, num_kv_heads=1, lengths=((1, 333),), kv_dtype="float16"
+    ),
     "eight_tokens": Case(tokens=8, lengths=((1, 60), (1, 20), (6, 6))),
 }
 
