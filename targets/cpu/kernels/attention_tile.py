@@ -34,7 +34,7 @@ class AttentionTuning:
     strip_rows: int = 6  # most query rows of a register tile
     few_rows: int = 16  # most query rows of a tile that reads K and V as they lie in pages
     few_accumulators: int = 16  # such a tile's: enough to hide latency
-    few_strip_rows: int = 16
+    few_strip_rows: int = 16  # likewise
     tile_rows: int = 48  # most query rows (tokens times heads of a group) of a tile
     block_tokens: int = 128  # K/V tokens between two rescalings
     few_block_bytes: int = 16_384  # the same of a tile of few rows: K/V of one head
@@ -85,7 +85,7 @@ class Plan:
         return lanes_of(self.v_head_dim)
 
     def block_pages(self, tile: Tile) -> int:
-        """Pages between two rescalings: for few rows a power of two, whatever vectors at once."""
+        """Pages between two rescalings; of few rows a power of two, so that vectors pass evenly."""
         if not tile.few:
             return max(1, self.tuning.block_tokens // self.page_size)
         fitting = max(2, self.tuning.few_block_bytes // self.page_bytes)
@@ -184,7 +184,7 @@ class Tile:
     tokens: int
     strip: int
     num_strips: int
-    few: bool  # as AttentionTuning.few_rows has it
+    few: bool  # see AttentionTuning.few_rows
     bf16: bool  # products of bfloat16 pairs
     unpack: bool  # K and V are converted once for all strips
 
