@@ -129,14 +129,17 @@ class Executor:
             return tvm_runtime.from_numpy(array)
         return tvm_runtime.copy_to(array, self._device)
 
+    def _contents(self, tensor: Any) -> npt.NDArray[Any]:  # noqa: ANN401 - a tensor of TVM's
+        """What a tensor holds once it is computed: a view on the host, else a copy."""
+        if self._place.device.is_host:
+            return np.from_dlpack(tensor)
+        return tvm_runtime.copy_from(tensor)
+
     def step(self, inputs: StepInputs) -> Float32:
         """Runs the entry point for this number of tokens; logits `[L, V]` float32."""
         with _explained(self._place.device):
             logits, _ = self._launch(inputs, None)
-            if not self._place.device.is_host:
-                return tvm_runtime.copy_from(logits)
-            result: Float32 = np.asarray(np.from_dlpack(logits), np.float32)  # a view
-            return result
+            return self._contents(logits)
 
     def step_and_choose(self, inputs: StepInputs, draws: Draws) -> StepOutput:
         """Runs the entry point; of the logits only those come to the host that it has to read."""
@@ -156,13 +159,11 @@ class Executor:
 
     def _begin(self, inputs: StepInputs, draws: Draws, sources: Int32 | None) -> _Begun:
         logits, chosen = self._launch(inputs, draws, sources)
-        read: Callable[[], npt.NDArray[Any]]
-        if self._place.device.is_host:
-            read = partial(np.from_dlpack, chosen)  # a view
-        elif self._graphs is None:
-            read = partial(tvm_runtime.copy_from, chosen)
-        else:
-            read = self._graphs.transfers.to_host(chosen)
+        read = (
+            partial(self._contents, chosen)
+            if self._graphs is None
+            else self._graphs.transfers.to_host(chosen)
+        )
         return _Begun(
             num_rows=len(inputs.logits_rows), draws=draws, logits=logits, chosen=chosen, read=read
         )

@@ -34,7 +34,7 @@ class AttentionTuning:
     strip_rows: int = 6  # most query rows of a register tile
     few_rows: int = 16  # most query rows of a tile that reads K and V as they lie in pages
     few_accumulators: int = 16  # such a tile's: enough to hide latency
-    few_strip_rows: int = 16  # likewise
+    few_strip_rows: int = 16  # most query rows of its register tiles
     tile_rows: int = 48  # most query rows (tokens times heads of a group) of a tile
     block_tokens: int = 128  # K/V tokens between two rescalings
     few_block_bytes: int = 16_384  # the same of a tile of few rows: K/V of one head
@@ -126,8 +126,8 @@ class Plan:
         few = rows <= self.tuning.few_rows
         num_strips = -(-rows // (self.tuning.few_strip_rows if few else self.tuning.strip_rows))
         unpack = not few and self.kv.dtype != "float32"
-        unpacked = unpack and (self.kv.scaled or self.tuning.rounds)
-        bf16 = self._can_dot() and (self.kv.unit == 2 or unpacked)
+        in_bf16 = self.kv.scaled or self.tuning.rounds
+        bf16 = self._can_dot() and (self.kv.unit == 2 or (unpack and in_bf16))
         return Tile(
             tokens=tokens,
             strip=-(-rows // num_strips),
