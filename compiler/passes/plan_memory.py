@@ -97,24 +97,36 @@ def plan_memory(mod: tvm.IRModule, *, results_at_bounds: bool = False) -> tvm.IR
 def pooled_bytes(mod: tvm.IRModule) -> int:
     """What TVM's pool holds when all functions of a planned `mod` have run at their bounds.
 
-    It keeps what is released, and gives it out again where exactly as much is asked for.
+    It keeps what is released, and gives it out again where exactly as much is asked for. What a
+    function returns lives on beside all that the next ones take: the VM itself holds the result of
+    its last call until that of the next.
     """
-    held: Counter[int] = Counter()
+    kept: Counter[int] = Counter()
+    returned: Counter[int] = Counter()
     for _, func in relax_functions(mod):
-        held |= Counter(_allocated(func))
-    return sum(size * count for size, count in held.items())
+        sizes, results = _allocated(func)
+        kept |= Counter(size for var, size in sizes.items() if var not in results)
+        returned |= Counter(size for var, size in sizes.items() if var in results)
+    return sum(size * count for size, count in (kept + returned).items())
 
 
-def _allocated(func: relax.Function) -> Iterator[int]:
-    """The bytes of each storage, and of each tensor that is allocated by itself at its bound."""
+def _allocated(func: relax.Function) -> tuple[dict[relax.Var, int], set[relax.Var]]:
+    """The bytes of each storage, and of each tensor that is allocated by itself at its bound; and
+    which of them it returns.
+    """
+    sizes: dict[relax.Var, int] = {}
+    within: dict[relax.Var, set[relax.Var]] = {}
     for binding in bindings(func):
-        size = op_args(binding.value, "relax.memory.alloc_storage")
-        if size is not None:
-            yield -(-int(size[0].values[0]) // _PAGE_BYTES) * _PAGE_BYTES
-        elif op_args(binding.value, _ALLOC) is not None:
-            num_bytes = bounded_bytes(binding.value, func)
-            if num_bytes is not None:
-                yield -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        var, value = binding.var, binding.value
+        storage = op_args(value, "relax.memory.alloc_storage")
+        if storage is None and op_args(value, _ALLOC) is None:
+            within[var] = origins(value, within)
+            continue
+        within[var] = {var}
+        num_bytes = int(storage[0].values[0]) if storage else bounded_bytes(value, func)
+        if num_bytes is not None:
+            sizes[var] = -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES
+    return sizes, origins(func.body.body, within)
 
 
 def bounds_of(func: relax.Function) -> dict[str, int]:

@@ -102,6 +102,19 @@ def test_functions_share_their_places_rank_by_rank():
     assert pooled_bytes(planned) == sum(storages(planned, "many")) + PAGE
 
 
+def test_a_result_lives_on_while_other_functions_run():
+    def step(emit, x):
+        return emit(relax.op.concat([emit(relax.op.add(x, x))] * 2))
+
+    def choose(emit, x):
+        return emit(relax.op.add(x, x))
+
+    graphs = {"step": graph(step, x=[PAGE // 4]), "choose": graph(choose, x=[PAGE // 4])}
+    mod = tvm.IRModule({name: mod["main"] for name, mod in graphs.items()})
+    # What `choose` returns is held when `step` needs as much for itself.
+    assert pooled_bytes(plan_memory(called(mod))) == PAGE + 2 * PAGE + PAGE
+
+
 def test_what_has_no_bound_is_left_alone():
     planned = plan_memory(called(graph(waves, x=[T, 1])))
     assert storages(planned) == []
