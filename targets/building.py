@@ -7,7 +7,7 @@ a loop. Indices are int64, so that no weight or cache is too large.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,13 @@ def splat_like(vector: Expr, value: float) -> Expr:
     """`value` as float32 in as many lanes as `vector` has."""
     lanes = lanes_of(vector)
     return f32(value) if lanes == 1 else T.broadcast(f32(value), lanes)
+
+
+def with_llvm(functions: str) -> AbstractContextManager[Any]:
+    """A scope in which functions may be called that are written in LLVM's language."""
+    code = tvm.ir.StringImm(functions)
+    scope: AbstractContextManager[Any] = T.attr(i64(0), "pragma_import_llvm", code)
+    return scope
 
 
 def size_var(name: str) -> Expr:

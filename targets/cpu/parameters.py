@@ -105,7 +105,8 @@ class CodeTileParameters(FewTokens):
 class NestedTileParameters(FewTokens):
     """By codes times sub-scales (kernels/nested_tiles.py)."""
 
-    ahead: int = 3  # steps of 64 features asked for before they are unpacked
+    ahead: int = 4  # steps of 64 features asked for before they are unpacked
+    ahead_cache: int = 2  # the level from which on caches take them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

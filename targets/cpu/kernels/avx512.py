@@ -5,11 +5,13 @@ The functions here run while an IRBuilder frame is open, as those of panels.py d
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import with_llvm
 from llmc.targets.cpu.kernels.panels import F32X16, splat
 from llmc.targets.cpu.layout import PANEL
 
@@ -24,6 +26,15 @@ _POWER = (0.0770672, 0.22764482, 0.69511682, 1.0)
 _ROUND_DOWN, _CURRENT_MODE = 1, 4
 _LOG2_E = 1.44269504088896341
 _HIGHEST = 126.0
+_ADD_PRODUCT = "llmc_add_product"
+_ADD_PRODUCT_LLVM = f"""
+define linkonce_odr <16 x float> @{_ADD_PRODUCT}(<16 x float> %total, <16 x float> %a, ptr %b)
+    alwaysinline {{
+  %r = call <16 x float> asm "vfmadd231ps $2{{1to16}}, $1, $0", "=v,v,*m,0"
+      (<16 x float> %a, ptr elementtype(float) %b, <16 x float> %total)
+  ret <16 x float> %r
+}}
+"""
 
 
 def power_of_two(x: Expr) -> Expr:
@@ -73,6 +84,20 @@ def upper_bytes(even: Expr, odd: Expr) -> Expr:
     even = T.shift_right(even, T.broadcast(T.uint16(8), HALVES))
     odd = T.bitwise_and(odd, T.broadcast(T.uint16(0xFF00), HALVES))
     return T.reinterpret("int32x16", T.bitwise_or(even, odd))
+
+
+def with_products() -> AbstractContextManager[Any]:
+    """A scope in which `add_product` may be called."""
+    return with_llvm(_ADD_PRODUCT_LLVM)
+
+
+def add_product(total: Expr, a: Expr, b: Expr) -> Expr:
+    """total + a · b, float32x16, rounded once; `b` is an element of a buffer.
+
+    The total stays where it is: LLVM writes it over `a`, so that totals go round all registers, and
+    constants have to leave theirs.
+    """
+    return tirx.call_extern(F32X16, _ADD_PRODUCT, total, a, T.address_of(b))
 
 
 def gather(dtype: str, kind: str, first: Expr, places: Expr) -> Expr:

@@ -10,6 +10,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from llmc.targets.building import with_llvm
 from llmc.targets.cpu.kernels.vector import spread
 
 Expr = Any
@@ -54,17 +55,12 @@ def typed(dtype: str, lanes: int) -> str:
 
 def with_dot() -> AbstractContextManager[Any]:
     """A scope in which `dot` may be called."""
-    return _importing(_DOT_LLVM)
+    return with_llvm(_DOT_LLVM)
 
 
 def with_rounding() -> AbstractContextManager[Any]:
     """A scope in which `rounded`, `rounded_pairs` and `rounded_one` may be called."""
-    return _importing(_ROUND_LLVM)
-
-
-def _importing(code: str) -> AbstractContextManager[Any]:
-    scope: AbstractContextManager[Any] = T.attr(tirx.IntImm("int32", 0), "pragma_import_llvm", code)
-    return scope
+    return with_llvm(_ROUND_LLVM)
 
 
 def dot(total: Expr, a: Expr, b: Expr) -> Expr:

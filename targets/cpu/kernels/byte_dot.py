@@ -13,7 +13,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.building import i64
+from llmc.targets.building import i64, with_llvm
 from llmc.targets.cpu.layout import PANEL
 
 Expr = Any
@@ -59,10 +59,7 @@ class ByteDot:
         if self.pairs is not None:
             text += self._functions("pairs", "pcx", self.pairs)
             text += self._functions("total", "sp", self.total)
-        scope: AbstractContextManager[Any] = T.attr(
-            tirx.IntImm("int32", 0), "pragma_import_llvm", text
-        )
-        return scope
+        return with_llvm(text)
 
     def call(self, kind: str, *arguments: Expr) -> Expr:
         """One of the functions, of vectors of 512 bits."""

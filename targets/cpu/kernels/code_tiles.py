@@ -23,7 +23,7 @@ from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
 from llmc.targets.building import i64
-from llmc.targets.cpu.kernels import amx
+from llmc.targets.cpu.kernels import amx, avx512
 from llmc.targets.cpu.kernels.integer import CodedRows
 from llmc.targets.cpu.kernels.panels import (
     F32X16,
@@ -89,7 +89,8 @@ def code_tiles(product: Product, x: CodedRows, count: Expr, params: CodeTilePara
             totals=scratch((width, amx.TILE_ROWS, PANEL)),
         ).emit(count)
 
-    for_each_column(product, width, column)
+    with avx512.with_products():
+        for_each_column(product, width, column)
 
 
 def _bits(fmt: WeightFormat) -> int:
@@ -226,21 +227,65 @@ class _Task:
         """Multiplies and stores them."""
         with T.serial(self.rows.codes.shape[0]) as group:
             amx.configure(self.rows.depth)
-            with T.serial(self.num_panels) as p:
-                panel = T.Bind(slot_panel(self.product, self.first_slot + p))
-                following = T.Bind(slot_panel(self.product, self.first_slot + p + i64(1)))
-                self._multiply_panel(group, panel, following, p)
+            self._multiply_panels(group)
             amx.release()
             first = T.Bind(group * i64(amx.TILE_ROWS))
             rows = first, T.min(i64(amx.TILE_ROWS), count - first)
             store_totals(self.product, rows, (self.first_slot, self.num_panels), self.totals)
 
-    def _multiply_panel(self, group: Expr, panel: Expr, following: Expr, p: Expr) -> None:
-        """Leaves a panel's totals in place `p`."""
-        weights, units = self.product.weights, self.rows.units
+    def _multiply_panels(self, group: Expr) -> None:
+        """Leaves the panels' totals in their places.
+
+        Where a panel's units are whole turns, the next panel's first ones are under way beside its
+        last. Behind the last panel its own beginning is, and is dropped.
+        """
+        units = self.rows.units
         totals = registers(amx.TILE_ROWS)
-        for row in range(amx.TILE_ROWS):
-            put(totals, row, splat(0.0))
+        joined = units % _TURNS == 0 and units > _TURNS
+        begin, end = (_SUM, units + _UNPACK) if joined else (_UNPACK, units + _SUM)
+        whole = max(0, (units + _UNPACK) // _TURNS - 1)
+        if joined:
+            first = self._panels(i64(0))
+            for time in range(_UNPACK, _SUM):
+                interleave(self._stages(totals, group, first, time))
+        with T.serial(self.num_panels) as p:
+            panels = self._panels(p)
+            for row in range(amx.TILE_ROWS):
+                put(totals, row, splat(0.0))
+            for time in range(begin, _TURNS):
+                interleave(self._stages(totals, group, panels, time))
+            if whole:
+                with T.serial(i64(whole)) as number:
+                    for time in range(_TURNS):
+                        step = number + i64(1)
+                        interleave(self._stages(totals, group, panels, time, step))
+            for time in range(_TURNS * (whole + 1), end):
+                interleave(self._stages(totals, group, panels, time))
+            if joined:
+                following = self._panels(T.min(p + i64(1), self.num_panels - i64(1)))
+                for time in range(_UNPACK, _SUM):
+                    last = self._stages(totals, group, panels, units + time)
+                    interleave(last + self._stages(totals, group, following, time))
+            self._leave(totals, panels[0], p)
+
+    def _panels(self, number: Expr) -> tuple[Expr, Expr]:
+        """A panel of the task, and the one that is asked for behind it."""
+        slot = self.first_slot + number
+        panel, following = (slot_panel(self.product, slot + i64(later)) for later in range(2))
+        return T.Bind(panel), T.Bind(following)
+
+    def _stages(
+        self,
+        totals: Expr,
+        group: Expr,
+        panels: tuple[Expr, Expr],
+        time: int,
+        first: Expr | None = None,
+    ) -> list[Iterator[None]]:
+        """What is done of a panel's units at a time: all stages, counted from step `first`, or
+        those that have work, counted from the beginning.
+        """
+        panel, following = panels
         stages: list[tuple[int, Callable[[Expr, int], Iterator[None]]]] = [
             (_UNPACK, lambda step, turn: self._unpack(panel, following, step, turn)),
             (0, lambda step, turn: self._multiply(group, step, turn)),
@@ -250,29 +295,18 @@ class _Task:
             ),
             (_SUM, lambda step, turn: self._sum(totals, group, panel, step, turn)),
         ]
+        now = []
+        for lag, stage in stages:
+            step, turn = divmod(time - lag, _TURNS)
+            if first is not None:
+                now.append(stage(first + i64(step), turn))
+            elif 0 <= time - lag < self.rows.units:
+                now.append(stage(i64(step), turn))
+        return now
 
-        def at(time: int, first: Expr | None = None) -> None:
-            """All stages at a time counted from step `first`, where none is without work, or from
-            the beginning.
-            """
-            now = []
-            for lag, stage in stages:
-                step, turn = divmod(time - lag, _TURNS)
-                if first is not None:
-                    now.append(stage(first + i64(step), turn))
-                elif 0 <= time - lag < units:
-                    now.append(stage(i64(step), turn))
-            interleave(now)
-
-        whole = max(0, (units + _UNPACK) // _TURNS - 1)
-        for time in range(_UNPACK, _TURNS):
-            at(time)
-        if whole:
-            with T.serial(i64(whole)) as number:
-                for time in range(_TURNS):
-                    at(time, number + i64(1))
-        for time in range(_TURNS * (whole + 1), units + _SUM):
-            at(time)
+    def _leave(self, totals: Expr, panel: Expr, p: Expr) -> None:
+        """Puts a panel's totals in place `p`."""
+        weights = self.product.weights
         scale = None if weights.fmt.group else T.Bind(weights.scale(i64(0), panel, i64(0)))
         for row in range(amx.TILE_ROWS):
             total = get(totals, row)
@@ -347,8 +381,8 @@ class _Task:
                     value = _fma(T.Cast(F32X16, found), scale, value)
             else:
                 value = T.Cast(F32X16, sums[0])
-            scale = T.broadcast(rows.scales[group, unit, i64(row)], PANEL)
-            total = get(totals, row) + value * scale
+            factor = rows.scales[group, unit, i64(row)]
+            total = avx512.add_product(get(totals, row), value, factor)
             if rows.sums is not None:
                 for part, minimum in zip(parts, minimums, strict=True):
                     total = total + minimum * T.broadcast(rows.sums[group, part, i64(row)], PANEL)

@@ -89,7 +89,7 @@ def nested_tiles(product: Product, x: CodedRows, count: Expr, params: NestedTile
         _Task(
             product=product,
             rows=rows,
-            ahead=params.ahead,
+            params=params,
             first_slot=first_slot,
             num_panels=num_panels,
             unpacked=scratch((_SLOTS, amx.PANELS, _PARITIES, _WORDS, PANEL), "int32"),
@@ -178,7 +178,7 @@ class _Task:
 
     product: Product
     rows: _Rows
-    ahead: int  # steps
+    params: NestedTileParameters
     first_slot: Expr  # panels are counted as in tile_tasks
     num_panels: Expr
     unpacked: Expr  # `[slots, panels, parities, 16, 16]` int32: two features' words of 16 outputs
@@ -237,7 +237,7 @@ class _Task:
         place, block = self._place(turn)
         panels = self._panels(place)
         number = T.Bind(block * i64(_STEPS) + i64(step))
-        turns, later = divmod(step + self.ahead, _STEPS)
+        turns, later = divmod(step + self.params.ahead, _STEPS)
         place, block = self._place(T.Bind(T.min(turn + i64(turns), last)))
         later_number = T.Bind(block * i64(_STEPS) + i64(later))
         asked = [unit_addresses(weights, p, later_number, _STEP) for p in self._panels(place)]
@@ -256,11 +256,11 @@ class _Task:
                         at = [i64(step % _SLOTS), i64(p), i64(parity), i64(word), lanes(i64(0))]
                         T.buffer_store(self.unpacked, T.reinterpret("int32x16", found), at)
                     if addresses:
-                        prefetch(addresses.pop(0))
+                        prefetch(addresses.pop(0), self.params.ahead_cache)
                     if word % 2:
                         yield
         for address in addresses:
-            prefetch(address)
+            prefetch(address, self.params.ahead_cache)
 
     def _factors(self, panel: Expr, group: Expr) -> tuple[list[Expr], Expr]:
         """A group's sub-scales beside zeros, int8x64, for even and for odd features' codes; and

@@ -13,7 +13,7 @@ import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.building import argument, i64
+from llmc.targets.building import argument, i64, with_llvm
 from llmc.targets.cpu.kernels import amx
 
 TILE_CHAINS = amx.PANELS * amx.PANELS
@@ -208,8 +208,7 @@ def peak(instruction: PeakInstruction, turns: int, tasks: int, triple: str) -> t
             T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
             factors = argument("factors", (2, instruction.words), "int32")
             sums = argument("sums", (tasks, chains, lanes), instruction.sum_dtype)
-            module = tvm.ir.StringImm(instruction.llvm(triple))
-            with T.attr(i64(0), "pragma_import_llvm", module), T.parallel(i64(tasks)) as task:
+            with with_llvm(instruction.llvm(triple)), T.parallel(i64(tasks)) as task:
                 _loop(instruction, turns, factors, sums, task)
     return builder.get()
 
