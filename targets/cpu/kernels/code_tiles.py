@@ -237,11 +237,12 @@ class _Task:
         """Leaves the panels' totals in their places.
 
         Where a panel's units are whole turns, the next panel's first ones are under way beside its
-        last. Behind the last panel its own beginning is, and is dropped.
+        last. Behind the last panel its own beginning is, and is dropped. Codes of eight bits, which
+        memory bounds, gain nothing by that.
         """
         units = self.rows.units
         totals = registers(amx.TILE_ROWS)
-        joined = units % _TURNS == 0 and units > _TURNS
+        joined = units % _TURNS == 0 and units > _TURNS and self.product.weights.fmt.bits < 8
         begin, end = (_SUM, units + _UNPACK) if joined else (_UNPACK, units + _SUM)
         whole = max(0, (units + _UNPACK) // _TURNS - 1)
         if joined:
