@@ -175,13 +175,27 @@ class TileAttention:
         plan, tile = self.plan, self.tile
         lanes = plan.page_lanes
         at_once = plan.vectors_at_once(tile, self._block_tokens // lanes)
-        groups = T.ceildiv(count * i64(plan.page_size), i64(at_once * lanes))
+        if tile.unpack:
+            groups = T.ceildiv(count * i64(plan.page_size), i64(at_once * lanes))
+            self._score_groups(first, i64(0), groups, at_once)
+            return
+        vectors = named(count * i64(plan.page_size // lanes))
+        groups = named(T.floordiv(vectors, i64(at_once)))
+        self._score_groups(first, i64(0), groups, at_once)
+        if at_once > 1:  # the last block is seldom full
+            done = named(groups * i64(at_once))
+            self._score_groups(first, done, vectors - done, 1)
+
+    def _score_groups(self, first: Expr, done: Expr, groups: Expr, at_once: int) -> None:
+        """Scores of groups of `at_once` vectors of tokens, behind `done` vectors of the block."""
+        plan, tile = self.plan, self.tile
+        lanes = plan.page_lanes
         with T.serial(groups) as group, T.serial(self._num_strips) as strip:
             top = named(strip * i64(tile.strip))
             acc = registers(tile.strip * at_once * lanes)
             for index in range(tile.strip * at_once):
                 T.buffer_store(acc, spread(T.float32(0), lanes), [at(i64(index * lanes), lanes)])
-            start = named(group * i64(at_once * lanes))
+            start = named((done + group * i64(at_once)) * i64(lanes))
             if tile.unpack:
                 with T.serial(i64(plan.head_dim // tile.unit)) as step:
                     vectors = [
