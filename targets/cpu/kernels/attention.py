@@ -161,8 +161,9 @@ class _Kernel:
         """The whole kernel."""
         plan = self.plan
         kv_heads, max_splits = i64(plan.num_kv_heads), plan.max_splits
-        counts = scratch((4,), "int64")  # pages of a head, items, slots, split tiles
-        for index in range(4):
+        # Pages of a head, items, slots, split tiles, tiles of several tokens.
+        counts = scratch((5,), "int64")
+        for index in range(5):
             T.buffer_store(counts, i64(0), [i64(index)])
         tokens = i64(self.many.tokens)
         max_tiles = T.floordiv(self.rows, tokens) + self.sequences
@@ -178,21 +179,33 @@ class _Kernel:
         num_items = named(counts[i64(1)])
         all_items = named(num_items * kv_heads)
 
-        def work(index: Expr) -> None:
+        def work(index: Expr, mixed: bool) -> None:
             # Neighbours come from both ends, because the late tiles of a prompt see more tokens
             # than the early ones.
             rank = named(T.floordiv(index, kv_heads))
             half = T.floordiv(rank, i64(2))
             back = num_items - i64(1) - half
             item = named(T.Select(T.floormod(rank, i64(2)) == i64(0), half, back))
-            self._attend(items, item, named(T.floormod(index, kv_heads)), state)
+            self._attend(items, item, named(T.floormod(index, kv_heads)), state, mixed)
 
         # A short context is one task: the code exists once.
         short = counts[i64(0)] * kv_heads <= i64(plan.serial_pages)
         num_tasks = named(T.Select(short, T.min(all_items, i64(1)), all_items))
         items_per_task = named(T.Select(short, all_items, i64(1)))
-        with T.parallel(num_tasks) as task, T.serial(items_per_task) as turn:
-            work(named(task + turn))
+
+        def each(mixed: bool) -> None:
+            with T.parallel(num_tasks) as task, T.serial(items_per_task) as turn:
+                work(named(task + turn), mixed)
+
+        if self.many.tokens == 1:
+            each(mixed=False)
+        else:
+            # Beside tiles of several tokens LLVM runs out of registers for those of one.
+            with T.If(counts[i64(4)] == i64(0)):
+                with T.Then():
+                    each(mixed=False)
+                with T.Else():
+                    each(mixed=True)
         with T.If(counts[i64(3)] > i64(0)), T.Then():
             with T.parallel(T.Bind(counts[i64(3)] * kv_heads)) as index:
                 split = named(T.floordiv(index, kv_heads))
@@ -235,6 +248,8 @@ class _Kernel:
             unit = i64(plan.unit_pages)
             size = named(T.ceildiv(T.ceildiv(end - begin, wanted), unit) * unit)
             parts = named(T.ceildiv(end - begin, size))
+            with T.If(count > i64(1)), T.Then():
+                bump(4, i64(1))
             with T.If(parts > i64(1)), T.Then():
                 split = [self._count(seq) + first, count, counts[i64(2)], parts]
                 for column, value in enumerate(split):
@@ -254,8 +269,10 @@ class _Kernel:
 
     # Doing the work.
 
-    def _attend(self, items: Expr, item: Expr, head: Expr, state: _State) -> None:
-        """One work item: its outputs, or its state where there are other parts."""
+    def _attend(self, items: Expr, item: Expr, head: Expr, state: _State, mixed: bool) -> None:
+        """One work item: its outputs, or its state where there are other parts; of one token where
+        they are not `mixed`.
+        """
         seq, first, count, begin, end, slot = (
             named(items[item, i64(column)]) for column in range(NUM_COLUMNS)
         )
@@ -282,7 +299,7 @@ class _Kernel:
                 with T.Else():
                     self._keep(done, state, self._base(head, slot), count)
 
-        if self.many.tokens == 1:
+        if not mixed:
             attend(self.one)
             return
         with T.If(count == i64(1)):
