@@ -14,6 +14,7 @@ that stale pages cannot put a NaN in.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tvm import tirx
@@ -43,26 +44,26 @@ class TileAttention:
     def __init__(self, plan: Plan, tile: Tile, inputs: Inputs, work: Work) -> None:
         self.plan, self.tile, self.inputs, self.work = plan, tile, inputs, work
         self.pages = ContextPages(plan, inputs, work)
-        self.highest = scratch((tile.rows,))
-        self.totals = scratch((tile.rows, plan.page_lanes))
-        self.sums = scratch((tile.rows, plan.v_head_dim))
+        # Items of few rows are short, and seven calls for memory were a tenth of them.
+        place = partial(scratch, on_stack=tile.few)
+        self.highest = place((tile.rows,))
+        self.totals = place((tile.rows, plan.page_lanes))
+        self.sums = place((tile.rows, plan.v_head_dim))
         self._block_pages = plan.block_pages(tile)
         self._block_tokens = self._block_pages * plan.page_size
         dtype = "uint16" if tile.bf16 else "float32"
-        self._q = scratch((tile.rows, plan.head_dim), dtype)
-        self._scores = scratch((tile.rows, self._block_tokens))
+        self._q = place((tile.rows, plan.head_dim), dtype)
+        self._scores = place((tile.rows, self._block_tokens))
         # Softened scores: in place, or rounded beside them.
-        self._weights = (
-            scratch((tile.rows, self._block_tokens), dtype) if tile.bf16 else self._scores
-        )
-        self._corrections = scratch((tile.rows,))
+        self._weights = place((tile.rows, self._block_tokens), dtype) if tile.bf16 else self._scores
+        self._corrections = place((tile.rows,))
         word = "int32" if tile.bf16 else "float32"
         if tile.unpack:
-            self._k = scratch((plan.head_dim // tile.unit, self._block_tokens), word)
-            self._v = scratch((self._block_tokens // tile.unit, plan.v_head_dim), word)
+            self._k = place((plan.head_dim // tile.unit, self._block_tokens), word)
+            self._v = place((self._block_tokens // tile.unit, plan.v_head_dim), word)
         if plan.kv.scaled:
-            self._k_scales = scratch((self._block_tokens,))
-            self._v_scales = scratch((self._block_tokens,))
+            self._k_scales = place((self._block_tokens,))
+            self._v_scales = place((self._block_tokens,))
         self._num_rows = named(work.num_tokens * i64(plan.heads))
         self._num_strips = named(T.ceildiv(self._num_rows, i64(tile.strip)))
 

@@ -48,10 +48,18 @@ def lanes(start: Expr) -> Expr:
     return T.ramp(start, i64(1), PANEL)
 
 
-def scratch(shape: tuple[int | Expr, ...], dtype: str = "float32") -> Expr:
-    """A workspace in memory, private to the scope it is opened in."""
+def scratch(
+    shape: tuple[int | Expr, ...], dtype: str = "float32", *, on_stack: bool = False
+) -> Expr:
+    """A workspace in memory, private to the scope it is opened in.
+
+    It is TVM's, or a small one of constant size `on_stack`, which costs no call.
+    """
     dims = [i64(d) if isinstance(d, int) else d for d in shape]
-    return T.alloc_buffer(dims, dtype)
+    if not on_stack:
+        return T.alloc_buffer(dims, dtype)
+    annotations = {"disable_lower_builtin": True}
+    return T.alloc_buffer(dims, dtype, scope="local", annotations=annotations)
 
 
 @dataclass(frozen=True, slots=True)
