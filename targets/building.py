@@ -56,6 +56,13 @@ def splat_like(vector: Expr, value: float) -> Expr:
     return f32(value) if lanes == 1 else T.broadcast(f32(value), lanes)
 
 
+def on_stack(shape: tuple[int, ...], dtype: str = "float32") -> Expr:
+    """A buffer on the stack, or in registers where LLVM finds that it can: no call for memory."""
+    dims = [i64(extent) for extent in shape]
+    annotations = {"disable_lower_builtin": True}
+    return T.alloc_buffer(dims, dtype, scope="local", annotations=annotations)
+
+
 def with_llvm(functions: str) -> AbstractContextManager[Any]:
     """A scope in which functions may be called that are written in LLVM's language."""
     code = tvm.ir.StringImm(functions)

@@ -18,7 +18,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.building import i64
+from llmc.targets.building import i64, on_stack
 from llmc.targets.cpu.layout import ceildiv
 
 Expr = Any
@@ -79,9 +79,7 @@ def configure(depth_bytes: int) -> None:
     The line of 64 bytes: palette 1 in byte 0, 16 bits for each tile's bytes of a row from byte 16
     on, 8 bits for its number of rows from byte 48 on (Intel SDM, LDTILECFG).
     """
-    line = T.alloc_buffer(
-        [i64(_LINE)], "int32", scope="local", annotations={"disable_lower_builtin": True}
-    )
+    line = on_stack((_LINE,), "int32")
     both = 0x00010001
     words = {
         0: 1,

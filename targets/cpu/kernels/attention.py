@@ -188,7 +188,7 @@ class _Kernel:
             item = named(T.Select(T.floormod(rank, i64(2)) == i64(0), half, back))
             self._attend(items, item, named(T.floormod(index, kv_heads)), state, mixed)
 
-        # A short context is one task: the code exists once.
+        # A short context is one task of the same loop.
         short = counts[i64(0)] * kv_heads <= i64(plan.serial_pages)
         num_tasks = named(T.Select(short, T.min(all_items, i64(1)), all_items))
         items_per_task = named(T.Select(short, all_items, i64(1)))

@@ -14,13 +14,12 @@ that stale pages cannot put a NaN in.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.building import i64
+from llmc.targets.building import i64, on_stack
 from llmc.targets.cpu.kernels import bfloat16
 from llmc.targets.cpu.kernels.attention_pages import ContextPages, Inputs, Work, masked
 from llmc.targets.cpu.kernels.attention_tile import LOG2E, LOWEST, Plan, Tile
@@ -45,7 +44,7 @@ class TileAttention:
         self.plan, self.tile, self.inputs, self.work = plan, tile, inputs, work
         self.pages = ContextPages(plan, inputs, work)
         # Items of few rows are short, and seven calls for memory were a tenth of them.
-        place = partial(scratch, on_stack=tile.few)
+        place = on_stack if tile.few else scratch
         self.highest = place((tile.rows,))
         self.totals = place((tile.rows, plan.page_lanes))
         self.sums = place((tile.rows, plan.v_head_dim))

@@ -17,7 +17,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.building import i64
+from llmc.targets.building import i64, on_stack
 from llmc.targets.cpu.kernels import amx, vector
 from llmc.targets.cpu.kernels.avx512 import HALVES, INT16, UINT16, gather, scale_halves, upper_bytes
 from llmc.targets.cpu.kernels.bfloat16 import from_float32
@@ -28,7 +28,6 @@ from llmc.targets.cpu.kernels.panels import (
     F32X16,
     get,
     lanes,
-    local,
     put,
     registers,
     scratch,
@@ -97,14 +96,14 @@ class ByteRows:
         last = T.floordiv((start + steps) * i64(STEP) + i64(x.block - 1), i64(x.block))
         blocks = T.Bind(last - first)
         scale = T.Bind(_highest(x.scales, source, first, blocks))
-        shares = local(ceildiv(chunks.size * STEP, x.block) + 1, "int16")
+        shares = on_stack((ceildiv(chunks.size * STEP, x.block) + 1,), "int16")
         _in_units(x.scales, source, first, blocks, T.Bind(T.float32(_FRACTION) / scale), shares)
-        values = local(chunks.size * STEP, "int16")  # of a step, even ones come first
+        values = on_stack((chunks.size * STEP,), "int16")  # of a step, even ones come first
         width = gcd(x.block, STEP)
 
         zero = T.broadcast(T.int16(0), HALVES)
         everything = T.ramp(i64(0), i64(1), HALVES)
-        largest = local(HALVES, "int16")
+        largest = on_stack((HALVES,), "int16")
         T.buffer_store(largest, zero, [everything])
         with T.serial(steps) as step:
             # Even features, and odd ones, in units of the chunk's highest scale.
@@ -236,7 +235,7 @@ def _choose(
     limit = _limit(scores, vectors, lane_max(get(largest, 0)), most)
     for i in range(0, most, PANEL):
         T.buffer_store(features, T.broadcast(T.int32(-1), PANEL), [number, lanes(i64(i))])
-    found = local(1, "int64")
+    found = on_stack((1,), "int64")
     T.buffer_store(found, i64(0), [i64(0)])
     with T.serial(steps * i64(STEP)) as feature:
         is_large = T.Bind(scores[feature] >= limit)
@@ -248,12 +247,12 @@ def _choose(
 
 def _limit(scores: Expr, vectors: Expr, largest: Expr, most: int) -> Expr:
     """About the lowest limit that at most `most` scores reach."""
-    limits = local(2, "float32")  # too many reach the first, not too many the second
+    limits = on_stack((2,), "float32")  # too many reach the first, not too many the second
     T.buffer_store(limits, T.float32(0), [i64(0)])
     T.buffer_store(limits, largest * T.float32(1.001) + T.float32(1e-30), [i64(1)])
     with T.serial(i64(_BISECTIONS)):
         middle = T.Bind((limits[i64(0)] + limits[i64(1)]) * T.float32(0.5))
-        reached = local(PANEL, "int32")
+        reached = on_stack((PANEL,), "int32")
         T.buffer_store(reached, T.broadcast(T.int32(0), PANEL), [lanes(i64(0))])
         with T.serial(vectors) as index:
             over = scores[lanes(index * i64(PANEL))] >= T.broadcast(middle, PANEL)

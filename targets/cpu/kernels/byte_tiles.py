@@ -21,12 +21,12 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
-from llmc.targets.building import i64
+from llmc.targets.building import i64, on_stack
 from llmc.targets.cpu.kernels import amx
 from llmc.targets.cpu.kernels.byte_panels import PIECE, BytePanels
 from llmc.targets.cpu.kernels.byte_rows import EXACT, STEP, ByteRows
 from llmc.targets.cpu.kernels.integer import CodedRows
-from llmc.targets.cpu.kernels.panels import F32X16, lanes, local, prefetch, scratch, splat
+from llmc.targets.cpu.kernels.panels import F32X16, lanes, prefetch, scratch, splat
 from llmc.targets.cpu.kernels.register_tiles import fetch_residual
 from llmc.targets.cpu.kernels.tile_tasks import (
     Chunks,
@@ -163,7 +163,7 @@ class _Weights:
         panels = [task.panel(slot + T.min(i64(p), last)) for p in range(amx.PANELS)]
         following = [task.panel(slot + i64(amx.PANELS + p)) for p in range(amx.PANELS)]
         held = [turn, number, start * i64(STEP // PIECE), codes, pieces, *panels, *following]
-        numbers = local(len(held), "int64")
+        numbers = on_stack((len(held),), "int64")
         for at, value in enumerate(held):
             T.buffer_store(numbers, value, [i64(at)])
         weights = cls(of, numbers)

@@ -284,7 +284,7 @@ class _Tile:
             sums = self._words(sums, first, words)
             tail = 0
         elif steps:
-            carried = _integers(self.size * self.chains)
+            carried = registers(self.size * self.chains, "int32")
             flat = [s for chain in sums for s in chain]
             for i, value in enumerate(flat):
                 put(carried, i, value)
@@ -371,13 +371,3 @@ class _Tile:
             scales = [T.Bind(self.weights.scale(self.expert, p, i64(0))) for p in self.panels]
             values = [v * scales[i % count] for i, v in enumerate(values)]
         return [values[r * count : (r + 1) * count] for r in range(len(self.rows))]
-
-
-def _integers(count: int) -> Expr:
-    """`count` vectors of 16 int32 that a loop carries, as `registers` are."""
-    return T.alloc_buffer(
-        [i64(count), i64(PANEL)],
-        "int32",
-        scope="local",
-        annotations={"disable_lower_builtin": True},
-    )

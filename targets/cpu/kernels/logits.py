@@ -12,8 +12,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.building import i64, lanes_of, vector_type
-from llmc.targets.cpu.kernels.panels import local
+from llmc.targets.building import i64, lanes_of, on_stack, vector_type
 from llmc.targets.cpu.kernels.vector import LANES, at, spread
 
 Expr = Any
@@ -73,7 +72,7 @@ class Carried:
     def of(cls, value: Expr) -> Carried:
         """One that begins with `value`."""
         width = lanes_of(value)
-        carried = cls(local(width, str(value.ty.dtype).split("x")[0]), width)
+        carried = cls(on_stack((width,), str(value.ty.dtype).split("x")[0]), width)
         carried.set(value)
         return carried
 

@@ -13,7 +13,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from llmc.errors import UnsupportedError
-from llmc.targets.building import argument, i64
+from llmc.targets.building import argument, i64, on_stack
 from llmc.targets.cpu.kernels import avx512, vector
 from llmc.targets.cpu.kernels.bfloat16 import from_float32
 from llmc.targets.cpu.kernels.math import gelu, gelu_tanh, relu, silu
@@ -22,7 +22,6 @@ from llmc.targets.cpu.kernels.panels import (
     WHOLE_BITS,
     get,
     lanes,
-    local,
     put,
     registers,
     splat,
@@ -112,7 +111,7 @@ class Quantized:
             for v in range(b * of_block, (b + 1) * of_block):
                 peak = T.max(peak, T.max(get(kept, v), splat(0.0) - get(kept, v)))
             put(kept, len(values) + b, peak)
-        peaks, inverses = local(count, "float32"), local(count, "float32")
+        peaks, inverses = on_stack((count,), "float32"), on_stack((count,), "float32")
         everything = vector.at(i64(0), count)
         largest = [get(kept, len(values) + b) for b in range(count)]
         T.buffer_store(peaks, fold(largest, T.max), [everything])
@@ -120,7 +119,7 @@ class Quantized:
         T.buffer_store(self.scales, found, [i64(0), row, vector.at(block, count)])
         T.buffer_store(inverses, _inverse(peaks[everything], count), [everything])
         units = len(values) // of_unit
-        totals = local(units * PANEL, "int32")
+        totals = on_stack((units * PANEL,), "int32")
         for v in range(len(values)):
             inverse = T.broadcast(inverses[i64(v // of_block)], PANEL)
             code = T.Bind(rounded(get(kept, v) * inverse))

@@ -16,7 +16,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from llmc.formats import WeightFormat
-from llmc.targets.building import argument, i64
+from llmc.targets.building import argument, i64, on_stack
 from llmc.targets.cpu.kernels.byte_table import ByteTable, lookup_scalar
 from llmc.targets.cpu.kernels.vector import SERIAL_FLOATS
 from llmc.targets.cpu.layout import (
@@ -48,18 +48,10 @@ def lanes(start: Expr) -> Expr:
     return T.ramp(start, i64(1), PANEL)
 
 
-def scratch(
-    shape: tuple[int | Expr, ...], dtype: str = "float32", *, on_stack: bool = False
-) -> Expr:
-    """A workspace in memory, private to the scope it is opened in.
-
-    It is TVM's, or a small one of constant size `on_stack`, which costs no call.
-    """
+def scratch(shape: tuple[int | Expr, ...], dtype: str = "float32") -> Expr:
+    """A workspace in memory, private to the scope it is opened in."""
     dims = [i64(d) if isinstance(d, int) else d for d in shape]
-    if not on_stack:
-        return T.alloc_buffer(dims, dtype)
-    annotations = {"disable_lower_builtin": True}
-    return T.alloc_buffer(dims, dtype, scope="local", annotations=annotations)
+    return T.alloc_buffer(dims, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,26 +73,14 @@ class Rows:
         return (i64(0), row, column) if self.batched else (row, column)
 
 
-def registers(count: int) -> Expr:
-    """`count` vectors of 16 floats that a loop carries, `[count, 16]`.
+def registers(count: int, dtype: str = "float32") -> Expr:
+    """`count` vectors of 16 numbers that a loop carries, `[count, 16]`.
 
     LLVM keeps them in registers inside a loop where every index is constant. Behind them is the
     stack where a build switches `tirx.disable_storage_rewrite` on (the rewriting loses the
     annotation), and otherwise TVM's workspace pool, which costs a short task some 5 %.
     """
-    return T.alloc_buffer(
-        [i64(count), i64(PANEL)],
-        "float32",
-        scope="local",
-        annotations={"disable_lower_builtin": True},
-    )
-
-
-def local(count: int, dtype: str) -> Expr:
-    """`count` numbers on the stack, or in registers where LLVM finds that it can."""
-    return T.alloc_buffer(
-        [i64(count)], dtype, scope="local", annotations={"disable_lower_builtin": True}
-    )
+    return on_stack((count, PANEL), dtype)
 
 
 def get(vectors: Expr, index: int) -> Expr:

@@ -13,7 +13,7 @@ import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from llmc.targets.building import argument, i64, with_llvm
+from llmc.targets.building import argument, i64, on_stack, with_llvm
 from llmc.targets.cpu.kernels import amx
 
 TILE_CHAINS = amx.PANELS * amx.PANELS
@@ -224,12 +224,7 @@ def _loop(
     column = T.ramp(i64(0), i64(1), lanes)
     word = T.ramp(i64(0), i64(1), instruction.words)
     a, b = T.Bind(factors[i64(0), word]), T.Bind(factors[i64(1), word])
-    local = T.alloc_buffer(
-        [i64(instruction.chains), i64(lanes)],
-        instruction.sum_dtype,
-        scope="local",
-        annotations={"disable_lower_builtin": True},
-    )
+    local = on_stack((instruction.chains, lanes), instruction.sum_dtype)
     for chain in range(instruction.chains):
         T.buffer_store(local, sums[task, i64(chain), column], [i64(chain), column])
     with T.serial(i64(turns)):
